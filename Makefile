@@ -1,0 +1,40 @@
+# Two commands do all the set-up: `make demo` and `make test`. Everything runs inside .venv.
+PYTHON ?= python3
+BIN := .venv/bin
+JOBS ?= 2
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: demo test test-all check format bench venv clean
+
+venv: .venv/installed
+
+# torch first and pinned, so that pip takes the CPU wheel where one lies at hand; a failed install leaves no stamp.
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[demo,test,bench]'
+	touch $@
+
+demo: venv
+	$(BIN)/python -m launch.demo
+
+test: venv
+	$(BIN)/pytest -n $(JOBS) --dist worksteal -m 'not full'
+
+test-all: venv
+	$(BIN)/pytest -n $(JOBS) --dist worksteal
+
+check: venv
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: venv
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: venv
+	$(BIN)/python -m benchmarks all
+
+clean:
+	rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache demo-out

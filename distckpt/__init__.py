@@ -1,0 +1,32 @@
+"""Distributed checkpoints for PyTorch: saved on N ranks of one backend, resumed on M ranks of any other.
+
+`import distckpt` imports neither torch nor numpy: they come with the first name that needs them.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "Checkpointer": "distckpt.run.checkpointer",
+    "ElasticSampler": "distckpt.run.sampler",
+    "LoadReport": "distckpt.load.report",
+    "Progress": "distckpt.run.trainstate",
+    "TrainState": "distckpt.run.trainstate",
+}
+__all__ = ["Checkpointer", "ElasticSampler", "LoadReport", "Progress", "TrainState"]
+
+if TYPE_CHECKING:
+    from distckpt.load.report import LoadReport
+    from distckpt.run.checkpointer import Checkpointer
+    from distckpt.run.sampler import ElasticSampler
+    from distckpt.run.trainstate import Progress, TrainState
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'distckpt' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)

@@ -1,0 +1,219 @@
+"""The data file: what one rank writes. A valid safetensors file whose every byte is known before any is written.
+
+    [u64 header length][header JSON, padded to a multiple of 4096][chunks, packed][__objects__][__checksums__]
+
+Chunks lie larger item sizes first, and the model's before the optimizer's within an item size: so each is aligned
+to its item size without holes, and a reader of the model alone touches few stretches.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+import sys
+from array import array
+from dataclasses import dataclass
+from math import prod
+from typing import TYPE_CHECKING, Any
+
+from distckpt.errors import FormatError
+from distckpt.format.checksum import BLOCK, digest
+from distckpt.format.dtype import TAG_SIZE, item_size, stored_as
+from distckpt.format.layout import CHECKSUMS_CHUNK, OBJECTS_CHUNK
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+DATA_ALIGNMENT = 4096
+MAX_HEADER = 100_000_000
+"""Longest header, in bytes, that safetensors readers accept."""
+
+_TABLE_HEAD = struct.Struct("<12sI")
+_ALGORITHM = b"crc32c"
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """A chunk to be written: its name in the file, torch dtype name and shape; whether it goes after the others."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    last: bool = False
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its elements."""
+        return prod(self.shape) * item_size(self.dtype)
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """A run of bytes of the file, [start, start + nbytes), that one named chunk fills."""
+
+    name: str
+    start: int
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Image:
+    """The whole file: header, segments in file order, objects, and where the checksum table goes."""
+
+    header: bytes
+    segments: tuple[Segment, ...]
+    objects: bytes
+    objects_start: int
+
+    @property
+    def table_start(self) -> int:
+        """First byte of the checksum table: the sums cover [0, table_start)."""
+        return self.objects_start + len(self.objects)
+
+    @property
+    def size(self) -> int:
+        """Bytes of the file."""
+        return self.table_start + table_size(self.table_start)
+
+
+def table_size(covered: int) -> int:
+    """Bytes of a table over `covered` bytes."""
+    return _TABLE_HEAD.size + 4 * -(-covered // BLOCK)
+
+
+def build(chunks: Iterable[Chunk], objects: bytes) -> Image:
+    """Lay out a data file. `objects` is JSON; it is padded with spaces to a multiple of 4 bytes."""
+    objects += b" " * (-len(objects) % 4)
+    entries: dict[str, Any] = {"__metadata__": {"writer": "distckpt", "format": "pt"}}
+    placed = []
+    position = 0
+    for chunk in sorted(chunks, key=lambda c: (-item_size(c.dtype), c.last, c.name)):
+        tag, shape = stored_as(chunk.dtype, chunk.shape)
+        if chunk.name in entries:
+            raise FormatError(f"two chunks of one data file are named {chunk.name!r}")
+        entries[chunk.name] = _entry(tag, shape, position, position + chunk.nbytes)
+        placed.append((chunk.name, position, chunk.nbytes))
+        position += chunk.nbytes
+    entries[OBJECTS_CHUNK] = _entry("U8", (len(objects),), position, position + len(objects))
+    table_at = position + len(objects)
+    header = _encode_header(entries, table_at)
+    start = len(header)
+    return Image(header, tuple(Segment(n, start + p, size) for n, p, size in placed), objects, start + position)
+
+
+def _encode_header(entries: dict[str, Any], table_at: int) -> bytes:
+    """Header with the table's entry. The table's length depends on the header's: so it is tried until it holds."""
+    length = DATA_ALIGNMENT
+    while True:
+        size = table_size(length + table_at)
+        entries[CHECKSUMS_CHUNK] = _entry("U8", (size,), table_at, table_at + size)
+        text = json.dumps(entries, separators=(",", ":")).encode()
+        padded = -(-(8 + len(text)) // DATA_ALIGNMENT) * DATA_ALIGNMENT
+        if padded - 8 > MAX_HEADER:
+            raise FormatError(f"data file header of {padded} bytes; safetensors readers take {MAX_HEADER}")
+        if padded <= length:
+            return struct.pack("<Q", length - 8) + text.ljust(length - 8)
+        length = padded
+
+
+def _entry(tag: str, shape: tuple[int, ...], start: int, stop: int) -> dict[str, Any]:
+    return {"dtype": tag, "shape": list(shape), "data_offsets": [start, stop]}
+
+
+def encode_table(sums: array[int]) -> bytes:
+    """Checksum table: algorithm, block size, one little-endian u32 a block."""
+    if sys.byteorder == "big":
+        sums = array("I", sums)
+        sums.byteswap()
+    return _TABLE_HEAD.pack(_ALGORITHM, BLOCK) + sums.tobytes()
+
+
+def decode_table(data: bytes, covered: int) -> array[int]:
+    """CRC-32C of each block of a file whose first `covered` bytes the table sums."""
+    if len(data) != table_size(covered):
+        raise FormatError(f"checksum table of {len(data)} bytes; {table_size(covered)} expected")
+    algorithm, block = _TABLE_HEAD.unpack_from(data)
+    if (algorithm.rstrip(b"\0"), block) != (_ALGORITHM, BLOCK):
+        raise FormatError(f"checksum algorithm {algorithm!r} with blocks of {block} bytes is not known")
+    sums = array("I")
+    sums.frombytes(data[_TABLE_HEAD.size :])
+    if sys.byteorder == "big":
+        sums.byteswap()
+    return sums
+
+
+def file_digest(header: bytes, table: bytes) -> str:
+    """Digest of a data file: over its header (8-byte length included) and its checksum table."""
+    return digest(header, table)
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """One entry of a header that was read: safetensors tag, stored shape, bytes [start, stop) of the file."""
+
+    tag: str
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+
+def decode_header(header: bytes, size: int) -> dict[str, Stored]:
+    """Entries of a data file of `size` bytes, in file order, from its header (8-byte length included).
+
+    FormatError unless they follow the format: no holes, inside the file, sizes right, `__objects__` and
+    `__checksums__` last.
+    """
+    (length,) = struct.unpack_from("<Q", header)
+    if length + 8 != len(header) or length > MAX_HEADER:
+        raise FormatError(f"header length says {length}, the header has {len(header) - 8} bytes")
+    try:
+        raw = json.loads(header[8:], object_pairs_hook=_unique)
+    except (ValueError, RecursionError) as e:
+        raise FormatError(f"header is not JSON: {e}") from e
+    if not isinstance(raw, dict):
+        raise FormatError("header is not a JSON object")
+    raw.pop("__metadata__", None)
+    entries = {name: _stored(name, item, len(header)) for name, item in raw.items()}
+    position = len(header)
+    for name, entry in entries.items():
+        if entry.start != position:
+            raise FormatError(f"chunk {name!r} begins at byte {entry.start}; {position} expected")
+        position = entry.stop
+    if position != size or list(entries)[-2:] != [OBJECTS_CHUNK, CHECKSUMS_CHUNK]:
+        raise FormatError(
+            f"chunks end at byte {position} of {size}; the last two must be {OBJECTS_CHUNK} and {CHECKSUMS_CHUNK}"
+        )
+    return entries
+
+
+TAG_SIZE = {
+    "F64": 8,
+    "I64": 8,
+    "U64": 8,
+    "F32": 4,
+    "I32": 4,
+    "U32": 4,
+    "F16": 2,
+    "BF16": 2,
+    "I16": 2,
+    "U16": 2,
+} | {tag: 1 for tag in ("F8_E4M3", "F8_E5M2", "I8", "U8", "BOOL")}
+
+
+def _stored(name: str, item: Any, data_start: int) -> Stored:
+    match item:
+        case {"dtype": str(tag), "shape": [*shape], "data_offsets": [int(start), int(stop)]} if (
+            tag in TAG_SIZE
+            and all(type(n) is int and n >= 0 for n in shape)
+            and 0 <= start <= stop
+            and prod(shape) * TAG_SIZE[tag] == stop - start
+        ):
+            return Stored(tag, tuple(shape), data_start + start, data_start + stop)
+    raise FormatError(f"header entry of chunk {name!r} is malformed: {str(item)[:200]}")
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> Mapping[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise FormatError("a JSON object names a key twice")
+    return found

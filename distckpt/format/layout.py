@@ -1,0 +1,120 @@
+"""Every name on disk: keys below a run directory, and names of chunks inside a data file.
+
+The one place that makes such a name, takes one apart, or decides whether a key may be used at all.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from distckpt.errors import FormatError
+from distckpt.format.box import Box, Region, Run
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+COMMIT = "commit.json"
+REGISTRY = "meta.json"
+LAUNCHES = "launches"
+OBJECTS_CHUNK = "__objects__"
+CHECKSUMS_CHUNK = "__checksums__"
+
+_KEY_PART = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]{0,254}")
+_STEP_DIR = re.compile(r"step-(\d{8,})(?:\.([1-9]\d*))?")
+_LAUNCH = re.compile(r"(\d{4,})\.json")
+_ATTEMPT_FILE = re.compile(r"(?P<stem>[A-Za-z0-9_-]+)\.(?P<attempt>[0-9a-f]{12})\.(?P<ext>safetensors|json)")
+_ACK = re.compile(r"ack-(\d{5,})")
+_SLICE = re.compile(r"\[(?:flat )?\d+:\d+(?:,\d+:\d+)*\]$")
+
+
+def check_key(key: str) -> str:
+    """Return the key itself. FormatError unless each part is a plain name: nothing hidden, absolute, or leading out."""
+    if not all(_KEY_PART.fullmatch(part) for part in key.split("/")):
+        raise FormatError(f"not a key: {key!r}; each part must match {_KEY_PART.pattern}")
+    return key
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class StepDir:
+    """Directory of one checkpoint: its step, and which generation of it (1 unless the step was saved again)."""
+
+    step: int
+    generation: int = 1
+
+    def __str__(self) -> str:
+        return f"step-{self.step:08d}" + (f".{self.generation}" if self.generation > 1 else "")
+
+    @classmethod
+    def parse(cls, name: str) -> StepDir | None:
+        """Step directory with exactly this name, else None (`step-100.tmp` is none)."""
+        match = _STEP_DIR.fullmatch(name)
+        found = cls(int(match[1]), int(match[2] or 1)) if match else None
+        return found if str(found) == name else None
+
+
+def data_file(rank: int, attempt: str) -> str:
+    """Name of the data file that a rank writes."""
+    return f"rank-{rank:05d}.{attempt}.safetensors"
+
+
+def object_file(name: str, attempt: str) -> str:
+    """Name of the file of a rank-independent object."""
+    return f"{name}.{attempt}.json"
+
+
+def ack_file(rank: int, attempt: str) -> str:
+    """Name of the file in which a rank says what it finished, or why it failed."""
+    return f"ack-{rank:05d}.{attempt}.json"
+
+
+def attempt_of(name: str) -> str | None:
+    """Attempt id in the name of a file of a step directory."""
+    match = _ATTEMPT_FILE.fullmatch(name)
+    return match["attempt"] if match else None
+
+
+def ack_rank(name: str, attempt: str) -> int | None:
+    """Rank whose ack of this attempt the file is."""
+    match = _ATTEMPT_FILE.fullmatch(name)
+    ack = _ACK.fullmatch(match["stem"]) if match and match["attempt"] == attempt else None
+    return int(ack[1]) if ack else None
+
+
+def launch_file(number: int) -> str:
+    """Key of a launch's record."""
+    return f"{LAUNCHES}/{number:04d}.json"
+
+
+def launch_number(name: str) -> int | None:
+    """Number of the launch whose record has this name (without its directory)."""
+    match = _LAUNCH.fullmatch(name)
+    return int(match[1]) if match else None
+
+
+def pointer_file(name: str) -> str:
+    """Key of a pointer (`last`, `best`)."""
+    return f"{name}.json"
+
+
+def chunk_name(fqn: str, region: Region, shape: Sequence[int]) -> str:
+    """Name of a chunk in a data file: the fqn, and its slice where it is not the whole tensor.
+
+    A backslash goes before an fqn that begins with `__` or a backslash, and after one that ends like a slice or
+    with a backslash: so a name has one meaning.
+    """
+    before = "\\" if fqn.startswith(("__", "\\")) else ""
+    after = "\\" if fqn.endswith("\\") or _SLICE.search(fqn) else ""
+    escaped = before + fqn + after
+    if region.numel == Box.whole(shape).numel:
+        return escaped
+    if isinstance(region, Run):
+        return f"{escaped}[flat {region.start}:{region.stop}]"
+    inside = ",".join(f"{a}:{a + n}" for a, n in zip(region.offsets, region.sizes, strict=True))
+    return f"{escaped}[{inside}]"
+
+
+def fqn_of(name: str) -> str:
+    """Fqn in the name of a chunk: the inverse of `chunk_name`."""
+    return _SLICE.sub("", name).removesuffix("\\").removeprefix("\\")

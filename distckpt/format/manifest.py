@@ -1,0 +1,205 @@
+"""The manifest: the content of `commit.json`. Frozen values, their codec, and `decode`, which believes nothing.
+
+The file is one JSON object whose last member is `digest`, over every byte before it. Its existence is the commit.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from distckpt.errors import Corrupt, FormatError, NewerFormat, Unsupported
+from distckpt.format import objects, partition
+from distckpt.format.checksum import DIGEST_SIZE, digest
+from distckpt.format.dtype import item_size
+from distckpt.format.layout import check_key
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from distckpt.format.partition import Partition
+
+FORMAT_VERSION = 1
+MAX_BYTES = 1 << 30
+"""Longest commit.json, in bytes, that is read."""
+
+ON_RESHARD = ("derive", "refuse", "first")
+"""What a per-rank object may say of another world size: derive a new value, refuse, or take the first rank's."""
+
+_HEX = 2 * DIGEST_SIZE
+_TRAILER = len(',"digest":""}\n') + _HEX
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """One global tensor: shape, torch dtype name, and how it is divided over the data files."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    partition: Partition
+
+
+@dataclass(frozen=True, slots=True)
+class FileInfo:
+    """One data file: its name in the step directory (or key in the run), bytes, bytes of its header, digest."""
+
+    name: str
+    size: int
+    header: int
+    digest: str
+
+
+@dataclass(frozen=True, slots=True)
+class ObjectInfo:
+    """The file of one rank-independent object: name in the step directory, bytes, digest of its content."""
+
+    name: str
+    size: int
+    digest: str
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """All that a checkpoint is. `files[r]` is what rank r wrote; files of earlier steps follow those."""
+
+    step: int
+    generation: int
+    launch: int
+    attempt: str
+    date: str
+    world_size: int
+    tensors: Mapping[str, TensorInfo]
+    files: tuple[FileInfo, ...]
+    objects: Mapping[str, ObjectInfo] = field(default_factory=dict)
+    rank_objects: Mapping[str, str] = field(default_factory=dict)
+    aliases: Mapping[str, str] = field(default_factory=dict)
+    metrics: Mapping[str, Any] = field(default_factory=dict)
+    writer: Mapping[str, str] = field(default_factory=dict)
+
+
+def encode(manifest: Manifest) -> bytes:
+    """Content of commit.json."""
+    body = {
+        "format": FORMAT_VERSION,
+        "step": manifest.step,
+        "generation": manifest.generation,
+        "launch": manifest.launch,
+        "attempt": manifest.attempt,
+        "date": manifest.date,
+        "world_size": manifest.world_size,
+        "writer": dict(manifest.writer),
+        "metrics": json.loads(objects.encode(dict(manifest.metrics))),
+        "tensors": {
+            fqn: [list(t.shape), t.dtype, t.partition.to_json()] for fqn, t in sorted(manifest.tensors.items())
+        },
+        "aliases": dict(sorted(manifest.aliases.items())),
+        "objects": {name: [o.name, o.size, o.digest] for name, o in sorted(manifest.objects.items())},
+        "rank_objects": dict(sorted(manifest.rank_objects.items())),
+        "files": [[f.name, f.size, f.header, f.digest] for f in manifest.files],
+    }
+    text = json.dumps(body, separators=(",", ":"), allow_nan=False)[:-1].encode()
+    return text + f',"digest":"{digest(text)}"}}\n'.encode()
+
+
+def decode(data: bytes) -> Manifest:
+    """Manifest in the content of a commit.json.
+
+    Corrupt where its digest does not hold, NewerFormat for a later version, FormatError for anything malformed.
+    """
+    text, trailer = data[:-_TRAILER], data[-_TRAILER:]
+    if trailer != f',"digest":"{digest(text)}"}}\n'.encode():
+        raise Corrupt(f"its digest does not match its {len(data)} bytes")
+    try:
+        body = json.loads(text + b"}")
+    except (ValueError, RecursionError) as e:
+        raise FormatError(f"not JSON: {e}") from e
+    version = body.get("format") if isinstance(body, dict) else None
+    if type(version) is not int or version < 1:
+        raise FormatError(f"format version {version!r} is not a positive integer")
+    if version > FORMAT_VERSION:
+        raise NewerFormat(
+            f"format version {version}; this distckpt reads up to {FORMAT_VERSION}. Install a newer distckpt."
+        )
+    try:
+        manifest = _read(body)
+    except Unsupported as e:
+        raise FormatError(str(e)) from e
+    _check(manifest)
+    return manifest
+
+
+def _read(body: dict[str, Any]) -> Manifest:
+    match body:
+        case {
+            "step": int(step),
+            "generation": int(generation),
+            "launch": int(launch),
+            "attempt": str(attempt),
+            "date": str(date),
+            "world_size": int(world_size),
+            "writer": dict(writer),
+            "metrics": dict(metrics),
+            "tensors": dict(tensors),
+            "aliases": dict(aliases),
+            "objects": dict(shared),
+            "rank_objects": dict(rank_objects),
+            "files": [*files],
+        }:
+            return Manifest(
+                step,
+                generation,
+                launch,
+                attempt,
+                date,
+                world_size,
+                {fqn: _tensor(fqn, item) for fqn, item in tensors.items()},
+                tuple(_file(item) for item in files),
+                {name: _object(name, item) for name, item in shared.items()},
+                rank_objects,
+                aliases,
+                objects.decode(json.dumps(metrics).encode()),
+                writer,
+            )
+    raise FormatError(f"members are missing or of the wrong type; it has {sorted(body)}")
+
+
+def _tensor(fqn: str, item: Any) -> TensorInfo:
+    match item:
+        case [[*shape], str(dtype), dict(divided)] if all(type(n) is int and n >= 0 for n in shape):
+            item_size(dtype)
+            return TensorInfo(tuple(shape), dtype, partition.from_json(divided, tuple(shape)))
+    raise FormatError(f"tensor {fqn!r} is malformed: {str(item)[:200]}")
+
+
+def _file(item: Any) -> FileInfo:
+    match item:
+        case [str(name), int(size), int(header), str(sums)] if 8 < header <= size and len(sums) == _HEX:
+            return FileInfo(check_key(name), size, header, sums)
+    raise FormatError(f"file entry is malformed: {str(item)[:200]}")
+
+
+def _object(name: str, item: Any) -> ObjectInfo:
+    match item:
+        case [str(file), int(size), str(sums)] if size >= 0 and len(sums) == _HEX and "/" not in file:
+            return ObjectInfo(check_key(file), size, sums)
+    raise FormatError(f"object {name!r} is malformed: {str(item)[:200]}")
+
+
+def _check(manifest: Manifest) -> None:
+    m = manifest
+    if m.step < 0 or m.generation < 1 or m.launch < 0 or not 1 <= m.world_size <= len(m.files):
+        raise FormatError(
+            f"step {m.step}, generation {m.generation}, launch {m.launch}, world size {m.world_size} "
+            f"with {len(m.files)} files: out of range"
+        )
+    for fqn, tensor in m.tensors.items():
+        if tensor.partition.last_file >= len(m.files):
+            raise FormatError(f"tensor {fqn!r} names file {tensor.partition.last_file} of a table of {len(m.files)}")
+        tensor.partition.check()
+    for alias, fqn in m.aliases.items():
+        if alias in m.tensors or fqn not in m.tensors:
+            raise FormatError(f"alias {alias!r} of {fqn!r}: the first must not be a tensor, the second must")
+    for name, policy in m.rank_objects.items():
+        if policy not in ON_RESHARD:
+            raise FormatError(f"per-rank object {name!r}: policy {policy!r} is none of {', '.join(ON_RESHARD)}")

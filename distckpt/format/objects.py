@@ -1,0 +1,142 @@
+"""Non-tensor values as tagged JSON: what state_dicts hold besides tensors. Never pickle.
+
+What JSON has stands as itself; everything else is an object with one key that begins with `$`. A value comes back
+with its exact type and bits, or is refused on the way in, with the path to it.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import json
+import math
+import struct
+from collections import Counter, OrderedDict
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from distckpt.errors import FormatError, Unsupported
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+MAX_DEPTH = 100
+SAFE_INT = 2**53
+"""Larger integers are tagged: readers in other languages would round them."""
+
+
+@dataclass(frozen=True, slots=True)
+class TensorRef:
+    """Stands where a tensor stood: its fqn in the checkpoint, and what to make of it (`torch` or `numpy`)."""
+
+    fqn: str
+    kind: str = "torch"
+
+
+def encode(value: Any) -> bytes:
+    """JSON text of a value. Unsupported, with the path, for a type that the format does not have."""
+    return json.dumps(_tag(value, "$", 0), separators=(",", ":"), allow_nan=False).encode()
+
+
+def decode(data: bytes | memoryview) -> Any:
+    """Value that `encode` wrote. FormatError for anything else."""
+    try:
+        return _untag(json.loads(bytes(data), parse_constant=_refuse), 0)
+    except (ValueError, TypeError, KeyError, RecursionError, struct.error, binascii.Error) as e:
+        if isinstance(e, FormatError):
+            raise
+        raise FormatError(f"not a tagged JSON value: {e}") from e
+
+
+def _refuse(constant: str) -> None:
+    raise FormatError(f"{constant} is not JSON")
+
+
+def _tag(value: Any, path: str, depth: int) -> Any:
+    if depth > MAX_DEPTH:
+        raise Unsupported(f"{path}: nested more than {MAX_DEPTH} deep, or in a circle")
+    kind = type(value)
+    if value is None or kind is bool or kind is str:
+        return value
+    if kind is int:
+        return value if -SAFE_INT <= value <= SAFE_INT else {"$int": hex(value)}
+    if kind is float:
+        return value if math.isfinite(value) else {"$float": struct.pack(">d", value).hex()}
+    if kind is list:
+        return [_tag(v, f"{path}[{i}]", depth + 1) for i, v in enumerate(value)]
+    if kind is dict and all(type(k) is str and not k.startswith("$") for k in value):
+        return {k: _tag(v, f"{path}.{k}", depth + 1) for k, v in value.items()}
+    for tag, (known, to_json, _) in _TAGS.items():
+        if kind is known:
+            return {tag: to_json(value, path, depth + 1)}
+    raise Unsupported(
+        f"{path}: a {kind.__module__}.{kind.__qualname__} cannot be saved: use None, bool, int, float, str, bytes, "
+        "complex, tuple, list, set, dict or a tensor (a NumPy scalar: .item())"
+    )
+
+
+def _sequence(value: Any, path: str, depth: int) -> list[Any]:
+    return [_tag(v, f"{path}[{i}]", depth) for i, v in enumerate(value)]
+
+
+def _unordered(value: Any, path: str, depth: int) -> list[Any]:
+    """Members in the order of their text, so that equal sets have equal bytes."""
+    return sorted(_sequence(value, path, depth), key=lambda v: json.dumps(v, sort_keys=True))
+
+
+def _pairs(value: Any, path: str, depth: int) -> list[Any]:
+    return [[_tag(k, f"{path}.<key>", depth), _tag(v, f"{path}.{k}", depth)] for k, v in value.items()]
+
+
+_TAGS: dict[str, tuple[type, Callable[[Any, str, int], Any], Callable[[Any, int], Any]]] = {
+    "$int": (int, lambda v, _path, _depth: hex(v), lambda v, _depth: int(v, 16)),
+    "$float": (
+        float,
+        lambda v, _path, _depth: struct.pack(">d", v).hex(),
+        lambda v, _depth: struct.unpack(">d", bytes.fromhex(v))[0],
+    ),
+    "$bytes": (
+        bytes,
+        lambda v, _path, _depth: base64.b64encode(v).decode(),
+        lambda v, _depth: base64.b64decode(v, validate=True),
+    ),
+    "$complex": (
+        complex,
+        lambda v, _path, _depth: struct.pack(">dd", v.real, v.imag).hex(),
+        lambda v, _depth: complex(*struct.unpack(">dd", bytes.fromhex(v))),
+    ),
+    "$tuple": (tuple, _sequence, lambda v, depth: tuple(_untag(i, depth) for i in v)),
+    "$set": (set, _unordered, lambda v, depth: {_untag(i, depth) for i in v}),
+    "$frozenset": (frozenset, _unordered, lambda v, depth: frozenset(_untag(i, depth) for i in v)),
+    "$dict": (dict, _pairs, lambda v, depth: {_untag(k, depth): _untag(i, depth) for k, i in v}),
+    "$ordered": (
+        OrderedDict,
+        _pairs,
+        lambda v, depth: OrderedDict((_untag(k, depth), _untag(i, depth)) for k, i in v),
+    ),
+    "$counter": (
+        Counter,
+        _pairs,
+        lambda v, depth: Counter({_untag(k, depth): _untag(i, depth) for k, i in v}),
+    ),
+    "$tensor": (
+        TensorRef,
+        lambda v, _path, _depth: [v.fqn, v.kind],
+        lambda v, _depth: TensorRef(*map(str, v)),
+    ),
+}
+
+
+def _untag(value: Any, depth: int) -> Any:
+    if depth > 2 * MAX_DEPTH:
+        raise FormatError(f"nested more than {2 * MAX_DEPTH} deep")
+    if isinstance(value, list):
+        return [_untag(v, depth + 1) for v in value]
+    if not isinstance(value, dict):
+        return value
+    tag = next((k for k in value if k.startswith("$")), None)
+    if tag is None:
+        return {k: _untag(v, depth + 1) for k, v in value.items()}
+    if len(value) != 1 or tag not in _TAGS:
+        raise FormatError(f"unknown tag {tag!r}")
+    return _TAGS[tag][2](value[tag], depth + 1)

@@ -1,0 +1,1 @@
+"""Bytes by key, six verbs. Knows no tensors and no ranks."""

@@ -1,0 +1,88 @@
+"""The contract that every store keeps. Adding a behaviour (retry, limits, cache) means wrapping a store.
+
+Keys are parts joined by `/`, each a plain name (`format.layout.check_key` is what makes them; a store refuses others).
+Every verb may block; every error is a StoreError. All verbs may be called from several threads and processes at once.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, NamedTuple, Protocol
+
+from distckpt.errors import StoreError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+_PART = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]*")
+
+
+class Entry(NamedTuple):
+    """A name directly below a prefix: a key with its bytes, or (size None) a prefix of further keys."""
+
+    name: str
+    size: int | None
+
+
+class Store(Protocol):
+    """Bytes by key."""
+
+    def list(self, prefix: str) -> list[Entry]:
+        """Entries directly below `prefix` ("" is the root), sorted by name; empty where there is nothing.
+
+        Shows every key whose write or create returned before the call. Never shows a write in progress.
+        """
+        ...
+
+    def head(self, key: str) -> int:
+        """Bytes of a key. KeyMissing if it does not exist."""
+        ...
+
+    def read(self, key: str, start: int, buffers: Sequence[memoryview]) -> None:
+        """Fill the buffers (writable, bytes, contiguous) in order from byte `start` on.
+
+        KeyMissing; KeyTruncated if the key ends first. After an error the buffers' content is undefined.
+        """
+        ...
+
+    def write(self, key: str, pieces: Iterable[memoryview], *, size: int) -> None:
+        """Make `key` hold the pieces in order, `size` bytes in all, replacing what it held.
+
+        Atomic (a reader sees the old content or the new) and durable when it returns. A piece may be reused by the
+        iterable once the next is asked for. After an error the key is as it was, and no room stays taken.
+        """
+        ...
+
+    def create(self, key: str, data: bytes) -> None:
+        """Like `write`, but KeyExists if the key exists with other content. Of racing calls exactly one succeeds.
+
+        Idempotent for equal content: creating what is there already, to the byte, succeeds.
+        """
+        ...
+
+    def delete(self, key: str) -> None:
+        """Remove a key, durably. Idempotent."""
+        ...
+
+
+def check(key: str, *, prefix: bool = False) -> str:
+    """Return the key itself; StoreError for one that could lead out of the store or name a hidden file."""
+    if not (prefix and not key) and not all(_PART.fullmatch(part) for part in key.split("/")):
+        raise StoreError(f"not a key: {key!r}; its parts must match {_PART.pattern}")
+    return key
+
+
+def read_all(store: Store, key: str, *, limit: int) -> bytes:
+    """Whole content of a key of at most `limit` bytes. KeyMissing; StoreError if it is longer."""
+    size = store.head(key)
+    if size > limit:
+        raise StoreError(f"{key} has {size} bytes; at most {limit} are read")
+    data = bytearray(size)
+    if size:
+        store.read(key, 0, [memoryview(data)])
+    return bytes(data)
+
+
+def write_all(store: Store, key: str, data: bytes) -> None:
+    """Write one key from one piece."""
+    store.write(key, [memoryview(data)], size=len(data))

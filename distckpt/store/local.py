@@ -1,0 +1,215 @@
+"""A directory of a file system as a store, durable against a power cut.
+
+A write is: temp file, preallocate, write, fsync, rename, fsync of the directory (and of each parent it had to make).
+A create is the same with link() in place of rename: link refuses where the name exists, on every POSIX file system
+and over NFS. Temp files are hidden from `list`. A failed fsync is never retried: the kernel may have dropped the pages.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import secrets
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from distckpt.errors import KeyExists, KeyMissing, KeyTruncated, StoreError
+from distckpt.store.base import Entry, check, read_all
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Sequence
+
+_MOST_BUFFERS = 1024  # IOV_MAX of Linux
+_ADVICE = {
+    errno.ENOSPC: "the file system is full: free room, or keep fewer checkpoints",
+    errno.EDQUOT: "the quota is used up: free room, or keep fewer checkpoints",
+    errno.EROFS: "the file system is mounted read-only",
+    errno.EACCES: "permission denied: check owner and mode of the directory",
+    errno.EPERM: "operation not permitted: check owner and mode, and that the file system has hard links",
+    errno.ENOTDIR: "a part of the path is a file, not a directory",
+}
+
+
+class LocalStore:
+    """Keys below `root`, a directory that is made when first written to."""
+
+    def __init__(self, root: str | os.PathLike[str]) -> None:
+        self.root = Path(root).absolute()
+
+    def __repr__(self) -> str:
+        return f"LocalStore({str(self.root)!r})"
+
+    def list(self, prefix: str) -> list[Entry]:
+        """See Store.list."""
+        found = []
+        with _mapped("list", self._path(prefix, prefix=True)) as path:
+            try:
+                with os.scandir(path) as entries:
+                    for entry in entries:
+                        if entry.is_symlink() or entry.name.startswith("."):
+                            continue
+                        with contextlib.suppress(FileNotFoundError):  # removed since it was listed
+                            size = None if entry.is_dir(follow_symlinks=False) else entry.stat().st_size
+                            found.append(Entry(entry.name, size))
+            except FileNotFoundError:
+                return []
+        return sorted(found)
+
+    def head(self, key: str) -> int:
+        """See Store.head."""
+        with _mapped("look at", self._path(key)) as path:
+            return path.stat().st_size
+
+    def read(self, key: str, start: int, buffers: Sequence[memoryview]) -> None:
+        """See Store.read."""
+        with _mapped("read", self._path(key)) as path, path.open("rb", buffering=0) as file:
+            for first in range(0, len(buffers), _MOST_BUFFERS):
+                wanted = [b for b in buffers[first : first + _MOST_BUFFERS] if len(b)]
+                while wanted:
+                    got = os.preadv(file.fileno(), wanted, start)
+                    if not got:
+                        raise KeyTruncated(
+                            f"{path}: ends at byte {start}, byte {start + sum(map(len, wanted))} was asked for"
+                        )
+                    start += got
+                    wanted = _after(wanted, got)
+
+    def write(self, key: str, pieces: Iterable[memoryview], *, size: int) -> None:
+        """See Store.write."""
+        path = self._path(key)
+        with self._temporary(path, pieces, size) as temp, _mapped("write", path):
+            temp.replace(path)
+        _sync_directory(path.parent)
+
+    def create(self, key: str, data: bytes) -> None:
+        """See Store.create."""
+        path = self._path(key)
+        with self._temporary(path, [memoryview(data)], len(data)) as temp, _mapped("create", path):
+            try:
+                os.link(temp, path)
+            except FileExistsError:
+                # over NFS the reply to a link that succeeded can be lost and the retry finds our own file
+                if path.stat().st_size != len(data) or read_all(self, key, limit=len(data)) != data:
+                    raise KeyExists(f"{path}: exists with other content") from None
+        _sync_directory(path.parent)
+
+    def delete(self, key: str) -> None:
+        """See Store.delete. Directories left empty go too, as prefixes do in an object store."""
+        path = self._path(key)
+        with _mapped("delete", path):
+            try:
+                path.unlink(missing_ok=True)
+            except NotADirectoryError:
+                return
+            for parent in path.parents:
+                if parent == self.root or not parent.is_relative_to(self.root):
+                    break
+                try:
+                    parent.rmdir()
+                except OSError as e:
+                    if e.errno not in {errno.ENOTEMPTY, errno.EEXIST, errno.ENOENT}:
+                        raise
+                    break
+            if path.parent.exists():
+                _sync_directory(path.parent)
+
+    def link_hint(self, name: str, target: str) -> None:
+        """Point the symlink `name` at `target`, atomically. A convenience for people; no reader follows it."""
+        path = self._path(name)
+        temp = path.with_name(f".tmp-{secrets.token_hex(4)}-{path.name}")
+        with _mapped("link", path):
+            temp.symlink_to(target)
+            temp.replace(path)
+
+    def _path(self, key: str, *, prefix: bool = False) -> Path:
+        return self.root / check(key, prefix=prefix)
+
+    @contextlib.contextmanager
+    def _temporary(self, path: Path, pieces: Iterable[memoryview], size: int) -> Iterator[Path]:
+        """A durable temp file beside `path` that holds the pieces; gone when the block ends."""
+        temp = path.with_name(f".tmp-{secrets.token_hex(4)}-{path.name}")
+        with _mapped("write", path):
+            descriptor = self._open_new(temp)
+            try:
+                try:
+                    written = _write_pieces(descriptor, pieces, size)
+                    if written != size:
+                        raise StoreError(f"{path}: the pieces have {written} bytes, {size} were announced")
+                    os.fsync(descriptor)
+                finally:
+                    os.close(descriptor)
+                yield temp
+            finally:
+                temp.unlink(missing_ok=True)
+
+    def _open_new(self, temp: Path) -> int:
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+        while True:
+            _make_directory(temp.parent)
+            with contextlib.suppress(FileNotFoundError):  # a delete removed the empty directory in between
+                return os.open(temp, flags, 0o644)
+
+
+def _write_pieces(descriptor: int, pieces: Iterable[memoryview], size: int) -> int:
+    if size:
+        try:
+            os.posix_fallocate(descriptor, 0, size)  # a full disk is found here, before any copying
+        except OSError as e:
+            if e.errno not in {errno.EOPNOTSUPP, errno.EINVAL}:
+                raise
+    position = 0
+    for piece in pieces:
+        rest = [piece] if len(piece) else []
+        while rest:
+            done = os.pwritev(descriptor, rest, position)
+            position += done
+            rest = _after(rest, done)
+    return position
+
+
+def _after(buffers: Sequence[memoryview], done: int) -> list[memoryview]:
+    """What is left of the buffers after their first `done` bytes."""
+    rest = []
+    for buffer in buffers:
+        if done < len(buffer):
+            rest.append(buffer[done:])
+        done = max(0, done - len(buffer))
+    return rest
+
+
+def _make_directory(path: Path) -> None:
+    """Make a directory and its parents, each durable in its own parent."""
+    if path.is_dir():
+        return
+    _make_directory(path.parent)
+    with contextlib.suppress(FileExistsError):
+        path.mkdir()
+    if not path.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(path))
+    _sync_directory(path.parent)
+
+
+def _sync_directory(path: Path) -> None:
+    with _mapped("sync", path):
+        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+@contextlib.contextmanager
+def _mapped(verb: str, path: Path) -> Iterator[Path]:
+    """Turn an OSError of the block into a StoreError that says what, where and what to do."""
+    try:
+        yield path
+    except StoreError:
+        raise
+    except (FileNotFoundError, IsADirectoryError) as e:
+        raise KeyMissing(f"cannot {verb} {path}: no such key") from e
+    except OSError as e:
+        advice = _ADVICE.get(e.errno or 0, "")
+        error = StoreError(f"cannot {verb} {path}: {e.strerror or e}" + (f" ({advice})" if advice else ""))
+        error.errno = e.errno
+        raise error from e

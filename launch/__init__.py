@@ -1,0 +1,1 @@
+"""Programs that train: the demo, and examples to copy from."""
