@@ -186,20 +186,6 @@ def decode_header(header: bytes, size: int) -> dict[str, Stored]:
     return entries
 
 
-TAG_SIZE = {
-    "F64": 8,
-    "I64": 8,
-    "U64": 8,
-    "F32": 4,
-    "I32": 4,
-    "U32": 4,
-    "F16": 2,
-    "BF16": 2,
-    "I16": 2,
-    "U16": 2,
-} | {tag: 1 for tag in ("F8_E4M3", "F8_E5M2", "I8", "U8", "BOOL")}
-
-
 def _stored(name: str, item: Any, data_start: int) -> Stored:
     match item:
         case {"dtype": str(tag), "shape": [*shape], "data_offsets": [int(start), int(stop)]} if (

@@ -170,8 +170,7 @@ class FlatEven:
     @property
     def last_file(self) -> int:
         """Largest file index that the partition can name."""
-        numel: int = prod(self.shape)
-        last = max(self.offset + numel - 1, 0) // self.period
+        last = max(self.offset + Box.whole(self.shape).numel - 1, 0) // self.period
         return self.first + last * self.stride
 
     def check(self) -> None:
