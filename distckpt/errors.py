@@ -91,3 +91,9 @@ def by_name(name: str) -> type[DistckptError]:
     """Class of this module named `name`; `RankFailed` for any other name (a foreign error on another rank)."""
     found = globals().get(name)
     return found if isinstance(found, type) and issubclass(found, DistckptError) else RankFailed
+
+
+def failure_text(error: BaseException) -> str:
+    """What an error says, with its class where the text alone would not tell."""
+    text = str(error)
+    return text if text and isinstance(error, DistckptError) else f"{type(error).__name__}: {text}"

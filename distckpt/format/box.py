@@ -155,16 +155,16 @@ class Span:
         return self.extent == self.box.numel
 
 
-def spans(within: Part, box: Box, *, limit: int) -> Iterator[Span]:
-    """Cut `box` of a part into stretches of memory; those with holes span at most `limit` elements.
+def spans(within: Part, box: Box, *, limit: int, in_place: bool = False) -> Iterator[Span]:
+    """Cut `box` of a part into stretches of memory that span at most `limit` elements, holes included.
 
-    A contiguous box is one span however long. A box with holes wider than `limit` is cut along its outermost
-    dimension, so no span reads a hole that wide.
+    `in_place`: a contiguous box stays one span however long. A box is cut along its outermost dimension, so no span
+    reads a hole wider than `limit`.
     """
     step = strides(within.box.sizes)
     start = within.start + sum(a * s for a, s in zip(box.relative_to(within.box).offsets, step, strict=True))
     extent = sum((n - 1) * s for n, s in zip(box.sizes, step, strict=True)) + 1
-    if extent == box.numel or extent <= limit:
+    if extent <= limit or box.numel == 1 or (in_place and extent == box.numel):
         yield Span(start, extent, box)
         return
     d = next(d for d, n in enumerate(box.sizes) if n > 1)
@@ -173,4 +173,4 @@ def spans(within: Part, box: Box, *, limit: int) -> Iterator[Span]:
         offsets, sizes = list(box.offsets), list(box.sizes)
         offsets[d] += first
         sizes[d] = min(count, box.sizes[d] - first)
-        yield from spans(within, Box(tuple(offsets), tuple(sizes)), limit=limit)
+        yield from spans(within, Box(tuple(offsets), tuple(sizes)), limit=limit, in_place=in_place)

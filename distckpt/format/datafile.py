@@ -142,7 +142,7 @@ def decode_table(data: bytes, covered: int) -> array[int]:
     return sums
 
 
-def file_digest(header: bytes, table: bytes) -> str:
+def file_digest(header: bytes | memoryview, table: bytes | memoryview) -> str:
     """Digest of a data file: over its header (8-byte length included) and its checksum table."""
     return digest(header, table)
 

@@ -24,7 +24,10 @@ CHECKSUMS_CHUNK = "__checksums__"
 _KEY_PART = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]{0,254}")
 _STEP_DIR = re.compile(r"step-(\d{8,})(?:\.([1-9]\d*))?")
 _LAUNCH = re.compile(r"(\d{4,})\.json")
-_ATTEMPT_FILE = re.compile(r"(?P<stem>[A-Za-z0-9_-]+)\.(?P<attempt>[0-9a-f]{12})\.(?P<ext>safetensors|json)")
+_ATTEMPT_FILE = re.compile(
+    r"(?P<stem>[A-Za-z0-9_][A-Za-z0-9_.-]*)\.(?P<attempt>[0-9a-f]{12})\.(?P<ext>safetensors|json)"
+)
+_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]*")
 _ACK = re.compile(r"ack-(\d{5,})")
 _SLICE = re.compile(r"\[(?:flat )?\d+:\d+(?:,\d+:\d+)*\]$")
 
@@ -34,6 +37,11 @@ def check_key(key: str) -> str:
     if not all(_KEY_PART.fullmatch(part) for part in key.split("/")):
         raise FormatError(f"not a key: {key!r}; each part must match {_KEY_PART.pattern}")
     return key
+
+
+def is_name(text: str) -> bool:
+    """Whether a user's name (of a model in a dict, of an extra value) can stand in fqns and file names."""
+    return _NAME.fullmatch(text) is not None
 
 
 @dataclass(frozen=True, slots=True, order=True)

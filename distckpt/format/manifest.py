@@ -78,9 +78,9 @@ class Manifest:
     writer: Mapping[str, str] = field(default_factory=dict)
 
 
-def encode(manifest: Manifest) -> bytes:
-    """Content of commit.json."""
-    body = {
+def to_json(manifest: Manifest) -> dict[str, Any]:
+    """Members of commit.json but its digest."""
+    return {
         "format": FORMAT_VERSION,
         "step": manifest.step,
         "generation": manifest.generation,
@@ -98,6 +98,11 @@ def encode(manifest: Manifest) -> bytes:
         "rank_objects": dict(sorted(manifest.rank_objects.items())),
         "files": [[f.name, f.size, f.header, f.digest] for f in manifest.files],
     }
+
+
+def encode(manifest: Manifest) -> bytes:
+    """Content of commit.json."""
+    body = to_json(manifest)
     text = json.dumps(body, separators=(",", ":"), allow_nan=False)[:-1].encode()
     return text + f',"digest":"{digest(text)}"}}\n'.encode()
 
@@ -122,14 +127,15 @@ def decode(data: bytes) -> Manifest:
             f"format version {version}; this distckpt reads up to {FORMAT_VERSION}. Install a newer distckpt."
         )
     try:
-        manifest = _read(body)
+        manifest = from_json(body)
     except Unsupported as e:
         raise FormatError(str(e)) from e
     _check(manifest)
     return manifest
 
 
-def _read(body: dict[str, Any]) -> Manifest:
+def from_json(body: dict[str, Any]) -> Manifest:
+    """Manifest with these members, each well-formed; that they fit each other is `decode`'s to check."""
     match body:
         case {
             "step": int(step),

@@ -33,9 +33,9 @@ class TensorRef:
     kind: str = "torch"
 
 
-def encode(value: Any) -> bytes:
-    """JSON text of a value. Unsupported, with the path, for a type that the format does not have."""
-    return json.dumps(_tag(value, "$", 0), separators=(",", ":"), allow_nan=False).encode()
+def encode(value: Any, name: str = "$") -> bytes:
+    """JSON text of a value. Unsupported, with the path (which begins with `name`), for a type the format has not."""
+    return json.dumps(_tag(value, name, 0), separators=(",", ":"), allow_nan=False).encode()
 
 
 def decode(data: bytes | memoryview) -> Any:

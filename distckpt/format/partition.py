@@ -249,7 +249,7 @@ class Copies:
 
     def of_file(self, file: int) -> Iterator[Region]:
         """Yield the regions of the tensor that lie in `file`."""
-        if self.copy_of(file) is not None and prod(self.shape):
+        if self.copy_of(file) is not None and Box.whole(self.shape).numel:
             yield Box.whole(self.shape)
 
     @property

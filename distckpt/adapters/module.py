@@ -1,0 +1,170 @@
+"""Models: plain modules, DDP, and modules whose parameters are DTensors (FSDP2, TP, HSDP).
+
+Fqns are those of the bare model: wrappers (DDP, torch.compile, activation checkpointing) leave no trace in them.
+Tied parameters are stored once, under the first name; the others are aliases.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+from distckpt.adapters import tensors
+from distckpt.errors import Mismatch
+from distckpt.state import State, plain
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    import torch
+
+    from distckpt.state import GlobalTensor, Saved
+
+_WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.")
+
+
+def bare(module: nn.Module) -> nn.Module:
+    """Module without the wrappers around it that change every name."""
+    while isinstance(module, DistributedDataParallel) or hasattr(module, "_orig_mod"):
+        module = module.module if isinstance(module, DistributedDataParallel) else module._orig_mod  # type: ignore[assignment]
+    return module
+
+
+def clean(name: str) -> str:
+    """Fqn for a name that torch gives: wrappers within the model stripped."""
+    for wrapper in _WRAPPERS:
+        name = name.replace(wrapper, "")
+    return name
+
+
+def named_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """(fqn, parameter) of a model, tied ones under each of their names, in the order of the modules."""
+    for name, parameter in bare(module).named_parameters(remove_duplicate=False):
+        yield clean(name), parameter
+
+
+def _named_buffers(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """(fqn, buffer) of every persistent buffer."""
+    for lead, owner in bare(module).named_modules(remove_duplicate=False):
+        for name, buffer in owner.named_buffers(recurse=False, remove_duplicate=False):
+            if name not in owner._non_persistent_buffers_set:
+                yield clean(f"{lead}.{name}" if lead else name), buffer
+
+
+class ModuleAdapter:
+    """A model's parameters, persistent buffers and extra state, each name led by `prefix.`."""
+
+    def __init__(self, module: nn.Module, prefix: str) -> None:
+        self._module, self._prefix = module, prefix
+        self._extra = f"{prefix}.extra_state"
+        self._made: dict[str, torch.Tensor] = {}
+
+    def capture(self) -> State:
+        """See Stateful.capture. FSDP modules are resharded first, as they are between steps anyway."""
+        captured = self._tensors()
+        extra = {
+            clean(name): owner.get_extra_state()
+            for name, owner in bare(self._module).named_modules()
+            if type(owner).get_extra_state is not nn.Module.get_extra_state
+        }
+        return State.merged([captured, tensors.capture_tree(self._extra, extra)] if extra else [captured])
+
+    def _tensors(self) -> State:
+        for owner in self._module.modules():
+            if isinstance(owner, FSDPModule):
+                owner.reshard()
+        state, first = State(), dict[int, str]()
+
+        def add(name: str, tensor: torch.Tensor, *, trusted: bool) -> None:
+            fqn = f"{self._prefix}.{name}"
+            if id(tensor) in first:
+                state.aliases[fqn] = first[id(tensor)]
+            else:
+                first[id(tensor)] = fqn
+                state.tensors[fqn] = tensors.describe(tensor, fqn, trusted=trusted)
+
+        for name, parameter in named_parameters(self._module):
+            add(name, parameter, trusted=True)
+        for name, buffer in _named_buffers(self._module):
+            add(name, buffer, trusted=False)
+        return state
+
+    def targets(self, saved: Saved) -> State:
+        """See Stateful.targets."""
+        owners = {name for name, _ in self._extra_owners()}
+        if (names := set(saved.objects.get(self._extra, {}))) - owners:
+            raise Mismatch(
+                f"the checkpoint has extra state of modules that the model has not: {sorted(names - owners)}"
+            )
+        self._made = tensors.tree_targets(self._extra, saved)
+        made: dict[str, GlobalTensor] = {fqn: plain(t, fqn, trusted=False) for fqn, t in self._made.items()}
+        takes = {self._extra: True} if owners else {}
+        return State.merged([self._tensors(), State(made, objects=takes)])
+
+    def _extra_owners(self) -> Iterator[tuple[str, nn.Module]]:
+        for name, owner in bare(self._module).named_modules():
+            if type(owner).set_extra_state is not nn.Module.set_extra_state:
+                yield clean(name), owner
+
+    def restore(self, saved: Saved) -> list[str]:
+        """See Stateful.restore."""
+        extra: dict[str, Any] = tensors.insert(saved.objects.get(self._extra, {}), self._made)
+        for name, owner in self._extra_owners():
+            if name in extra:
+                owner.set_extra_state(extra[name])
+        self._made = {}
+        return []
+
+
+class GradientAdapter:
+    """Accumulated gradients, `prefix.<fqn of the parameter>`; a parameter without one has none in the checkpoint."""
+
+    def __init__(self, module: nn.Module, prefix: str) -> None:
+        self._module, self._prefix = module, prefix
+        self._made: list[tuple[nn.Parameter, torch.Tensor | None]] = []
+
+    def capture(self) -> State:
+        """See Stateful.capture."""
+        return State(
+            {
+                f"{self._prefix}.{name}": tensors.describe(p.grad, f"{self._prefix}.{name}", trusted=False)
+                for name, p in bare(self._module).named_parameters()
+                if p.grad is not None
+                for name in [clean(name)]
+            }
+        )
+
+    def targets(self, saved: Saved) -> State:
+        """See Stateful.targets."""
+        state = State()
+        self._made = []
+        for name, p in bare(self._module).named_parameters():
+            fqn = f"{self._prefix}.{clean(name)}"
+            info = saved.tensors.get(fqn)
+            grad = tensors.empty_like(p.detach(), tuple(p.shape), p.dtype) if info else None
+            if grad is not None:
+                state.tensors[fqn] = tensors.describe(grad, fqn, trusted=False)
+            self._made.append((p, grad))
+        return state
+
+    def restore(self, saved: Saved) -> list[str]:  # noqa: ARG002
+        """See Stateful.restore."""
+        for p, grad in self._made:
+            p.grad = grad
+        self._made = []
+        return []
+
+
+def parallelism(module: nn.Module) -> str:
+    """How a model is parallel, in words: recorded with a checkpoint and compared at a resume."""
+    if isinstance(module, DistributedDataParallel):
+        return "DistributedDataParallel"
+    sharded = next((p for p in module.parameters() if isinstance(p, DTensor)), None)
+    if sharded is None:
+        return "plain"
+    mesh = sharded.device_mesh
+    return f"DTensor on a mesh of {dict(zip(mesh.mesh_dim_names or (), mesh.shape, strict=False)) or tuple(mesh.shape)}"

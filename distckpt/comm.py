@@ -1,0 +1,271 @@
+"""Ranks talking. Three verbs above one primitive, so that no collective stands bare anywhere else.
+
+`Comm.all_gather` moves a small fixed-size message; `together` runs a function on every rank and lets every rank learn
+every failure; `exchange` moves messages of any length, for the exceptions. Every wait ends: RanksMissing names who
+did not answer. A comm that failed once stays failed: its ranks no longer agree on where they are.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
+
+from distckpt.errors import DistckptError, RankFailed, RanksMissing, by_name
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+MESSAGE = 120
+"""Bytes of the message of `together`: a status byte, a length byte, the payload."""
+MAX_PAYLOAD = MESSAGE - 2
+
+T = TypeVar("T")
+
+
+class Comm(Protocol):
+    """Ranks 0 to world_size - 1, each calling the same things in the same order."""
+
+    rank: int
+    world_size: int
+    timeout: float
+    """Seconds that any one wait lasts at most."""
+
+    def all_gather(self, what: str, payload: bytes) -> list[bytes]:
+        """Every rank's payload, by rank. Payloads have the same length on all ranks. RanksMissing, saying `what`."""
+        ...
+
+    def close(self) -> None:
+        """Give back what the comm holds. Not collective."""
+        ...
+
+
+def together(comm: Comm, what: str, fn: Callable[[], bytes | None]) -> list[bytes]:
+    """Run `fn` on every rank; return every rank's result (at most MAX_PAYLOAD bytes), by rank.
+
+    If it raised on any rank, every rank raises: the ranks' own error class where they agree on one, else RankFailed,
+    with each rank and its cause in the message. One all-gather of MESSAGE bytes when all is well.
+    """
+    failure: Exception | None = None
+    payload = b""
+    try:
+        payload = fn() or b""
+        if len(payload) > MAX_PAYLOAD:
+            raise ValueError(f"{what}: a result of {len(payload)} bytes; at most {MAX_PAYLOAD} travel")
+    except Exception as e:  # noqa: BLE001  every failure must reach every rank; it is raised again below
+        failure = e
+    if comm.world_size == 1:
+        if failure:
+            raise failure
+        return [payload]
+    message = bytes([failure is not None, len(payload) if not failure else 0]) + (b"" if failure else payload)
+    replies = comm.all_gather(what, message.ljust(MESSAGE, b"\0"))
+    if not any(reply[0] for reply in replies):
+        return [reply[2 : 2 + reply[1]] for reply in replies]
+    text = json.dumps([type(failure).__name__, str(failure) or repr(failure)] if failure else None)
+    causes = {
+        rank: cause
+        for rank, reply in enumerate(exchange(comm, what, text.encode()))
+        if (cause := json.loads(reply)) is not None
+    }
+    raise failure_of(what, causes, comm.world_size) from failure
+
+
+def failure_of(what: str, causes: dict[int, tuple[str, str]], world_size: int) -> DistckptError:
+    """One error for what happened on several ranks: `causes` is rank -> (class name, message)."""
+    kinds = {by_name(kind) for kind, _ in causes.values()}
+    ranks_of: dict[str, list[int]] = {}
+    for rank, (kind, text) in sorted(causes.items()):
+        ranks_of.setdefault(text if by_name(kind) is not RankFailed else f"{kind}: {text}", []).append(rank)
+    lines = [f"{_ranks(ranks, world_size)}: {text}" for text, ranks in ranks_of.items()]
+    error = kinds.pop() if len(kinds) == 1 else RankFailed
+    return error(f"{what} failed on " + ("; on ".join(lines)))
+
+
+def _ranks(ranks: Sequence[int], world_size: int) -> str:
+    if len(ranks) == world_size:
+        return "every rank"
+    shown = ", ".join(map(str, ranks[:16])) + (f" and {len(ranks) - 16} more" if len(ranks) > 16 else "")
+    return f"rank{'s' if len(ranks) > 1 else ''} {shown}"
+
+
+def exchange(comm: Comm, what: str, data: bytes) -> list[bytes]:
+    """Every rank's bytes, of any length, by rank. Two collectives; for what is rare."""
+    lengths = [int.from_bytes(n, "little") for n in comm.all_gather(what, len(data).to_bytes(8, "little"))]
+    replies = comm.all_gather(what, data.ljust(max(1, *lengths), b"\0"))
+    return [reply[:n] for reply, n in zip(replies, lengths, strict=True)]
+
+
+class SoloComm:
+    """One process."""
+
+    rank = 0
+    world_size = 1
+
+    def __init__(self, timeout: float = 600.0) -> None:
+        self.timeout = timeout
+
+    def all_gather(self, what: str, payload: bytes) -> list[bytes]:  # noqa: ARG002
+        """See Comm.all_gather."""
+        return [payload]
+
+    def close(self) -> None:
+        """See Comm.close."""
+
+
+class TorchComm:
+    """torch.distributed, on a gloo group of its own, whatever backend trains.
+
+    When a collective fails, each survivor signs in at the rendezvous store; who has not signed in is missing.
+    """
+
+    def __init__(self, timeout: float = 600.0) -> None:
+        from datetime import timedelta
+
+        import torch.distributed as dist
+        from torch._C._distributed_c10d import PrefixStore
+        from torch.distributed.distributed_c10d import _get_default_store
+
+        self.rank = dist.get_rank()
+        self.world_size = dist.get_world_size()
+        self.timeout = timeout
+        self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout))
+        self._store = PrefixStore(f"distckpt/{self._group.group_name}", _get_default_store())
+        self._store.set_timeout(timedelta(seconds=min(timeout, 10.0)))
+        self._round = 0
+        self._broken: str | None = None
+
+    def all_gather(self, what: str, payload: bytes) -> list[bytes]:
+        """See Comm.all_gather."""
+        import torch
+        import torch.distributed as dist
+
+        if self._broken:
+            raise RanksMissing(f"{what}: ranks were lost earlier ({self._broken}); restart the job")
+        self._round += 1
+        mine = torch.frombuffer(bytearray(payload), dtype=torch.uint8)
+        replies = [torch.empty_like(mine) for _ in range(self.world_size)]
+        try:
+            self._wait(dist.all_gather(replies, mine, group=self._group, async_op=True))
+        except RuntimeError as e:
+            self._broken = f"{what}: {self._who_is_missing()}"
+            raise RanksMissing(self._broken) from e
+        return [bytes(reply.numpy()) for reply in replies]
+
+    def _wait(self, work: Any) -> None:
+        """Wait for a collective; give up when it times out or another rank has found it broken."""
+        started = time.monotonic()
+        pause, looked = 1e-5, started
+        while not work.is_completed():
+            time.sleep(pause)
+            pause = min(pause * 1.5, 2e-3)
+            now = time.monotonic()
+            if now - started > self.timeout:
+                raise RuntimeError("timed out")
+            if now - looked > 0.25:  # gloo tells only a dead rank's neighbours; the others hear of it here
+                looked = now
+                if self._store.check([f"{self._round}/broken"]):
+                    raise RuntimeError("another rank found the collective broken")
+        work.wait()
+
+    def _who_is_missing(self) -> str:
+        """Sign in, wait a while for the others to, and name those who did not."""
+        try:
+            self._store.set(f"{self._round}/broken", "1")
+            self._store.set(f"{self._round}/{self.rank}", "1")
+            missing = [r for r in range(self.world_size) if r != self.rank]
+            deadline = time.monotonic() + min(self.timeout, 3.0)
+            while missing and time.monotonic() < deadline:
+                time.sleep(0.05)
+                missing = [r for r in missing if not self._store.check([f"{self._round}/{r}"])]
+        except RuntimeError as e:
+            return f"the rendezvous store, which lives on rank 0 or in the launcher, is gone ({e})"
+        if not missing:
+            return "every rank answered in the end, but the collective broke; the network may be at fault"
+        return f"{_ranks(missing, self.world_size)} did not answer within {self.timeout:g} s or died"
+
+    def close(self) -> None:
+        """See Comm.close. A broken group is left to the process's end: destroying it could wait for the dead."""
+        import torch.distributed as dist
+
+        if not self._broken and dist.is_initialized():
+            dist.destroy_process_group(self._group)
+        self._broken = self._broken or "the comm was closed"
+
+
+@dataclass
+class _Round:
+    """One collective among threads."""
+
+    what: str
+    payloads: dict[int, bytes] = field(default_factory=dict)
+    done: threading.Event = field(default_factory=threading.Event)
+
+
+class ThreadComm:
+    """Ranks as threads of one process, for tests of logic."""
+
+    def __init__(self, rank: int, rounds: ThreadRounds, timeout: float) -> None:
+        self.rank, self.world_size, self.timeout = rank, rounds.world_size, timeout
+        self._rounds, self._number = rounds, 0
+
+    @staticmethod
+    def group(world_size: int, timeout: float = 10.0) -> list[ThreadComm]:
+        """Comms of `world_size` ranks, one for each thread."""
+        rounds = ThreadRounds(world_size)
+        return [ThreadComm(rank, rounds, timeout) for rank in range(world_size)]
+
+    def all_gather(self, what: str, payload: bytes) -> list[bytes]:
+        """See Comm.all_gather."""
+        self._number += 1
+        now = self._rounds.join(self._number, what, self.rank, payload)
+        if not now.done.wait(self.timeout):
+            missing = [r for r in range(self.world_size) if r not in now.payloads]
+            raise RanksMissing(f"{what}: {_ranks(missing, self.world_size)} did not answer within {self.timeout:g} s")
+        return [now.payloads[r] for r in range(self.world_size)]
+
+    def close(self) -> None:
+        """See Comm.close."""
+
+
+class ThreadRounds:
+    """What the threads of one ThreadComm group share. A round in which they ask for different things is an error."""
+
+    def __init__(self, world_size: int) -> None:
+        self.world_size = world_size
+        self._rounds: dict[int, _Round] = {}
+        self._lock = threading.Lock()
+
+    def join(self, number: int, what: str, rank: int, payload: bytes) -> _Round:
+        """Give a rank's payload to its n-th round."""
+        with self._lock:
+            now = self._rounds.setdefault(number, _Round(what))
+            if now.what != what or any(len(p) != len(payload) for p in now.payloads.values()):
+                raise RuntimeError(f"rank {rank} is at {what!r} ({len(payload)} bytes), others at {now.what!r}")
+            now.payloads[rank] = payload
+            if len(now.payloads) == self.world_size:
+                now.done.set()
+            return now
+
+
+class Place(NamedTuple):
+    """Where this process stands among the ranks."""
+
+    rank: int
+    world_size: int
+
+
+def current() -> Place:
+    """Rank and world size of torch.distributed where it is initialised, else (0, 1). No collective."""
+    import torch.distributed as dist
+
+    if dist.is_available() and dist.is_initialized():
+        return Place(dist.get_rank(), dist.get_world_size())
+    return Place(0, 1)
+
+
+def default(timeout: float) -> Comm:
+    """Comm of this job. Collective where torch.distributed is initialised: every rank makes it at the same point."""
+    return TorchComm(timeout) if current().world_size > 1 else SoloComm(timeout)

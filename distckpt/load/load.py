@@ -1,0 +1,97 @@
+"""One load, from an opened checkpoint into live state.
+
+The path, top to bottom: read the objects -> targets -> plan (one error with every problem, before a byte moves) ->
+verified reads -> restore. Each part is agreed on by all ranks before the next begins.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Any
+
+from distckpt.comm import together
+from distckpt.errors import Mismatch
+from distckpt.load.plan import Options, Plan, listed, plan
+from distckpt.load.read import read
+from distckpt.load.report import LoadReport
+from distckpt.state import Saved
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from distckpt.comm import Comm
+    from distckpt.load.open import Checkpoint
+    from distckpt.state import Stateful
+
+
+def load(
+    comm: Comm, checkpoint: Checkpoint, live: Stateful, options: Options, *, about_to_change: Callable[[], None]
+) -> LoadReport:
+    """Load a checkpoint into live state, in place, on every rank. Collective.
+
+    Raises on every rank what fails on any. Up to the call of `about_to_change` nothing live has changed; an error
+    after it leaves a mix.
+    """
+    started = time.monotonic()
+    step = checkpoint.manifest.step
+    saved: Saved | None = None
+    made: Plan | None = None
+
+    def prepare() -> None:
+        nonlocal saved, made
+        saved, names, aliases = _offered(checkpoint, comm, options)
+        made = plan(saved, names, aliases, live.targets(saved), options)
+        for file in {item.file for item in made.items}:
+            checkpoint.data_file(file)
+
+    together(comm, f"planning the load of {checkpoint.directory}", prepare)
+    assert saved is not None
+    assert made is not None
+    items, offered = made.items, saved
+    about_to_change()
+    together(comm, f"reading {checkpoint.directory}", lambda: read(checkpoint, items))
+    report = LoadReport(step, made.loaded, made.missing, made.unexpected, made.cast, made.notes)
+
+    def restore() -> None:
+        report.notes += live.restore(offered)
+
+    together(comm, f"restoring {checkpoint.directory}", restore)
+    report.bytes_read = checkpoint.bytes_read
+    report.seconds = time.monotonic() - started
+    return report
+
+
+def _offered(checkpoint: Checkpoint, comm: Comm, options: Options) -> tuple[Saved, dict[str, str], dict[str, str]]:
+    """(what the checkpoint offers under live names, live name -> saved name, aliases under live names)."""
+    content = checkpoint.manifest
+    resharded = content.world_size != comm.world_size
+    names = {options.renamed(name): name for name in content.tensors}
+    if len(names) < len(content.tensors):
+        raise Mismatch("rename gives two saved tensors the same name")
+    aliases = {options.renamed(alias): options.renamed(fqn) for alias, fqn in content.aliases.items()}
+    objects: dict[str, Any] = {name: checkpoint.object(name) for name in content.objects if options.wants(name)}
+    of_rank: dict[int, dict[str, Any]] = {}
+
+    def rank_object(name: str, rank: int) -> Any:
+        if rank not in of_rank:
+            of_rank[rank] = checkpoint.rank_objects(rank)
+        return of_rank[rank].get(name)
+
+    refused = []
+    for name, policy in content.rank_objects.items():
+        if options.wants(name):
+            chosen = options.per_rank.get(name, policy) if resharded else policy
+            objects[name] = rank_object(name, 0 if resharded and chosen == "first" else comm.rank % content.world_size)
+            if resharded and chosen == "refuse":
+                refused.append(
+                    f"{name}: each of the {content.world_size} ranks saved its own; {comm.world_size} ranks cannot "
+                    f"share them out (per_rank={{{name!r}: 'first'}} gives every rank that of rank 0)"
+                )
+    if refused:
+        raise Mismatch(listed("per-rank values cannot be carried to another world size; nothing was changed", refused))
+    tensors = {live: content.tensors[name] for live, name in names.items()}
+    rename = options.rename or (lambda fqn: fqn)
+    saved = Saved(
+        tensors, objects, content.world_size, comm.rank, comm.world_size, rank_object, rename, options.per_rank
+    )
+    return saved, names, aliases

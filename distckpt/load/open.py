@@ -1,0 +1,149 @@
+"""An opened checkpoint: its manifest, and the headers, tables and objects of its files, verified when first read."""
+
+from __future__ import annotations
+
+import bisect
+import threading
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from distckpt.errors import Corrupt, FormatError, KeyMissing, KeyTruncated, NewerFormat, NotACheckpoint
+from distckpt.format import datafile, manifest, objects
+from distckpt.format.checksum import BLOCK, crc_of, digest
+from distckpt.format.layout import CHECKSUMS_CHUNK, COMMIT, OBJECTS_CHUNK, StepDir, fqn_of
+from distckpt.store.base import read_all
+
+if TYPE_CHECKING:
+    from array import array
+
+    from distckpt.format.datafile import Stored
+    from distckpt.format.manifest import FileInfo, Manifest
+    from distckpt.store.base import Store
+
+
+@dataclass(frozen=True, slots=True)
+class DataFile:
+    """A data file whose header and checksum table have been verified."""
+
+    key: str
+    chunks: dict[str, Stored]
+    sums: array[int]
+    covered: int
+    """Bytes that the table sums."""
+
+    def verify(self, first: int, pieces: list[list[memoryview]]) -> None:
+        """Check blocks `first`, `first + 1`, ..., each given as its pieces in order. Corrupt, with the fqns."""
+        for i, block in enumerate(pieces):
+            if crc_of(block) != self.sums[first + i]:
+                start, stop = (first + i) * BLOCK, min((first + i + 1) * BLOCK, self.covered)
+                raise Corrupt(
+                    f"{self.key}: bytes {start} to {stop} do not match their checksum; they hold "
+                    f"{_shown(self.names(start, stop))}"
+                )
+
+    def names(self, start: int, stop: int) -> list[str]:
+        """Fqns with bytes in [start, stop)."""
+        return [fqn_of(n) for n, c in self.chunks.items() if c.start < stop and c.stop > start] or ["the header"]
+
+
+class Checkpoint:
+    """One committed checkpoint. `bytes_read` counts what has been read of it, in bytes."""
+
+    def __init__(self, store: Store, directory: StepDir, content: Manifest) -> None:
+        self.store, self.directory, self.manifest = store, directory, content
+        self.bytes_read = 0
+        self._files: dict[int, DataFile] = {}
+        self._lock = threading.Lock()
+
+    def data_file(self, index: int) -> DataFile:
+        """Data file of this index in the manifest's table. Corrupt unless header and table match their digest."""
+        if index not in self._files:
+            self._files[index] = self._open(self.manifest.files[index])
+        return self._files[index]
+
+    def _open(self, info: FileInfo) -> DataFile:
+        key = info.name if "/" in info.name else f"{self.directory}/{info.name}"
+        header = memoryview(bytearray(info.header))
+        self.read(key, 0, [header], size=info.size)
+        covered = _covered(info.size)
+        table = memoryview(bytearray(info.size - covered))
+        self.read(key, covered, [table])
+        if datafile.file_digest(header, table) != info.digest:
+            raise Corrupt(f"{key}: its header or checksum table does not match the commit's digest")
+        try:
+            chunks = datafile.decode_header(bytes(header), info.size)
+            if chunks[CHECKSUMS_CHUNK].start != covered:
+                raise FormatError(f"{CHECKSUMS_CHUNK} begins at byte {chunks[CHECKSUMS_CHUNK].start}, not {covered}")
+            return DataFile(key, chunks, datafile.decode_table(bytes(table), covered), covered)
+        except FormatError as e:
+            raise FormatError(f"{key}: {e}") from e
+
+    def read(self, key: str, start: int, buffers: list[memoryview], *, size: int | None = None) -> None:
+        """Store.read, counted; what is gone, cut short, or (where `size` is given) of another length is Corrupt."""
+        try:
+            if size is not None and (found := self.store.head(key)) != size:
+                raise Corrupt(f"{key}: has {found} bytes, the commit says {size}")
+            self.store.read(key, start, buffers)
+        except (KeyMissing, KeyTruncated) as e:
+            raise Corrupt(f"{self.directory} is committed, but {e}") from e
+        with self._lock:
+            self.bytes_read += sum(map(len, buffers))
+
+    def object(self, name: str) -> Any:
+        """Rank-independent object of this name, verified."""
+        info = self.manifest.objects[name]
+        key = f"{self.directory}/{info.name}"
+        data = memoryview(bytearray(info.size))
+        self.read(key, 0, [data], size=info.size)
+        if digest(data) != info.digest:
+            raise Corrupt(f"{key}: object {name} does not match the commit's digest")
+        return objects.decode(data)
+
+    def rank_objects(self, rank: int) -> dict[str, Any]:
+        """Objects that this rank of the saved world kept for itself, verified."""
+        file = self.data_file(rank)
+        chunk = file.chunks[OBJECTS_CHUNK]
+        first, last = chunk.start // BLOCK, -(-chunk.stop // BLOCK)
+        data = bytearray(min(last * BLOCK, file.covered) - first * BLOCK)
+        view = memoryview(data)
+        self.read(file.key, first * BLOCK, [view])
+        file.verify(first, [[view[i : i + BLOCK]] for i in range(0, len(view), BLOCK)])
+        found = objects.decode(view[chunk.start - first * BLOCK : chunk.stop - first * BLOCK])
+        if not isinstance(found, dict):
+            raise FormatError(f"{file.key}: {OBJECTS_CHUNK} is not a JSON object")
+        return found
+
+
+def _covered(size: int) -> int:
+    """Bytes before the checksum table of a file of `size` bytes: the table's length follows from it."""
+    blocks = bisect.bisect_left(
+        range(size // BLOCK + 2), size, key=lambda b: b * BLOCK + datafile.table_size(b * BLOCK)
+    )
+    covered = size - datafile.table_size(blocks * BLOCK)
+    if covered < 0 or covered + datafile.table_size(covered) != size:
+        raise FormatError(f"no data file has {size} bytes")
+    return covered
+
+
+def open_checkpoint(store: Store, directory: StepDir) -> Checkpoint:
+    """Open a committed checkpoint.
+
+    NotACheckpoint where there is no commit; Corrupt or FormatError where it is damaged; NewerFormat.
+    """
+    key = f"{directory}/{COMMIT}"
+    try:
+        data = read_all(store, key, limit=manifest.MAX_BYTES)
+    except KeyMissing as e:
+        what = "holds no commit.json: a save that did not finish" if store.list(str(directory)) else "does not exist"
+        raise NotACheckpoint(f"{store}: {directory} {what}") from e
+    try:
+        content = manifest.decode(data)
+    except (Corrupt, NewerFormat, FormatError) as e:
+        raise type(e)(f"{key}: {e}") from e
+    if (content.step, content.generation) != (directory.step, directory.generation):
+        raise Corrupt(f"{key}: is the commit of {StepDir(content.step, content.generation)}")
+    return Checkpoint(store, directory, content)
+
+
+def _shown(names: list[str]) -> str:
+    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")

@@ -1,0 +1,162 @@
+"""Which chunks fill which shards, decided before a byte moves. Pure: takes and returns values.
+
+Strict in both directions: each target is filled whole, from a tensor of the same shape and the same (or losslessly
+widened) dtype, and nothing saved is left over; or one error lists every problem.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from distckpt.errors import Mismatch
+from distckpt.format.dtype import widens
+from distckpt.format.layout import chunk_name
+from distckpt.format.partition import Copies
+from distckpt.state import torch_dtype
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+    import torch
+
+    from distckpt.format.box import Region, Shape
+    from distckpt.format.manifest import TensorInfo
+    from distckpt.state import GlobalTensor, Saved, Shard, State
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    """How a load is to be done.
+
+    strict: missing and unexpected names are errors; else they are reported. only: leads of the names to load
+    (`("model",)`), all others being neither missing nor unexpected. cast: narrow dtypes too. rename: what to make of
+    a saved fqn, without its lead. per_rank: object name -> "first", for per-rank objects at another world size.
+    """
+
+    strict: bool = True
+    only: tuple[str, ...] | None = None
+    cast: bool = False
+    rename: Callable[[str], str] | None = None
+    per_rank: dict[str, str] = field(default_factory=dict)
+
+    def wants(self, name: str) -> bool:
+        """Whether a name (of a tensor or an object) is to be loaded."""
+        return self.only is None or any(name == lead or name.startswith(lead + ".") for lead in self.only)
+
+    def renamed(self, name: str) -> str:
+        """Live name of a saved tensor: its lead (`model.`, `optim.`, `grad.`) stays, the rest is renamed."""
+        lead, dot, rest = name.partition(".")
+        return lead + dot + self.rename(rest) if self.rename and rest else name
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """One chunk that fills part of one shard."""
+
+    fqn: str
+    file: int
+    name: str
+    region: Region
+    shape: Shape
+    dtype: torch.dtype
+    shard: Shard
+
+
+@dataclass(slots=True)
+class Plan:
+    """Items to read, and what to report."""
+
+    items: list[Item] = field(default_factory=list)
+    loaded: list[str] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
+    unexpected: list[str] = field(default_factory=list)
+    cast: dict[str, str] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+
+def plan(saved: Saved, saved_names: dict[str, str], aliases: dict[str, str], targets: State, options: Options) -> Plan:
+    """Plan the load of `targets` from `saved`; `saved_names` gives each live name its name in the checkpoint.
+
+    `aliases` are the checkpoint's, in live names. Mismatch, listing every problem.
+    """
+    made, problems, used = Plan(), [], set[str]()
+    for fqn, target in targets.tensors.items():
+        if not options.wants(fqn):
+            continue
+        source = aliases.get(fqn, fqn)
+        info = saved.tensors.get(source)
+        if info is None:
+            made.missing.append(fqn)
+            continue
+        used.add(source)
+        fault, cast = _fit(info, target, options)
+        if fault:
+            problems.append(f"{fqn}: {fault}")
+            continue
+        if cast:
+            made.cast[fqn] = cast
+        made.loaded.append(fqn)
+        if isinstance(info.partition, Copies):
+            made.notes += _copies_note(fqn, info.partition, saved)
+        made.items += _items(fqn, saved_names[source], info, target, saved)
+    made.unexpected = sorted(n for n in saved.tensors if n not in used and options.wants(n))
+    _compare_objects(made, saved, targets, options)
+    if options.strict:
+        problems += [f"{fqn}: missing from the checkpoint" for fqn in made.missing]
+        problems += [_unexpected(fqn, targets) for fqn in made.unexpected]
+    if problems:
+        raise Mismatch(listed("the checkpoint does not fit the state; nothing was changed", problems))
+    return made
+
+
+def _compare_objects(made: Plan, saved: Saved, targets: State, options: Options) -> None:
+    """Objects count like tensors; a target's object that may be missing has the value False."""
+    wanted = {name: needed for name, needed in targets.objects.items() if options.wants(name)}
+    made.missing += [name for name, needed in wanted.items() if needed and name not in saved.objects]
+    made.unexpected += [name for name in saved.objects if name not in wanted]
+
+
+def _unexpected(fqn: str, targets: State) -> str:
+    if fqn in targets.aliases:
+        return f"{fqn}: saved with values of its own, but tied to {targets.aliases[fqn]} here"
+    return f"{fqn}: in the checkpoint, but not in the state (only=..., strict=False or rename= would help)"
+
+
+def _fit(info: TensorInfo, target: GlobalTensor, options: Options) -> tuple[str, str]:
+    """(what is wrong, else "", and how the dtype is cast, else "")."""
+    if info.shape != target.shape:
+        return f"saved with shape {list(info.shape)}, the state has {list(target.shape)}", ""
+    if info.dtype == target.dtype:
+        return "", ""
+    how = f"{info.dtype} -> {target.dtype}"
+    if widens(info.dtype, target.dtype):
+        return "", how + " (lossless)"
+    if options.cast:
+        return "", how
+    return f"saved as {info.dtype}, the state has {target.dtype}: a narrowing cast, made only with cast=True", ""
+
+
+def _copies_note(fqn: str, partition: Copies, saved: Saved) -> list[str]:
+    if not saved.resharded and partition.copy_of(saved.rank) is not None:
+        return []
+    return [
+        f"{fqn}: differed between the {saved.world_size} ranks that saved it; every rank takes rank {partition.first}'s"
+    ]
+
+
+def _items(fqn: str, saved_name: str, info: TensorInfo, target: GlobalTensor, saved: Saved) -> Iterable[Item]:
+    dtype = torch_dtype(info.dtype)
+    own = None
+    if isinstance(info.partition, Copies) and not saved.resharded:
+        own = info.partition.copy_of(saved.rank)
+    for shard in target.shards:
+        for file, region in info.partition.overlapping(shard.region):
+            name = chunk_name(saved_name, region, info.shape)
+            yield Item(fqn, file if own is None else own, name, region, info.shape, dtype, shard)
+
+
+def listed(what: str, problems: list[str]) -> str:
+    """Message that lists problems, the first 50 of them."""
+    more = [f"  and {len(problems) - 50} more"] if len(problems) > 50 else []
+    return "\n".join([f"{what}:", *(f"  {p}" for p in problems[:50]), *more])

@@ -1,0 +1,168 @@
+"""Verified reads, straight into the targets' memory where it is contiguous.
+
+A file is read in windows, several in flight. Within a window, blocks that are needed and adjacent are one read. Where
+every piece of such a read is plain contiguous memory it is a scatter read: gaps go into scratch, the rest in place.
+Otherwise it goes through scratch, and pieces are copied (and cast, or sent to a device) out of it once verified.
+"""
+
+from __future__ import annotations
+
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from distckpt.errors import Corrupt
+from distckpt.format.box import overlaps, spans, strides
+from distckpt.format.checksum import BLOCK
+from distckpt.format.layout import fqn_of
+from distckpt.state import as_bytes, is_plain_memory, part_of
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+    from distckpt.load.open import Checkpoint, DataFile
+    from distckpt.load.plan import Item
+
+WINDOW = 16 << 20
+"""Bytes of a file that one read covers at most, in whole blocks."""
+THREADS = 4
+HOLES = 4 << 20
+"""Widest stretch, in bytes, that is read for the sake of strided pieces in it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Bytes [start, stop) of a file, and the tensor that they fill: its plain memory, or by way of `source`."""
+
+    start: int
+    stop: int
+    target: torch.Tensor
+    memory: memoryview | None
+    source: tuple[torch.dtype, tuple[int, ...], tuple[int, ...]] | None
+
+    def place(self, scratch: torch.Tensor, start: int) -> None:
+        """Copy the piece out of `scratch` (uint8), which holds the file from byte `start` on."""
+        data = scratch[self.start - start : self.stop - start]
+        if self.memory is not None:
+            self.memory[:] = as_bytes(data)
+        elif self.source is not None:
+            dtype, sizes, steps = self.source
+            self.target.copy_(data.view(dtype).as_strided(sizes, steps))
+
+
+def read(checkpoint: Checkpoint, items: Iterable[Item]) -> None:
+    """Fill the items' shards. Corrupt where a block does not match its checksum; then targets are a mix."""
+    by_file: dict[int, list[Item]] = {}
+    for item in items:
+        by_file.setdefault(item.file, []).append(item)
+    jobs = [
+        (checkpoint.data_file(file), run)
+        for file, wanted in sorted(by_file.items())
+        for run in _runs(p for item in wanted for p in _pieces(checkpoint.data_file(file), item))
+    ]
+    with ThreadPoolExecutor(THREADS, "distckpt-read") as pool:
+        futures = [pool.submit(_read_run, checkpoint, file, run) for file, run in jobs]
+        done, pending = wait(futures, return_when=FIRST_EXCEPTION)
+        for future in pending:
+            future.cancel()
+        for future in done:
+            future.result()
+
+
+def _pieces(file: DataFile, item: Item) -> Iterator[Piece]:
+    """Pieces of one chunk, as the shard's memory takes them."""
+    size = item.dtype.itemsize
+    chunk = file.chunks.get(item.name)
+    if chunk is None or chunk.stop - chunk.start != item.region.numel * size:
+        raise Corrupt(f"{file.key}: chunk {item.name!r} of {fqn_of(item.name)} is not as the commit says")
+    for overlap in overlaps(item.region, item.shard.region, item.shape):
+        whole = part_of(item.shard, overlap.target, overlap.box)
+        plain = whole.dtype == item.dtype and is_plain_memory(whole)
+        found = spans(overlap.source, overlap.box, limit=max(1, HOLES // size), in_place=plain)
+        for span in found:
+            target = part_of(item.shard, overlap.target, span.box)
+            start = chunk.start + span.start * size
+            direct = span.contiguous and plain and is_plain_memory(target)
+            memory = as_bytes(target) if direct else None
+            source = None if direct else (item.dtype, span.box.sizes, strides(overlap.source.box.sizes))
+            yield from _cut(Piece(start, start + span.extent * size, target, memory, source))
+
+
+def _cut(piece: Piece) -> Iterator[Piece]:
+    """Cut a piece of plain memory where windows meet; other pieces are short and stay whole."""
+    if piece.memory is None:
+        yield piece
+        return
+    start = piece.start
+    while start < piece.stop:
+        stop = min(piece.stop, (start // WINDOW + 1) * WINDOW)
+        memory = piece.memory[start - piece.start : stop - piece.start]
+        yield Piece(start, stop, piece.target, memory, None)
+        start = stop
+
+
+def _runs(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
+    """Pieces by the reads that bring them: the same window, their blocks adjacent or the same."""
+    run: list[Piece] = []
+    last_block = -1
+    for piece in sorted((p for p in pieces if p.stop > p.start), key=lambda p: (p.start, p.stop)):
+        same_window = run and piece.start // WINDOW == run[0].start // WINDOW
+        if run and not (same_window and piece.start // BLOCK <= last_block + 1):
+            yield run
+            run, last_block = [], -1
+        run.append(piece)
+        last_block = max(last_block, (piece.stop - 1) // BLOCK)
+    if run:
+        yield run
+
+
+def _read_run(checkpoint: Checkpoint, file: DataFile, run: list[Piece]) -> None:
+    first = run[0].start // BLOCK
+    start = first * BLOCK
+    stop = min(-(-max(p.stop for p in run) // BLOCK) * BLOCK, file.covered)
+    buffers = _scatter(run, start, stop)
+    scratch = None
+    if buffers is None:
+        scratch = torch.empty(stop - start, dtype=torch.uint8)
+        buffers = [as_bytes(scratch)]
+    checkpoint.read(file.key, start, buffers)
+    file.verify(first, list(_blocks(buffers)))
+    if scratch is not None:
+        with torch.no_grad():
+            for piece in run:
+                piece.place(scratch, start)
+
+
+def _scatter(run: list[Piece], start: int, stop: int) -> list[memoryview] | None:
+    """Buffers that read [start, stop) straight into the pieces' memory; None where that cannot be."""
+    buffers, position = [], start
+    for piece in run:
+        if piece.memory is None or piece.start < position:
+            return None
+        if piece.start > position:
+            buffers.append(memoryview(bytearray(piece.start - position)))
+        buffers.append(piece.memory)
+        position = piece.stop
+    if position < stop:
+        buffers.append(memoryview(bytearray(stop - position)))
+    return buffers
+
+
+def _blocks(buffers: list[memoryview]) -> Iterator[list[memoryview]]:
+    """Cut consecutive buffers into blocks, each the list of its pieces."""
+    block: list[memoryview] = []
+    room = BLOCK
+    for buffer in buffers:
+        position = 0
+        while position < len(buffer):
+            piece = buffer[position : position + room]
+            block.append(piece)
+            position += len(piece)
+            room -= len(piece)
+            if not room:
+                yield block
+                block, room = [], BLOCK
+    if block:
+        yield block

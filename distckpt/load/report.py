@@ -1,0 +1,35 @@
+"""What a load did."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass(slots=True)
+class LoadReport:
+    """What a load did. Names are fqns of the live state.
+
+    `missing` and `unexpected` are empty unless asked for (strict=False, only=). `bytes_read` counts what this rank
+    read from the store, in bytes; `seconds` is wall time.
+    """
+
+    step: int
+    loaded: list[str] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
+    unexpected: list[str] = field(default_factory=list)
+    cast: dict[str, str] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    fell_back_from: dict[int, str] = field(default_factory=dict)
+    bytes_read: int = 0
+    seconds: float = 0.0
+
+    def __str__(self) -> str:
+        lines = [
+            f"step {self.step}: {len(self.loaded)} tensors, {self.bytes_read / 1e6:.1f} MB read in {self.seconds:.2f} s"
+        ]
+        lines += [f"  fell back from step {step}: {why}" for step, why in self.fell_back_from.items()]
+        lines += [f"  missing (left as it was): {name}" for name in self.missing]
+        lines += [f"  unexpected (not loaded): {name}" for name in self.unexpected]
+        lines += [f"  cast: {name} {how}" for name, how in self.cast.items()]
+        lines += [f"  {note}" for note in self.notes]
+        return "\n".join(lines)

@@ -1,0 +1,312 @@
+"""Checkpointer: a run's directory, as training code sees it: resume, step, save, load."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+import warnings
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from typing import TYPE_CHECKING, Any
+
+from distckpt import __version__, comm
+from distckpt.comm import Comm, exchange, together
+from distckpt.errors import (
+    Corrupt,
+    FormatError,
+    NewerFormat,
+    NotACheckpoint,
+    RunConflict,
+    StateWarning,
+    StoreError,
+)
+from distckpt.format.layout import StepDir
+from distckpt.load.load import load
+from distckpt.load.open import Checkpoint, open_checkpoint
+from distckpt.load.plan import Options
+from distckpt.run.history import History
+from distckpt.run.launches import open_launch
+from distckpt.save.image import Arena
+from distckpt.save.save import Committed, Request, save
+from distckpt.store.local import LocalStore
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+    from types import TracebackType
+
+    from typing_extensions import Self
+
+    from distckpt.load.report import LoadReport
+    from distckpt.run.trainstate import TrainState
+    from distckpt.store.base import Store
+
+_STEP = 8  # bytes of a step in a message
+
+
+@dataclass(frozen=True, slots=True)
+class SaveReport:
+    """What a save did: directory in the run, bytes of all ranks together, wall seconds."""
+
+    step: int
+    directory: str
+    nbytes: int
+    seconds: float
+    notes: list[str]
+
+
+@dataclass(frozen=True, slots=True)
+class StepReport:
+    """What Checkpointer.step did."""
+
+    saved: SaveReport | None = None
+
+
+class Checkpointer:
+    """Saves and resumes one run. Every method is collective: all ranks call it, at the same point.
+
+    root: the run's directory (or a Store). every: save at steps divisible by this (None: only when told). timeout:
+    seconds that any wait for other ranks lasts at most. arena_bytes: host memory a save packs small tensors in.
+    """
+
+    def __init__(
+        self,
+        root: str | os.PathLike[str] | Store,
+        *,
+        every: int | None = None,
+        timeout: float = 600.0,
+        arena_bytes: int = 8 << 20,
+        comm: Comm | None = None,
+    ) -> None:
+        if every is not None and every < 1:
+            raise ValueError(f"every={every}: a number of steps, at least 1")
+        self._store: Store = LocalStore(root) if isinstance(root, (str, os.PathLike)) else root
+        self._every = every
+        self._comm = comm or _default_comm(timeout)
+        self._history = History(self._store)
+        self._arena = Arena(arena_bytes)
+        self._launch: int | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Give back memory and the process group. Not collective."""
+        self._arena.close()
+        self._comm.close()
+
+    # -- save --------------------------------------------------------------------------------------------------------
+
+    def step(self, step: int, state: TrainState, metrics: Mapping[str, Any] | None = None) -> StepReport:
+        """Save if a save is due at this step. Called after each optimizer step; `step` counts those done."""
+        if self._every is None or step % self._every:
+            return StepReport()
+        return StepReport(self.save(step, state, metrics))
+
+    def save(
+        self, step: int, state: TrainState, metrics: Mapping[str, Any] | None = None, *, check_replicas: bool = False
+    ) -> SaveReport:
+        """Save, and return once the checkpoint is committed and durable.
+
+        metrics: numbers to record with it. check_replicas: compare what should be equal on several ranks, too.
+        Raises on every rank what fails on any, with rank and cause; the previous checkpoint is untouched then.
+        """
+        if type(step) is not int or step < 0:
+            raise ValueError(f"step={step!r}: a count of optimizer steps, an int of at least 0")
+        started = time.monotonic()
+        if self._launch is None:
+            self._start_without_resume()
+        assert self._launch is not None
+        request = Request(
+            step=step,
+            launch=self._launch,
+            date=_now(),
+            metrics=metrics or {},
+            writer={"distckpt": __version__},
+            generation=lambda: self._history.next_generation(step),
+            check_replicas=check_replicas,
+        )
+        try:
+            made = save(self._comm, self._store, state.capture, self._arena.view, request)
+        except RunConflict:  # a zombie took the directory between our look and our commit; there is a next generation
+            made = save(self._comm, self._store, state.capture, self._arena.view, request)
+        self._publish(made)
+        seconds = time.monotonic() - started
+        return SaveReport(step, str(made.directory), made.nbytes, seconds, made.notes)
+
+    def _publish(self, made: Committed) -> None:
+        """Switch pointers and registry, on rank 0. They are hints: failing at them does not unmake the checkpoint."""
+        if made.manifest is None:
+            return
+        try:
+            self._history.publish(Checkpoint(self._store, made.directory, made.manifest))
+        except (StoreError, FormatError) as e:
+            warnings.warn(
+                f"{made.directory} is committed, but last.json or meta.json could not be written: {e}",
+                StateWarning,
+                stacklevel=3,
+            )
+
+    def _start_without_resume(self) -> None:
+        """Open a launch for a job that saves without having resumed: only where there is nothing to resume from."""
+
+        def start() -> bytes:
+            if self._comm.rank:
+                return b""
+            if newest := next(self._history.valid(), None):
+                raise RunConflict(
+                    f"{self._store} holds {newest.directory}: call resume() before save(), or use another directory"
+                )
+            return open_launch(self._store, None, self._comm.world_size, _now()).to_bytes(_STEP, "little")
+
+        self._launch = int.from_bytes(together(self._comm, "opening a launch", start)[0], "little")
+
+    # -- load --------------------------------------------------------------------------------------------------------
+
+    def resume(
+        self,
+        state: TrainState,
+        *,
+        step: int | None = None,
+        strict: bool = True,
+        only: tuple[str, ...] | None = None,
+        cast: bool = False,
+        rename: Callable[[str], str] | None = None,
+        per_rank: Mapping[str, str] | None = None,
+    ) -> LoadReport | None:
+        """Load the newest valid checkpoint and begin a new launch; None where there is nothing yet.
+
+        A damaged checkpoint makes every rank fall back to the same previous one; the report says so. `step` asks for
+        that step and leaves later ones behind for good. Options as in `load`.
+        """
+        options = Options(strict=strict, only=only, cast=cast, rename=rename, per_rank=dict(per_rank or {}))
+        notes = together(self._comm, "looking for unfinished saves", self._settle)[0].decode()
+        report, directory = self._load_newest(state, step, options)
+
+        def begin() -> bytes:
+            if self._comm.rank:
+                return b""
+            return open_launch(self._store, directory, self._comm.world_size, _now()).to_bytes(_STEP, "little")
+
+        self._launch = int.from_bytes(together(self._comm, "opening a launch", begin)[0], "little")
+        if report and notes:
+            report.notes.append(notes)
+        return report
+
+    def load(
+        self,
+        state: TrainState,
+        *,
+        step: int | None = None,
+        strict: bool = True,
+        only: tuple[str, ...] | None = None,
+        cast: bool = False,
+        rename: Callable[[str], str] | None = None,
+        per_rank: Mapping[str, str] | None = None,
+    ) -> LoadReport:
+        """Load the newest valid checkpoint, or that of `step`, and leave the run alone: for evaluation and export.
+
+        strict: whether missing and unexpected names are errors. only: leads of the names to load (`("model",)` reads
+        no optimizer bytes). cast: narrow dtypes, too. rename: live name of a saved fqn. per_rank: {"name": "first"}
+        gives every rank rank 0's per-rank object at another world size. NotACheckpoint where there is none.
+        """
+        options = Options(strict=strict, only=only, cast=cast, rename=rename, per_rank=dict(per_rank or {}))
+        report, _ = self._load_newest(state, step, options)
+        if report is None:
+            raise NotACheckpoint(f"{self._store} holds no committed checkpoint")
+        return report
+
+    def steps(self) -> list[int]:
+        """Steps of the checkpoints that count and can be opened, ascending. Not collective."""
+        return sorted({c.directory.step for c in self._history.valid()})
+
+    def _settle(self) -> bytes:
+        if self._comm.rank:
+            return b""
+        quiet = min(1.0, self._comm.timeout / 4)
+        return "; ".join(self._history.settle(quiet=quiet, limit=self._comm.timeout / 2))[:100].encode()
+
+    def _load_newest(
+        self, state: TrainState, step: int | None, options: Options
+    ) -> tuple[LoadReport | None, StepDir | None]:
+        fell_back: dict[int, str] = {}
+        tried: set[StepDir] = set()
+        while True:
+            directory = self._choose(step, tried, fell_back)
+            if directory is None:
+                return None, None
+            tried.add(directory)
+            try:
+                report = load(self._comm, self._open(directory), state, options, about_to_change=lambda: _mark(state))
+            except NewerFormat:
+                raise
+            except (Corrupt, FormatError) as e:
+                fell_back[directory.step] = str(e)
+                if step is not None:
+                    raise
+                warnings.warn(f"{directory} is damaged, falling back: {e}", StateWarning, stacklevel=3)
+                continue
+            state.unusable = None
+            report.fell_back_from = fell_back
+            return report, directory
+
+    def _open(self, directory: StepDir) -> Checkpoint:
+        opened: Checkpoint | None = None
+
+        def attempt() -> None:
+            nonlocal opened
+            opened = open_checkpoint(self._store, directory)
+
+        together(self._comm, f"opening {directory}", attempt)
+        assert opened is not None
+        return opened
+
+    def _choose(self, step: int | None, tried: set[StepDir], fell_back: dict[int, str]) -> StepDir | None:
+        """Step directory to load, the same on every rank: rank 0 looks, and tells what it passed over."""
+        passed_over = dict(fell_back)
+
+        def look() -> bytes:
+            found = self._look(step, tried, passed_over) if self._comm.rank == 0 else None
+            chosen = found.step.to_bytes(_STEP, "little") + found.generation.to_bytes(4, "little") if found else b""
+            return bytes([passed_over != fell_back]) + chosen
+
+        said = together(self._comm, "choosing a checkpoint", look)[0]
+        if said[0]:
+            told = exchange(self._comm, "telling what is damaged", json.dumps(passed_over).encode())[0]
+            fell_back.update({int(s): why for s, why in json.loads(told).items()})
+        chosen = said[1:]
+        return StepDir(*(int.from_bytes(n, "little") for n in (chosen[:_STEP], chosen[_STEP:]))) if chosen else None
+
+    def _look(self, step: int | None, tried: set[StepDir], broken: dict[int, str]) -> StepDir | None:
+        """Newest checkpoint that counts and has not been tried; damaged ones are entered in `broken`."""
+        for found in self._history.committed():
+            if found.superseded or found.directory in tried or (step is not None and found.directory.step != step):
+                continue
+            if found.checkpoint:
+                return found.directory
+            if found.directory.step not in broken:
+                broken[found.directory.step] = found.problem
+                warnings.warn(f"{found.directory} is damaged: {found.problem}", StateWarning, stacklevel=4)
+        if broken:
+            damage = "; ".join(f"step {s}: {why}" for s, why in sorted(broken.items()))
+            raise Corrupt(f"{self._store}: every checkpoint that could be loaded is damaged: {damage}")
+        if step is not None:
+            raise NotACheckpoint(f"{self._store} holds no committed checkpoint of step {step}; it has {self.steps()}")
+        return None
+
+
+def _mark(state: TrainState) -> None:
+    state.unusable = "a load failed half-way"
+
+
+def _default_comm(timeout: float) -> Comm:
+    return comm.default(timeout)
+
+
+def _now() -> str:
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")

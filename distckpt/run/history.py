@@ -1,0 +1,182 @@
+"""Which checkpoints of a run there are, and which of them count. Listing is the truth; pointers and meta.json are not.
+
+`meta.json` and `last.json` are written after a commit for people and tools; whatever they say, a commit must bear it
+out, and they can be rebuilt from the commits.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from distckpt.errors import Corrupt, FormatError, KeyMissing, NewerFormat, RunConflict
+from distckpt.format.layout import REGISTRY, StepDir, ack_rank, attempt_of, pointer_file
+from distckpt.load.open import Checkpoint, open_checkpoint
+from distckpt.run.launches import counts, read_launches
+from distckpt.save.commit import Attempt, acked_ranks, commit, complete, is_committed, remove_acks
+from distckpt.store.base import write_all
+from distckpt.store.local import LocalStore
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from distckpt.store.base import Store
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """A committed step directory: its checkpoint, or why it cannot be opened; whether a later launch superseded it."""
+
+    directory: StepDir
+    checkpoint: Checkpoint | None
+    problem: str = ""
+    superseded: bool = False
+
+
+class History:
+    """Checkpoints of one run. Commits never change, so each is read once."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._opened: dict[StepDir, Checkpoint] = {}
+
+    def directories(self) -> list[StepDir]:
+        """Every step directory, committed or not, newest first."""
+        found = (StepDir.parse(entry.name) for entry in self._store.list("") if entry.size is None)
+        return sorted((d for d in found if d), reverse=True)
+
+    def committed(self) -> Iterator[Found]:
+        """Every committed checkpoint, newest first, read one at a time. NewerFormat is raised, not skipped."""
+        launches = read_launches(self._store)
+        for directory in self.directories():
+            if directory not in self._opened:
+                if not is_committed(self._store, directory):
+                    continue
+                try:
+                    self._opened[directory] = open_checkpoint(self._store, directory)
+                except NewerFormat:
+                    raise
+                except (Corrupt, FormatError) as e:
+                    yield Found(directory, None, str(e))
+                    continue
+            checkpoint = self._opened[directory]
+            yield Found(directory, checkpoint, superseded=not counts(directory, checkpoint.manifest.launch, launches))
+
+    def valid(self) -> Iterator[Checkpoint]:
+        """Checkpoints that count and can be opened, newest first."""
+        return (f.checkpoint for f in self.committed() if f.checkpoint and not f.superseded)
+
+    def next_generation(self, step: int) -> int:
+        """Return a generation of this step that no directory, finished or not, has taken."""
+        return max((d.generation for d in self.directories() if d.step == step), default=0) + 1
+
+    # -- attempts that a lost job left behind ------------------------------------------------------------------------
+
+    def settle(self, *, quiet: float, limit: float) -> list[str]:
+        """Wait for attempts newer than the newest commit whose files are still arriving; commit the complete ones.
+
+        Returns when every such attempt is committed or nothing has changed for `quiet` seconds, after `limit` seconds
+        at the latest. Returns notes.
+        """
+        notes: list[str] = []
+        started = changed = time.monotonic()
+        seen: Any = None
+        while True:
+            pending = self._pending()
+            notes += [
+                f"{attempt.directory}: all ranks had acked; committed for the job that died"
+                for attempt in pending
+                if self._roll_forward(attempt)
+            ]
+            pending = [a for a in pending if not is_committed(self._store, a.directory)]
+            now = time.monotonic()
+            state = [self._store.list(str(a.directory)) for a in pending]
+            if state != seen:
+                seen, changed = state, now
+            if not pending or now - changed >= quiet or now - started >= limit:
+                return notes
+            time.sleep(min(0.1, quiet / 4))
+
+    def _pending(self) -> list[Attempt]:
+        """Attempts in uncommitted directories newer than the newest checkpoint that counts."""
+        newest = next(self.valid(), None)
+        found = []
+        for directory in self.directories():
+            if newest and directory <= newest.directory:
+                break
+            if is_committed(self._store, directory):
+                continue
+            names = (attempt_of(entry.name) for entry in self._store.list(str(directory)))
+            found += [Attempt(directory, a, self._world_size(directory, a)) for a in sorted({n for n in names if n})]
+        return found
+
+    def _world_size(self, directory: StepDir, attempt: str) -> int:
+        """World size that rank 0's ack tells, 0 while there is none."""
+        for entry in self._store.list(str(directory)):
+            if ack_rank(entry.name, attempt) == 0:
+                try:
+                    said = json.loads(_read(self._store, f"{directory}/{entry.name}"))
+                except KeyMissing:
+                    return 0
+                return int(said.get("draft", {}).get("world_size", 0))
+        return 0
+
+    def _roll_forward(self, attempt: Attempt) -> bool:
+        """Commit an attempt whose every rank has acked, and whose files are all there."""
+        if not attempt.world_size or acked_ranks(self._store, attempt) < set(range(attempt.world_size)):
+            return False
+        try:
+            whole = complete(self._store, attempt)
+            if whole is None or any(self._store.head(attempt.key(f.name)) != f.size for f in whole.files):
+                return False
+            commit(self._store, attempt, whole)
+        except (KeyMissing, RunConflict):
+            return False  # the job is alive after all, and was quicker
+        remove_acks(self._store, attempt)
+        return True
+
+    # -- what is written for people ----------------------------------------------------------------------------------
+
+    def publish(self, newest: Checkpoint) -> None:
+        """Point `last` at a checkpoint just committed, and enter it in the registry."""
+        self._opened[newest.directory] = newest
+        name = str(newest.directory)
+        write_all(self._store, pointer_file("last"), _json({"checkpoint": name, "step": newest.directory.step}))
+        if isinstance(self._store, LocalStore):
+            self._store.link_hint("last", name)
+        write_all(self._store, REGISTRY, _json({"checkpoints": self._registry()}))
+
+    def _registry(self) -> list[dict[str, Any]]:
+        return [_entry(found) for found in self.committed()]
+
+
+def _entry(found: Found) -> dict[str, Any]:
+    if not found.checkpoint:
+        return {"path": str(found.directory), "status": "corrupt", "problem": found.problem}
+    content = found.checkpoint.manifest
+    return {
+        "path": str(found.directory),
+        "step": content.step,
+        "date": content.date,
+        "launch": content.launch,
+        "world_size": content.world_size,
+        "bytes": sum(f.size for f in content.files),
+        "metrics": {k: v if _is_json_number(v) else str(v) for k, v in content.metrics.items()},
+        "status": "superseded" if found.superseded else "committed",
+    }
+
+
+def _is_json_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and value - value == 0
+
+
+def _json(value: Any) -> bytes:
+    return json.dumps(value, indent=1).encode()
+
+
+def _read(store: Store, key: str) -> bytes:
+    data = bytearray(store.head(key))
+    store.read(key, 0, [memoryview(data)])
+    return bytes(data)

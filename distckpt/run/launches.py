@@ -1,0 +1,88 @@
+"""Launches: one life of the job each, from resume to exit. They fence zombies off and make a rewind final.
+
+A resume creates the next `launches/NNNN.json` with the checkpoint it resumed from. A commit of launch m counts only if
+its checkpoint is not after what any later launch resumed from. So a writer left over from an earlier launch can commit
+whatever it likes and is never resumed, and steps left behind by a deliberate rewind never come back.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
+
+from distckpt.errors import FormatError, KeyExists
+from distckpt.format.layout import LAUNCHES, StepDir, launch_file, launch_number
+from distckpt.store.base import read_all
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from distckpt.store.base import Store
+
+_MOST_BYTES = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """Record of a launch. `resumed_from` is a step directory's name, None for a fresh start."""
+
+    number: int
+    resumed_from: str | None
+    world_size: int
+    host: str
+    job: str
+    date: str
+
+    def admits(self, directory: StepDir) -> bool:
+        """Whether an earlier launch's commit of `directory` still counts."""
+        start = StepDir.parse(self.resumed_from) if self.resumed_from else None
+        return start is not None and directory <= start
+
+
+def read_launches(store: Store) -> list[Launch]:
+    """Every launch of a run, by number. FormatError for a record that cannot be read: it might fence something."""
+    found = []
+    for entry in store.list(LAUNCHES):
+        number = launch_number(entry.name)
+        if number is None:
+            continue
+        key = launch_file(number)
+        try:
+            record = Launch(**json.loads(read_all(store, key, limit=_MOST_BYTES)))
+        except (TypeError, ValueError) as e:
+            raise FormatError(f"{key}: not the record of a launch ({e}); restore or remove it by hand") from e
+        if record.number != number or (record.resumed_from and not StepDir.parse(record.resumed_from)):
+            raise FormatError(f"{key}: names launch {record.number}, resumed from {record.resumed_from!r}")
+        found.append(record)
+    return sorted(found, key=lambda launch: launch.number)
+
+
+def counts(directory: StepDir, launch: int, launches: Sequence[Launch]) -> bool:
+    """Whether a commit of `directory` by launch number `launch` counts, given all launches."""
+    return all(later.admits(directory) for later in launches if later.number > launch)
+
+
+def open_launch(store: Store, resumed_from: StepDir | None, world_size: int, date: str) -> int:
+    """Create the next launch's record and return its number."""
+    number = max((launch.number for launch in read_launches(store)), default=0)
+    while True:
+        number += 1
+        record = Launch(
+            number, str(resumed_from) if resumed_from else None, world_size, socket.gethostname(), _job(), date
+        )
+        try:
+            store.create(launch_file(number), json.dumps(asdict(record), indent=1).encode())
+        except KeyExists:
+            continue  # another job opened this number in between; the fence decides between the two
+        return number
+
+
+def _job() -> str:
+    """Name of the job at its scheduler, else of the process."""
+    for name in ("SLURM_JOB_ID", "TORCHELASTIC_RUN_ID"):
+        if os.environ.get(name):
+            return f"{name}={os.environ[name]}"
+    return f"pid={os.getpid()}"

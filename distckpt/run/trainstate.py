@@ -1,0 +1,237 @@
+"""TrainState: everything that a training job must not lose, under one roof.
+
+It is a list of parts, each a Stateful; capture, targets and restore go through them in order (the random number
+generators last, so that nothing a restore draws moves them).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+import warnings
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+
+from distckpt import __version__, comm
+from distckpt.adapters import tensors
+from distckpt.adapters.module import GradientAdapter, ModuleAdapter, parallelism
+from distckpt.adapters.optimizer import OptimizerAdapter
+from distckpt.errors import Mismatch, StateUnusable, StateWarning, Unsupported
+from distckpt.format.layout import is_name
+from distckpt.run.dataloader import DataLoaderAdapter
+from distckpt.run.rng import RngAdapter
+from distckpt.state import Saved, State, plain
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from torch import nn
+    from torch.optim import Optimizer
+
+    from distckpt.state import Stateful
+
+
+class HasStateDict(Protocol):
+    """Whatever can be asked for its state and given it back."""
+
+    def state_dict(self) -> Any:
+        """State, of values that the format has."""
+        ...
+
+    def load_state_dict(self, state_dict: Any, /) -> Any:
+        """Take over a state."""
+        ...
+
+
+@dataclass
+class Progress:
+    """Where training is: optimizer steps done, epoch, samples consumed since the run began."""
+
+    global_step: int = 0
+    epoch: int = 0
+    samples_seen: int = 0
+
+    def advance(self, samples: int) -> None:
+        """Count one optimizer step over `samples` samples (all ranks together)."""
+        self.global_step += 1
+        self.samples_seen += samples
+
+    def state_dict(self) -> dict[str, int]:
+        """Return the counters."""
+        return asdict(self)
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        """Take over the counters."""
+        for name in asdict(self):
+            setattr(self, name, state_dict[name])
+
+
+class TrainState:
+    """The state of a training job.
+
+    model, optimizer: one, or a dict of several (EMA, GAN, RL). lr_scheduler, scaler, sampler, progress and every
+    `extra` value: anything with state_dict() and load_state_dict(), or a dict of such. dataloader: a torchdata
+    StatefulDataLoader, kept per rank. rng: whether the generators of Python, NumPy, torch and CUDA are kept, per rank.
+    gradients: whether accumulated gradients are. config, code_version, tokenizer (a name, or an object with
+    get_vocab()): recorded, and compared with a StateWarning on resume.
+    """
+
+    def __init__(
+        self,
+        *,
+        model: nn.Module | Mapping[str, nn.Module] | None = None,
+        optimizer: Optimizer | Mapping[str, Optimizer] | None = None,
+        lr_scheduler: Any = None,
+        scaler: HasStateDict | None = None,
+        sampler: HasStateDict | None = None,
+        dataloader: HasStateDict | None = None,
+        progress: HasStateDict | None = None,
+        rng: bool = True,
+        gradients: bool = False,
+        config: Mapping[str, Any] | None = None,
+        code_version: str | None = None,
+        tokenizer: Any = None,
+        **extra: Any,
+    ) -> None:
+        models, optimizers = _named(model, "model"), _named(optimizer, "optim")
+        of_models = {lead.removeprefix("model").removeprefix("."): m for lead, m in models.items()}
+        values = {
+            "trainer_state": progress,
+            "lr_scheduler": lr_scheduler,
+            "scaler": scaler,
+            "sampler_state": sampler,
+            **extra,
+        }
+        self._parts: list[Stateful] = [ModuleAdapter(m, lead) for lead, m in models.items()]
+        self._parts += [OptimizerAdapter(o, of_models, lead) for lead, o in optimizers.items()]
+        if gradients:
+            self._parts += [GradientAdapter(m, "grad" + lead.removeprefix("model")) for lead, m in models.items()]
+        for name, value in values.items():
+            if value is not None:
+                self._parts += [ValueAdapter(v, lead) for lead, v in _named(value, name).items()]
+        if dataloader is not None:
+            self._parts.append(DataLoaderAdapter(dataloader))
+        self._parts.append(EnvironmentAdapter(models, config, code_version, tokenizer))
+        self._parts.append(RngAdapter(enabled=rng))
+        self.unusable: str | None = None
+        """Why the state must not be saved or trained on, where a load failed half-way."""
+
+    def capture(self) -> State:
+        """See Stateful.capture. StateUnusable after a load that failed half-way."""
+        if self.unusable:
+            raise StateUnusable(f"the state is a mix since {self.unusable}; load a checkpoint, or restart the job")
+        return State.merged(part.capture() for part in self._parts)
+
+    def targets(self, saved: Saved) -> State:
+        """See Stateful.targets. Mismatch with the problems of all parts."""
+        found, problems = [], []
+        for part in self._parts:
+            try:
+                found.append(part.targets(saved))
+            except Mismatch as e:  # noqa: PERF203  one error with every problem
+                problems.append(str(e))
+        if problems:
+            raise Mismatch("the checkpoint does not fit the state; nothing was changed:\n" + "\n".join(problems))
+        return State.merged(found)
+
+    def restore(self, saved: Saved) -> list[str]:
+        """See Stateful.restore."""
+        return [note for part in self._parts for note in part.restore(saved)]
+
+
+def _named(value: Any, lead: str) -> dict[str, Any]:
+    """Several values of one kind as lead.name -> value; a single one as lead -> value."""
+    if value is None:
+        return {}
+    if not isinstance(value, dict):
+        return {lead: value}
+    for name in value:
+        if not (isinstance(name, str) and is_name(name)):
+            raise Unsupported(f"{lead}: {name!r} cannot be a name: letters, digits, _ and - only")
+    return {f"{lead}.{name}": v for name, v in value.items()}
+
+
+class ValueAdapter:
+    """Anything with state_dict() and load_state_dict(). Tensors in it are saved as tensors, on the CPU when loaded."""
+
+    def __init__(self, value: HasStateDict, name: str) -> None:
+        if not (callable(getattr(value, "state_dict", None)) and callable(getattr(value, "load_state_dict", None))):
+            raise Unsupported(f"{name}: a {type(value).__qualname__} has no state_dict() and load_state_dict()")
+        self._value, self._name = value, name
+        self._made: dict[str, torch.Tensor] = {}
+
+    def capture(self) -> State:
+        """See Stateful.capture."""
+        return tensors.capture_tree(self._name, self._value.state_dict())
+
+    def targets(self, saved: Saved) -> State:
+        """See Stateful.targets."""
+        self._made = tensors.tree_targets(self._name, saved)
+        found = {fqn: plain(t, fqn, trusted=False) for fqn, t in self._made.items()}
+        return State(found, objects={self._name: True})
+
+    def restore(self, saved: Saved) -> list[str]:
+        """See Stateful.restore."""
+        if self._name in saved.objects:
+            self._value.load_state_dict(tensors.insert(saved.objects[self._name], self._made))
+        self._made = {}
+        return []
+
+
+class EnvironmentAdapter:
+    """What the run was made with: recorded, and compared on resume. Never a reason to refuse."""
+
+    NAME = "environment"
+    EXPECTED_TO_CHANGE = ("world_size", "parallelism", "python", "torch", "distckpt")
+
+    def __init__(
+        self, models: Mapping[str, nn.Module], config: Mapping[str, Any] | None, code: str | None, tokenizer: Any
+    ) -> None:
+        self._models, self._config, self._code, self._tokenizer = models, config, code, tokenizer
+
+    def capture(self) -> State:
+        """See Stateful.capture."""
+        return State(objects={self.NAME: self._now()})
+
+    def _now(self) -> dict[str, Any]:
+        precision = sorted({str(p.dtype).removeprefix("torch.") for m in self._models.values() for p in m.parameters()})
+        return {
+            "distckpt": __version__,
+            "torch": str(torch.__version__),
+            "python": platform.python_version(),
+            "world_size": comm.current().world_size,
+            "parallelism": {lead: parallelism(m) for lead, m in self._models.items()},
+            "precision": precision,
+            "config": dict(self._config) if self._config is not None else None,
+            "code_version": self._code,
+            "tokenizer": _tokenizer(self._tokenizer),
+        }
+
+    def targets(self, saved: Saved) -> State:  # noqa: ARG002
+        """See Stateful.targets."""
+        return State(objects={self.NAME: False})
+
+    def restore(self, saved: Saved) -> list[str]:
+        """See Stateful.restore. What must not change unnoticed is warned of; what may is noted."""
+        then, now, notes = saved.objects.get(self.NAME), self._now(), []
+        for name, value in now.items() if isinstance(then, dict) else ():
+            if (before := then.get(name)) != value and before is not None:  # type: ignore[union-attr]
+                notes.append(f"{name}: was {before}, is {value}")
+                if name not in self.EXPECTED_TO_CHANGE:
+                    warnings.warn(f"resumed with another {notes[-1]}", StateWarning, stacklevel=2)
+        return notes
+
+
+def _tokenizer(tokenizer: Any) -> dict[str, str] | None:
+    """Name and digest of a tokenizer: of its vocabulary where it tells, else of the name alone."""
+    if tokenizer is None:
+        return None
+    name = (
+        tokenizer if isinstance(tokenizer, str) else str(getattr(tokenizer, "name_or_path", type(tokenizer).__name__))
+    )
+    vocabulary = tokenizer.get_vocab() if hasattr(tokenizer, "get_vocab") else name
+    text = json.dumps(vocabulary, sort_keys=True, default=str)
+    return {"name": name, "digest": hashlib.blake2b(text.encode(), digest_size=16).hexdigest()}

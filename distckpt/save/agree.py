@@ -1,0 +1,286 @@
+"""What the ranks hold, agreed on without a gather.
+
+Each rank describes its state in values that are equal on every rank, and only digests of that travel: 56 bytes a rank
+when all agree. Where digests differ (pipeline stages, experts, BatchNorm statistics, per-rank objects), only what is
+distinct is exchanged.
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from distckpt.comm import exchange, together
+from distckpt.errors import Mismatch, Unsupported
+from distckpt.format import objects, partition
+from distckpt.format.checksum import DIGEST_SIZE, crc_of, digest
+from distckpt.format.partition import Copies, Grid, Pieces, Split
+from distckpt.state import Everywhere, Layout, Listed, RankObject, State, as_bytes
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Sequence
+
+    import torch
+
+    from distckpt.comm import Comm
+    from distckpt.format.box import Shape
+
+_NONCE = 6
+
+
+@dataclass(frozen=True, slots=True)
+class Agreed:
+    """One global tensor as all ranks see it. Copies: the ranks' values differ, and each keeps its own."""
+
+    shape: Shape
+    dtype: str
+    layout: Layout | Listed | Copies
+
+
+@dataclass(slots=True)
+class Agreement:
+    """What every rank knows after `agree`. Objects are encoded; `rank_objects` are this rank's own."""
+
+    attempt: str
+    tensors: dict[str, Agreed]
+    aliases: dict[str, str]
+    objects: dict[str, bytes] = field(default_factory=dict)
+    rank_objects: dict[str, bytes] = field(default_factory=dict)
+    policies: dict[str, str] = field(default_factory=dict)
+    extra: bytes = b""
+    notes: list[str] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class _Own:
+    """What this rank contributes."""
+
+    state: State
+    description: dict[str, Any]
+    encoded: dict[str, bytes]
+    contents: dict[str, int]
+    extra: bytes = b""
+
+
+def agree(
+    comm: Comm, capture: Callable[[], State], *, extra: Callable[[], bytes] = bytes, check_replicas: bool = False
+) -> tuple[State, Agreement]:
+    """Capture the state on every rank and agree on what it is.
+
+    `extra` adds a few bytes of rank 0's own to the message (the same on every rank afterwards). Raises on every rank
+    what capture raises on any; Mismatch where ranks contradict each other, with the fqns.
+    """
+    own: _Own | None = None
+
+    def describe() -> bytes:
+        nonlocal own
+        state = capture()
+        own = _Own(state, _description(state), _encoded(state), _contents(state))
+        own.extra = extra() if comm.rank == 0 else b""
+        parts = (
+            own.description,
+            {k: digest(v) for k, v in own.encoded.items() if k not in _of_rank(state)},
+            own.contents,
+        )
+        digests = b"".join(bytes.fromhex(digest(_dump(part))) for part in parts)
+        return secrets.token_bytes(_NONCE) + digests + own.extra
+
+    replies = together(comm, "describing the state", describe)
+    assert own is not None
+    cuts = [(_NONCE + i * DIGEST_SIZE, _NONCE + (i + 1) * DIGEST_SIZE) for i in range(3)]
+    same = [len({reply[a:b] for reply in replies}) == 1 for a, b in cuts]
+    agreement = Agreement(digest(*(r[:_NONCE] for r in replies))[:12], {}, {}, extra=replies[0][cuts[-1][1] :])
+    everyone = list(range(comm.world_size))
+    distinct = [(everyone, own.description)] if same[0] else _distinct(comm, replies, cuts[0], own.description)
+    _merge(agreement, distinct)
+    _divide_objects(comm, agreement, own, same=same[1])
+    if not same[2]:
+        _tell_copies(comm, agreement, own, distinct)
+    if check_replicas:
+        _check_replicas(comm, own.state)
+    return own.state, agreement
+
+
+# -- descriptions ----------------------------------------------------------------------------------------------
+
+
+def _dump(value: Any) -> bytes:
+    return json.dumps(value, sort_keys=True, separators=(",", ":")).encode()
+
+
+def _description(state: State) -> dict[str, Any]:
+    return {
+        "tensors": {
+            fqn: [list(t.shape), t.dtype, _layout_to_json(t.layout), t.trusted] for fqn, t in state.tensors.items()
+        },
+        "aliases": state.aliases,
+        "objects": {n: v.on_reshard if isinstance(v, RankObject) else None for n, v in state.objects.items()},
+    }
+
+
+def _layout_to_json(layout: Layout | Everywhere | Listed) -> Any:
+    if isinstance(layout, Layout):
+        return [layout.grid.to_json(), [[s.count, s.stride] for s in layout.replicas]]
+    return layout.pieces.to_json() if isinstance(layout, Listed) else None
+
+
+def _layout_from_json(data: Any, shape: Shape, ranks: Sequence[int]) -> Layout | Listed:
+    if data is None:
+        steps = _steps(ranks)
+        return Layout(Grid(shape, ((),) * len(shape), ranks[0]), (steps,) if steps and steps.count > 1 else ())
+    if isinstance(data, dict):
+        pieces = partition.from_json(data, shape)
+        assert isinstance(pieces, Pieces)
+        return Listed(pieces)
+    grid = partition.from_json(data[0], shape)
+    assert isinstance(grid, Grid)
+    return Layout(grid, tuple(Split(*s) for s in data[1]))
+
+
+def _steps(ranks: Sequence[int]) -> Split | None:
+    """Return sorted ranks as a stride, None where they are in no such order."""
+    stride = ranks[1] - ranks[0] if len(ranks) > 1 else 1
+    return Split(len(ranks), stride) if list(ranks) == [ranks[0] + i * stride for i in range(len(ranks))] else None
+
+
+def _distinct(
+    comm: Comm, replies: Sequence[bytes], cut: tuple[int, int], mine: dict[str, Any]
+) -> list[tuple[list[int], dict[str, Any]]]:
+    """(ranks, description) of each distinct description; the first rank that has one sends it."""
+    ranks: dict[bytes, list[int]] = {}
+    for rank, reply in enumerate(replies):
+        ranks.setdefault(reply[cut[0] : cut[1]], []).append(rank)
+    speaks = any(comm.rank == holders[0] for holders in ranks.values())
+    sent = exchange(comm, "exchanging distinct descriptions", _dump(mine) if speaks else b"")
+    return [(holders, json.loads(sent[holders[0]])) for holders in ranks.values()]
+
+
+def _merge(agreement: Agreement, distinct: list[tuple[list[int], dict[str, Any]]]) -> None:
+    """Union of the descriptions. Ranks that both describe a tensor must say the same, or be replicas of it."""
+    holders: dict[str, list[tuple[list[int], list[Any]]]] = {}
+    for ranks, description in distinct:
+        for fqn, said in description["tensors"].items():
+            holders.setdefault(fqn, []).append((ranks, said))
+        agreement.aliases.update(description["aliases"])
+        agreement.policies.update({n: p for n, p in description["objects"].items() if p is not None})
+    problems = []
+    for fqn, versions in sorted(holders.items()):
+        shape, dtype, layout, _ = versions[0][1]
+        if len({_dump(_placeless(said)) for _, said in versions}) > 1:
+            told = "; ".join(
+                f"rank {ranks[0]}: {said[1]}{said[0]} {_dump(said[2]).decode()}" for ranks, said in versions[:4]
+            )
+            problems.append(f"{fqn}: ranks describe it differently ({told[:600]})")
+            continue
+        ranks = sorted(r for holding, _ in versions for r in holding)
+        layouts = [_layout_from_json(said[2], tuple(shape), ranks) for _, said in versions]
+        agreement.tensors[fqn] = Agreed(tuple(shape), dtype, min(layouts, key=_first_rank) if layout else layouts[0])
+    if taken := agreement.aliases.keys() & agreement.tensors.keys():
+        problems.append(f"{min(taken)}: tied to another parameter on some ranks only")
+    if problems:
+        raise Mismatch("ranks hold states that contradict each other:\n" + "\n".join(problems))
+
+
+def _placeless(said: list[Any]) -> list[Any]:
+    """Description of a tensor without where its first rank is: sub-meshes that hold replicas differ in that alone."""
+    shape, dtype, layout, trusted = said
+    if isinstance(layout, list):
+        layout = [{k: v for k, v in layout[0].items() if k != "file"}, layout[1]]
+    elif isinstance(layout, dict):
+        layout = [piece[1:] for piece in layout["pieces"]]
+    return [shape, dtype, layout, trusted]
+
+
+def _first_rank(layout: Layout | Listed) -> int:
+    return layout.grid.first if isinstance(layout, Layout) else min((r for r, _ in layout.pieces.pieces), default=0)
+
+
+# -- objects ---------------------------------------------------------------------------------------------------
+
+
+def _of_rank(state: State) -> set[str]:
+    return {name for name, value in state.objects.items() if isinstance(value, RankObject)}
+
+
+def _encoded(state: State) -> dict[str, bytes]:
+    return {
+        name: objects.encode(value.value if isinstance(value, RankObject) else value, name)
+        for name, value in state.objects.items()
+    }
+
+
+def _divide_objects(comm: Comm, agreement: Agreement, own: _Own, *, same: bool) -> None:
+    """Shared objects stay shared where all ranks that have one say the same; else each rank keeps its own."""
+    shared = {n: v for n, v in own.encoded.items() if n not in agreement.policies}
+    if not same:
+        told = exchange(comm, "comparing objects", _dump({name: digest(v) for name, v in shared.items()}))
+        versions: dict[str, set[str]] = {}
+        for reply in told:
+            for name, said in json.loads(reply).items():
+                versions.setdefault(name, set()).add(said)
+        for name, said in sorted(versions.items()):
+            if len(said) > 1 or not all(name in json.loads(reply) for reply in told):
+                agreement.policies[name] = "refuse"
+                agreement.notes.append(f"object {name} differs between ranks: each keeps its own")
+    agreement.objects = {n: v for n, v in shared.items() if n not in agreement.policies}
+    agreement.rank_objects = {n: v for n, v in own.encoded.items() if n in agreement.policies}
+
+
+# -- replicas that are not equal by construction ------------------------------------------------------------------
+
+
+def _content(tensor: torch.Tensor) -> int:
+    return crc_of([as_bytes(tensor.detach().cpu().contiguous())])
+
+
+def _contents(state: State) -> dict[str, int]:
+    """CRC-32C of each tensor whose replicas are not equal by construction."""
+    return {
+        fqn: _content(t.shards[0].tensor)
+        for fqn, t in state.tensors.items()
+        if not t.trusted and isinstance(t.layout, Everywhere)
+    }
+
+
+def _tell_copies(comm: Comm, agreement: Agreement, own: _Own, distinct: list[tuple[list[int], dict[str, Any]]]) -> None:
+    told = [json.loads(reply) for reply in exchange(comm, "comparing buffers", _dump(own.contents))]
+    values: dict[str, set[int]] = {}
+    for said in told:
+        for fqn, value in said.items():
+            values.setdefault(fqn, set()).add(value)
+    for fqn in sorted(f for f, v in values.items() if len(v) > 1):
+        ranks = sorted(r for holders, description in distinct if fqn in description["tensors"] for r in holders)
+        steps = _steps(ranks)
+        if steps is None:
+            raise Unsupported(f"{fqn}: its copies on ranks {ranks} differ, and those ranks have no regular order")
+        agreed = agreement.tensors[fqn]
+        agreement.tensors[fqn] = Agreed(
+            agreed.shape, agreed.dtype, Copies(agreed.shape, ranks[0], steps.count, steps.stride)
+        )
+        agreement.notes.append(f"{fqn} differs between ranks: each keeps its own")
+
+
+def _check_replicas(comm: Comm, state: State) -> None:
+    """Mismatch unless every region that several ranks hold has the same bytes on each."""
+    mine = {
+        f"{fqn} {shard.region}": _content(shard.tensor)
+        for fqn, t in state.tensors.items()
+        if t.trusted
+        for shard in t.shards
+    }
+    seen: dict[str, tuple[int, int]] = {}
+    problems: list[str] = []
+    for rank, reply in enumerate(exchange(comm, "comparing replicas", _dump(mine))):
+        for region, value in json.loads(reply).items():
+            first, known = seen.setdefault(region, (rank, value))
+            if known != value:
+                problems.append(f"{region}: rank {rank} differs from rank {first}")
+    if problems:
+        raise Mismatch(_listed("replicas that should be equal differ", problems))
+
+
+def _listed(what: str, problems: Iterable[str]) -> str:
+    lines = list(problems)
+    return "\n".join([what + ":", *lines[:20], *([f"and {len(lines) - 20} more"] if len(lines) > 20 else [])])

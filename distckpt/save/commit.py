@@ -1,0 +1,112 @@
+"""From files to a checkpoint: acks say what each rank finished, whoever sees them all commits. Knows no tensors.
+
+`ack-00000` carries the manifest's draft, so anyone can commit for a job that died after its last ack. commit.json is
+created once, if absent: doing it twice with the same content is harmless, and a second attempt's is refused.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from distckpt.errors import FormatError, KeyExists, KeyMissing, RanksMissing, RunConflict, failure_text
+from distckpt.format import manifest
+from distckpt.format.layout import COMMIT, StepDir, ack_file, ack_rank
+from distckpt.format.manifest import FileInfo, Manifest
+from distckpt.store.base import read_all, write_all
+
+if TYPE_CHECKING:
+    from distckpt.store.base import Store
+
+_MOST_ACK = 1 << 30
+
+
+@dataclass(frozen=True, slots=True)
+class Attempt:
+    """One try at saving a step."""
+
+    directory: StepDir
+    id: str
+    world_size: int
+
+    def key(self, name: str) -> str:
+        """Key of a file of this attempt's directory."""
+        return f"{self.directory}/{name}"
+
+
+def write_ack(store: Store, attempt: Attempt, rank: int, file: FileInfo, draft: Manifest | None) -> None:
+    """Say that a rank's data file is durable. Rank 0 adds the manifest, in which the files are still missing."""
+    said: dict[str, Any] = {"rank": rank, "file": [file.name, file.size, file.header, file.digest]}
+    if draft:
+        said["draft"] = manifest.to_json(draft)
+    write_all(store, attempt.key(ack_file(rank, attempt.id)), json.dumps(said, separators=(",", ":")).encode())
+
+
+def write_refusal(store: Store, attempt: Attempt, rank: int, error: BaseException) -> None:
+    """Say that a rank failed: nobody will commit this attempt."""
+    said = {"rank": rank, "error": failure_text(error)}
+    write_all(store, attempt.key(ack_file(rank, attempt.id)), json.dumps(said).encode())
+
+
+def acked_ranks(store: Store, attempt: Attempt) -> set[int]:
+    """Ranks that have said anything about this attempt."""
+    ranks = (ack_rank(entry.name, attempt.id) for entry in store.list(str(attempt.directory)))
+    return {rank for rank in ranks if rank is not None}
+
+
+def _read_ack(store: Store, attempt: Attempt, rank: int) -> dict[str, Any]:
+    key = attempt.key(ack_file(rank, attempt.id))
+    said = json.loads(read_all(store, key, limit=_MOST_ACK))
+    if not isinstance(said, dict) or said.get("rank") != rank:
+        raise FormatError(f"{key} is not an ack of rank {rank}")
+    return said
+
+
+def complete(store: Store, attempt: Attempt) -> Manifest | None:
+    """Return the manifest of an attempt that every rank has acked; None if one refused."""
+    said = [_read_ack(store, attempt, rank) for rank in range(attempt.world_size)]
+    if any("error" in ack for ack in said):
+        return None
+    draft = manifest.from_json(said[0]["draft"])
+    return replace(draft, files=tuple(FileInfo(*ack["file"]) for ack in said))
+
+
+def commit(store: Store, attempt: Attempt, whole: Manifest) -> None:
+    """Make the checkpoint. RunConflict if another attempt has committed this directory."""
+    try:
+        store.create(attempt.key(COMMIT), manifest.encode(whole))
+    except KeyExists as e:
+        raise RunConflict(f"{attempt.key(COMMIT)}: another job or launch committed it first; ours is not used") from e
+
+
+def commit_when_acked(store: Store, attempt: Attempt, *, timeout: float) -> Manifest:
+    """Wait for every rank's ack, then commit. RanksMissing names those whose ack did not come within `timeout` s."""
+    deadline = time.monotonic() + timeout
+    pause = 0.001
+    while missing := set(range(attempt.world_size)) - acked_ranks(store, attempt):
+        if time.monotonic() > deadline:
+            raise RanksMissing(f"{attempt.directory}: no ack from ranks {sorted(missing)} within {timeout:g} s")
+        time.sleep(pause)
+        pause = min(2 * pause, 0.1)
+    whole = complete(store, attempt)
+    if whole is None:
+        raise RunConflict(f"{attempt.directory}: a rank gave the attempt up")
+    commit(store, attempt, whole)
+    return whole
+
+
+def remove_acks(store: Store, attempt: Attempt) -> None:
+    """Remove the acks of a committed attempt: all they said stands in commit.json."""
+    for rank in acked_ranks(store, attempt):
+        store.delete(attempt.key(ack_file(rank, attempt.id)))
+
+
+def is_committed(store: Store, directory: StepDir) -> bool:
+    """Whether a step directory has a commit, whole or damaged."""
+    try:
+        store.head(f"{directory}/{COMMIT}")
+    except KeyMissing:
+        return False
+    return True

@@ -1,0 +1,64 @@
+"""Who writes what: a partition for each tensor, so that replicas write equal bytes. Deterministic; no communication.
+
+A cell that several ranks hold alike is sliced between them where it is large, else dealt to the one with least to
+write. The result stands in the manifest; no reader repeats the choice.
+"""
+
+from __future__ import annotations
+
+import heapq
+from math import prod
+from typing import TYPE_CHECKING
+
+from distckpt.format.dtype import item_size
+from distckpt.format.partition import Copies, Grid, Partition, Split
+from distckpt.state import Layout, Listed
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from distckpt.save.agree import Agreed
+
+SLICE_BYTES = 64 << 10
+"""A cell of at least this many bytes a replica is sliced between its replicas."""
+
+
+def divide(tensors: Mapping[str, Agreed]) -> dict[str, Partition]:
+    """Partition of each tensor, files being the ranks that write them."""
+    loads: dict[tuple[Split, ...], list[tuple[int, int]]] = {}
+    partitions: dict[str, Partition] = {}
+    for fqn, tensor in sorted(tensors.items()):
+        match tensor.layout:
+            case Copies():
+                partitions[fqn] = tensor.layout
+            case Listed():
+                partitions[fqn] = tensor.layout.pieces
+            case Layout():
+                partitions[fqn] = _divide_grid(tensor, tensor.layout, loads)
+    return partitions
+
+
+def _divide_grid(tensor: Agreed, layout: Layout, loads: dict[tuple[Split, ...], list[tuple[int, int]]]) -> Grid:
+    grid, replicas = layout.grid, layout.replicas
+    if not replicas:
+        return grid
+    count = prod(s.count for s in replicas)
+    cell = grid.cell([[0] * len(splits) for splits in grid.splits])
+    nbytes = cell.numel * item_size(tensor.dtype)
+    longest = max(range(len(cell.sizes)), key=lambda d: cell.sizes[d], default=None)
+    if longest is not None and nbytes >= SLICE_BYTES * count and cell.sizes[longest] >= count:
+        splits = [list(s) for s in grid.splits]
+        splits[longest] += replicas
+        return Grid(grid.shape, tuple(map(tuple, splits)), grid.first)
+    heap = loads.setdefault(replicas, [(0, i) for i in range(count)])
+    load, replica = heapq.heappop(heap)
+    heapq.heappush(heap, (load + nbytes, replica))
+    return Grid(grid.shape, grid.splits, grid.first + _rank_offset(replicas, replica))
+
+
+def _rank_offset(replicas: tuple[Split, ...], index: int) -> int:
+    offset = 0
+    for split in replicas:
+        index, own = divmod(index, split.count)
+        offset += own * split.stride
+    return offset
