@@ -75,9 +75,11 @@ class Grid:
     def of_file(self, file: int) -> Iterator[Region]:
         """Yield the regions of the tensor that lie in `file`; empty ones are not stored."""
         rest = file - self.first
+        if rest < 0:
+            return
         index = {}
         for split in reversed(self._by_stride()):
-            index[split] = min(rest // split.stride, split.count - 1) if rest >= 0 else -1
+            index[split] = min(rest // split.stride, split.count - 1)
             rest -= index[split] * split.stride
         if rest:
             return

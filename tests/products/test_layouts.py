@@ -1,0 +1,52 @@
+"""The product of layouts, saved x wanted, on real gloo processes: model and moments bit-identical."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from distckpt import Checkpointer
+from tests import layouts, ranks
+
+
+def _save(layout, root):
+    model, optimizer = layouts.build(layout)
+    layouts.make_moments(model, optimizer)
+    state = layouts.train_state(model, optimizer)
+    layouts.fill(state.capture())
+    optimizer.param_groups[0]["lr"] = 0.123
+    with Checkpointer(f"{root}/{layout}", timeout=20) as checkpointer:
+        return checkpointer.save(5, state, check_replicas=True).nbytes
+
+
+def _load_all(layout, root, saved):
+    model, optimizer = layouts.build(layout)
+    problems = []
+    for source in saved:
+        layouts.zero(model, optimizer)
+        state = layouts.train_state(model, optimizer)
+        with Checkpointer(f"{root}/{source}", timeout=20) as checkpointer:
+            checkpointer.load(state)
+        captured = state.capture()
+        problems += [f"{source} -> {layout}: {fqn}" for fqn in layouts.wrong(captured)]
+        if sum(fqn.endswith(".exp_avg") for fqn in captured.tensors) != sum(
+            1 for g in optimizer.param_groups for _ in g["params"]
+        ):
+            problems.append(f"{source} -> {layout}: moments are missing")
+        if optimizer.param_groups[0]["lr"] != 0.123 or optimizer.param_groups[1]["lr"] != 5e-4:
+            problems.append(f"{source} -> {layout}: hyper-parameters")
+    return problems
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    root = tmp_path_factory.mktemp("product")
+    for layout, size in layouts.SIZES.items():
+        ranks.run(size, _save, layout, str(root))
+    return root
+
+
+@pytest.mark.parametrize("layout", layouts.SIZES)
+def test_every_layout_loads_what_every_layout_saved(saved, layout):
+    problems = ranks.run(layouts.SIZES[layout], _load_all, layout, str(saved), list(layouts.SIZES))
+    assert not [p for rank in problems for p in rank]
