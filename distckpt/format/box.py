@@ -89,6 +89,17 @@ def strides(sizes: Sequence[int]) -> Shape:
     return tuple(prod(sizes[d + 1 :]) for d in range(len(sizes)))
 
 
+def extent(region: Region, shape: Sequence[int]) -> Run:
+    """Shortest flat run of the tensor that holds the region."""
+    if isinstance(region, Run):
+        return region
+    if not region.numel:
+        return Run(0, 0)
+    step = strides(shape)
+    start = sum(a * s for a, s in zip(region.offsets, step, strict=True))
+    return Run(start, start + sum((n - 1) * s for n, s in zip(region.sizes, step, strict=True)) + 1)
+
+
 @dataclass(frozen=True, slots=True)
 class Part:
     """A box of the tensor that lies contiguously at `start` (elements) of its region's memory."""
@@ -159,8 +170,10 @@ def spans(within: Part, box: Box, *, limit: int, in_place: bool = False) -> Iter
     """Cut `box` of a part into stretches of memory that span at most `limit` elements, holes included.
 
     `in_place`: a contiguous box stays one span however long. A box is cut along its outermost dimension, so no span
-    reads a hole wider than `limit`.
+    reads a hole wider than `limit`. An empty box has none.
     """
+    if not box.numel:
+        return
     step = strides(within.box.sizes)
     start = within.start + sum(a * s for a, s in zip(box.relative_to(within.box).offsets, step, strict=True))
     extent = sum((n - 1) * s for n, s in zip(box.sizes, step, strict=True)) + 1

@@ -20,14 +20,16 @@ from distckpt.errors import FormatError
 from distckpt.format.checksum import BLOCK, digest
 from distckpt.format.dtype import TAG_SIZE, item_size, stored_as
 from distckpt.format.layout import CHECKSUMS_CHUNK, OBJECTS_CHUNK
+from distckpt.format.text import read_json, shown
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable
 
 DATA_ALIGNMENT = 4096
 MAX_HEADER = 100_000_000
 """Longest header, in bytes, that safetensors readers accept."""
 
+_LENGTH = struct.Struct("<Q")
 _TABLE_HEAD = struct.Struct("<12sI")
 _ALGORITHM = b"crc32c"
 
@@ -89,6 +91,8 @@ def build(chunks: Iterable[Chunk], objects: bytes) -> Image:
     position = 0
     for chunk in sorted(chunks, key=lambda c: (-item_size(c.dtype), c.last, c.name)):
         tag, shape = stored_as(chunk.dtype, chunk.shape)
+        if chunk.name.startswith("__"):
+            raise FormatError(f"chunk name {chunk.name!r} is reserved: `chunk_name` escapes it")
         if chunk.name in entries:
             raise FormatError(f"two chunks of one data file are named {chunk.name!r}")
         entries[chunk.name] = _entry(tag, shape, position, position + chunk.nbytes)
@@ -108,11 +112,11 @@ def _encode_header(entries: dict[str, Any], table_at: int) -> bytes:
         size = table_size(length + table_at)
         entries[CHECKSUMS_CHUNK] = _entry("U8", (size,), table_at, table_at + size)
         text = json.dumps(entries, separators=(",", ":")).encode()
-        padded = -(-(8 + len(text)) // DATA_ALIGNMENT) * DATA_ALIGNMENT
-        if padded - 8 > MAX_HEADER:
+        padded = -(-(_LENGTH.size + len(text)) // DATA_ALIGNMENT) * DATA_ALIGNMENT
+        if padded - _LENGTH.size > MAX_HEADER:
             raise FormatError(f"data file header of {padded} bytes; safetensors readers take {MAX_HEADER}")
         if padded <= length:
-            return struct.pack("<Q", length - 8) + text.ljust(length - 8)
+            return _LENGTH.pack(length - _LENGTH.size) + text.ljust(length - _LENGTH.size)
         length = padded
 
 
@@ -163,13 +167,12 @@ def decode_header(header: bytes, size: int) -> dict[str, Stored]:
     FormatError unless they follow the format: no holes, inside the file, sizes right, `__objects__` and
     `__checksums__` last.
     """
-    (length,) = struct.unpack_from("<Q", header)
-    if length + 8 != len(header) or length > MAX_HEADER:
-        raise FormatError(f"header length says {length}, the header has {len(header) - 8} bytes")
-    try:
-        raw = json.loads(header[8:], object_pairs_hook=_unique)
-    except (ValueError, RecursionError) as e:
-        raise FormatError(f"header is not JSON: {e}") from e
+    if len(header) < _LENGTH.size:
+        raise FormatError(f"header of {len(header)} bytes has no length")
+    (length,) = _LENGTH.unpack_from(header)
+    if length + _LENGTH.size != len(header) or length > MAX_HEADER:
+        raise FormatError(f"header length says {length}, the header has {len(header) - _LENGTH.size} bytes")
+    raw = read_json(memoryview(header)[_LENGTH.size :])
     if not isinstance(raw, dict):
         raise FormatError("header is not a JSON object")
     raw.pop("__metadata__", None)
@@ -195,11 +198,4 @@ def _stored(name: str, item: Any, data_start: int) -> Stored:
             and prod(shape) * TAG_SIZE[tag] == stop - start
         ):
             return Stored(tag, tuple(shape), data_start + start, data_start + stop)
-    raise FormatError(f"header entry of chunk {name!r} is malformed: {str(item)[:200]}")
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> Mapping[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        raise FormatError("a JSON object names a key twice")
-    return found
+    raise FormatError(f"header entry of chunk {name!r} is malformed: {shown(item)}")

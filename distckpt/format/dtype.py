@@ -80,4 +80,8 @@ def widens(source: str, target: str) -> bool:
     if source in _INTEGER_RANGE and target in _INTEGER_RANGE:
         (low, high), (target_low, target_high) = _INTEGER_RANGE[source], _INTEGER_RANGE[target]
         return target_low <= low and high <= target_high
-    return (source, target) == ("complex64", "complex128")
+    return (source, target) in {
+        ("complex32", "complex64"),
+        ("complex32", "complex128"),
+        ("complex64", "complex128"),
+    }

@@ -22,14 +22,14 @@ OBJECTS_CHUNK = "__objects__"
 CHECKSUMS_CHUNK = "__checksums__"
 
 _KEY_PART = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]{0,254}")
-_STEP_DIR = re.compile(r"step-(\d{8,})(?:\.([1-9]\d*))?")
-_LAUNCH = re.compile(r"(\d{4,})\.json")
+_STEP_DIR = re.compile(r"step-([0-9]{8,})(?:\.([1-9][0-9]*))?")
+_LAUNCH = re.compile(r"([0-9]{4,})\.json")
 _ATTEMPT_FILE = re.compile(
     r"(?P<stem>[A-Za-z0-9_][A-Za-z0-9_.-]*)\.(?P<attempt>[0-9a-f]{12})\.(?P<ext>safetensors|json)"
 )
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]*")
-_ACK = re.compile(r"ack-(\d{5,})")
-_SLICE = re.compile(r"\[(?:flat )?\d+:\d+(?:,\d+:\d+)*\]$")
+_ACK = re.compile(r"ack-([0-9]{5,})")
+_SLICE = re.compile(r"\[(?:flat )?[0-9]+:[0-9]+(?:,[0-9]+:[0-9]+)*\]\Z")
 
 
 def check_key(key: str) -> str:
@@ -87,7 +87,8 @@ def ack_rank(name: str, attempt: str) -> int | None:
     """Rank whose ack of this attempt the file is."""
     match = _ATTEMPT_FILE.fullmatch(name)
     ack = _ACK.fullmatch(match["stem"]) if match and match["attempt"] == attempt else None
-    return int(ack[1]) if ack else None
+    rank = int(ack[1]) if ack else None
+    return rank if rank is not None and ack_file(rank, attempt) == name else None
 
 
 def launch_file(number: int) -> str:
@@ -98,7 +99,8 @@ def launch_file(number: int) -> str:
 def launch_number(name: str) -> int | None:
     """Number of the launch whose record has this name (without its directory)."""
     match = _LAUNCH.fullmatch(name)
-    return int(match[1]) if match else None
+    number = int(match[1]) if match else None
+    return number if number is not None and launch_file(number) == f"{LAUNCHES}/{name}" else None
 
 
 def pointer_file(name: str) -> str:

@@ -14,6 +14,7 @@ from distckpt.format import objects, partition
 from distckpt.format.checksum import DIGEST_SIZE, digest
 from distckpt.format.dtype import item_size
 from distckpt.format.layout import check_key
+from distckpt.format.text import read_json, shown
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -89,7 +90,7 @@ def to_json(manifest: Manifest) -> dict[str, Any]:
         "date": manifest.date,
         "world_size": manifest.world_size,
         "writer": dict(manifest.writer),
-        "metrics": json.loads(objects.encode(dict(manifest.metrics))),
+        "metrics": {name: objects.tag(value, f"metrics.{name}") for name, value in manifest.metrics.items()},
         "tensors": {
             fqn: [list(t.shape), t.dtype, t.partition.to_json()] for fqn, t in sorted(manifest.tensors.items())
         },
@@ -115,10 +116,7 @@ def decode(data: bytes) -> Manifest:
     text, trailer = data[:-_TRAILER], data[-_TRAILER:]
     if trailer != f',"digest":"{digest(text)}"}}\n'.encode():
         raise Corrupt(f"its digest does not match its {len(data)} bytes")
-    try:
-        body = json.loads(text + b"}")
-    except (ValueError, RecursionError) as e:
-        raise FormatError(f"not JSON: {e}") from e
+    body = read_json(text + b"}")
     version = body.get("format") if isinstance(body, dict) else None
     if type(version) is not int or version < 1:
         raise FormatError(f"format version {version!r} is not a positive integer")
@@ -164,10 +162,10 @@ def from_json(body: dict[str, Any]) -> Manifest:
                 {name: _object(name, item) for name, item in shared.items()},
                 rank_objects,
                 aliases,
-                objects.decode(json.dumps(metrics).encode()),
+                {name: objects.untag(value) for name, value in metrics.items()},
                 writer,
             )
-    raise FormatError(f"members are missing or of the wrong type; it has {sorted(body)}")
+    raise FormatError(f"members are missing or of the wrong type; it has {shown(sorted(body))}")
 
 
 def _tensor(fqn: str, item: Any) -> TensorInfo:
@@ -175,21 +173,21 @@ def _tensor(fqn: str, item: Any) -> TensorInfo:
         case [[*shape], str(dtype), dict(divided)] if all(type(n) is int and n >= 0 for n in shape):
             item_size(dtype)
             return TensorInfo(tuple(shape), dtype, partition.from_json(divided, tuple(shape)))
-    raise FormatError(f"tensor {fqn!r} is malformed: {str(item)[:200]}")
+    raise FormatError(f"tensor {fqn!r} is malformed: {shown(item)}")
 
 
 def _file(item: Any) -> FileInfo:
     match item:
         case [str(name), int(size), int(header), str(sums)] if 8 < header <= size and len(sums) == _HEX:
             return FileInfo(check_key(name), size, header, sums)
-    raise FormatError(f"file entry is malformed: {str(item)[:200]}")
+    raise FormatError(f"file entry is malformed: {shown(item)}")
 
 
 def _object(name: str, item: Any) -> ObjectInfo:
     match item:
         case [str(file), int(size), str(sums)] if size >= 0 and len(sums) == _HEX and "/" not in file:
             return ObjectInfo(check_key(file), size, sums)
-    raise FormatError(f"object {name!r} is malformed: {str(item)[:200]}")
+    raise FormatError(f"object {name!r} is malformed: {shown(item)}")
 
 
 def _check(manifest: Manifest) -> None:
@@ -204,8 +202,10 @@ def _check(manifest: Manifest) -> None:
             raise FormatError(f"tensor {fqn!r} names file {tensor.partition.last_file} of a table of {len(m.files)}")
         tensor.partition.check()
     for alias, fqn in m.aliases.items():
-        if alias in m.tensors or fqn not in m.tensors:
+        if type(fqn) is not str or alias in m.tensors or fqn not in m.tensors:
             raise FormatError(f"alias {alias!r} of {fqn!r}: the first must not be a tensor, the second must")
+    if not all(type(version) is str for version in m.writer.values()):
+        raise FormatError(f"writer must map names to versions: {shown(m.writer)}")
     for name, policy in m.rank_objects.items():
         if policy not in ON_RESHARD:
             raise FormatError(f"per-rank object {name!r}: policy {policy!r} is none of {', '.join(ON_RESHARD)}")

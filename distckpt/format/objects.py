@@ -7,7 +7,6 @@ with its exact type and bits, or is refused on the way in, with the path to it.
 from __future__ import annotations
 
 import base64
-import binascii
 import json
 import math
 import struct
@@ -16,6 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from distckpt.errors import FormatError, Unsupported
+from distckpt.format.text import read_json, shown
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -35,21 +35,27 @@ class TensorRef:
 
 def encode(value: Any, name: str = "$") -> bytes:
     """JSON text of a value. Unsupported, with the path (which begins with `name`), for a type the format has not."""
-    return json.dumps(_tag(value, name, 0), separators=(",", ":"), allow_nan=False).encode()
+    return json.dumps(tag(value, name), separators=(",", ":"), allow_nan=False).encode()
 
 
 def decode(data: bytes | memoryview) -> Any:
     """Value that `encode` wrote. FormatError for anything else."""
+    return untag(read_json(data))
+
+
+def tag(value: Any, name: str = "$") -> Any:
+    """Give a value as what JSON has. Unsupported like `encode`."""
+    return _tag(value, name, 0)
+
+
+def untag(value: Any) -> Any:
+    """Value that `tag` was given. FormatError for anything else."""
     try:
-        return _untag(json.loads(bytes(data), parse_constant=_refuse), 0)
-    except (ValueError, TypeError, KeyError, RecursionError, struct.error, binascii.Error) as e:
+        return _untag(value, 0)
+    except (ValueError, TypeError, struct.error) as e:
         if isinstance(e, FormatError):
             raise
         raise FormatError(f"not a tagged JSON value: {e}") from e
-
-
-def _refuse(constant: str) -> None:
-    raise FormatError(f"{constant} is not JSON")
 
 
 def _tag(value: Any, path: str, depth: int) -> Any:
@@ -85,7 +91,32 @@ def _unordered(value: Any, path: str, depth: int) -> list[Any]:
 
 
 def _pairs(value: Any, path: str, depth: int) -> list[Any]:
-    return [[_tag(k, f"{path}.<key>", depth), _tag(v, f"{path}.{k}", depth)] for k, v in value.items()]
+    return [
+        [_tag(k, f"{path}.<key>", depth), _tag(v, f"{path}.{k if type(k) is str else shown(k)}", depth)]
+        for k, v in value.items()
+    ]
+
+
+def _members(value: Any, depth: int) -> list[Any]:
+    if type(value) is not list:
+        raise FormatError(f"not a list of members: {shown(value)}")
+    return [_untag(v, depth) for v in value]
+
+
+def _mapping(value: Any, depth: int) -> dict[Any, Any]:
+    if type(value) is not list or not all(type(pair) is list and len(pair) == 2 for pair in value):
+        raise FormatError(f"not a list of pairs: {shown(value)}")
+    found = {_untag(k, depth): _untag(v, depth) for k, v in value}
+    if len(found) != len(value):
+        raise FormatError(f"two keys are equal: {shown(value)}")
+    return found
+
+
+def _reference(value: Any, _depth: int) -> TensorRef:
+    match value:
+        case [str(fqn), str(kind)]:
+            return TensorRef(fqn, kind)
+    raise FormatError(f"not a reference to a tensor: {shown(value)}")
 
 
 _TAGS: dict[str, tuple[type, Callable[[Any, str, int], Any], Callable[[Any, int], Any]]] = {
@@ -105,24 +136,24 @@ _TAGS: dict[str, tuple[type, Callable[[Any, str, int], Any], Callable[[Any, int]
         lambda v, _path, _depth: struct.pack(">dd", v.real, v.imag).hex(),
         lambda v, _depth: complex(*struct.unpack(">dd", bytes.fromhex(v))),
     ),
-    "$tuple": (tuple, _sequence, lambda v, depth: tuple(_untag(i, depth) for i in v)),
-    "$set": (set, _unordered, lambda v, depth: {_untag(i, depth) for i in v}),
-    "$frozenset": (frozenset, _unordered, lambda v, depth: frozenset(_untag(i, depth) for i in v)),
-    "$dict": (dict, _pairs, lambda v, depth: {_untag(k, depth): _untag(i, depth) for k, i in v}),
+    "$tuple": (tuple, _sequence, lambda v, depth: tuple(_members(v, depth))),
+    "$set": (set, _unordered, lambda v, depth: set(_members(v, depth))),
+    "$frozenset": (frozenset, _unordered, lambda v, depth: frozenset(_members(v, depth))),
+    "$dict": (dict, _pairs, _mapping),
     "$ordered": (
         OrderedDict,
         _pairs,
-        lambda v, depth: OrderedDict((_untag(k, depth), _untag(i, depth)) for k, i in v),
+        lambda v, depth: OrderedDict(_mapping(v, depth)),
     ),
     "$counter": (
         Counter,
         _pairs,
-        lambda v, depth: Counter({_untag(k, depth): _untag(i, depth) for k, i in v}),
+        lambda v, depth: Counter(_mapping(v, depth)),
     ),
     "$tensor": (
         TensorRef,
         lambda v, _path, _depth: [v.fqn, v.kind],
-        lambda v, _depth: TensorRef(*map(str, v)),
+        _reference,
     ),
 }
 

@@ -20,7 +20,8 @@ from math import prod
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from distckpt.errors import FormatError
-from distckpt.format.box import Box, Region, Run, Shape, overlap_numel, parts
+from distckpt.format.box import Box, Region, Run, Shape, extent, overlap_numel, parts
+from distckpt.format.text import shown
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -62,6 +63,8 @@ class Grid:
         """Yield (file, chunk) of every chunk with an element of `region`, each once."""
         seen = set()
         for part in parts(region, self.shape):
+            if not part.box.numel:
+                continue
             sides = [
                 list(_cut(0, size, splits, lo, lo + n))
                 for size, splits, lo, n in zip(self.shape, self.splits, part.box.offsets, part.box.sizes, strict=True)
@@ -153,7 +156,8 @@ class FlatEven:
 
     def overlapping(self, region: Region) -> Iterator[tuple[int, Region]]:
         """Yield (file, chunk) of every chunk with an element of `region`, each once."""
-        for k in range(self.offset // self.period, -(-(self.offset + prod(self.shape)) // self.period)):
+        reach = extent(region, self.shape)
+        for k in range((self.offset + reach.start) // self.period, -(-(self.offset + reach.stop) // self.period)):
             run = self._run(k)
             if run.numel and overlap_numel(run, region, self.shape):
                 yield self.first + k * self.stride, run
@@ -209,14 +213,15 @@ class Pieces:
         if outside:
             raise FormatError(f"piece {outside[0]} lies outside shape {self.shape}")
         if sum(p.numel for _, p in self.pieces) != prod(self.shape):
-            raise FormatError(f"pieces do not add up to shape {self.shape}: {_some(self.pieces)}")
-        boxes = sorted(
-            (part.box for _, p in self.pieces for part in parts(p, self.shape) if part.box.numel),
-            key=lambda b: b.offsets,
-        )
+            raise FormatError(f"pieces do not add up to shape {self.shape}: {shown(self.pieces)}")
+        boxes = [part.box for _, p in self.pieces for part in parts(p, self.shape) if part.box.numel]
+        # sweep along the dimension with the most cuts: along another, thousands of columns would all be compared
+        d = max(range(len(self.shape)), key=lambda d: len({b.offsets[d] for b in boxes}), default=None)
+        if d is not None:
+            boxes.sort(key=lambda b: b.offsets[d])
         for i, box in enumerate(boxes):
             for other in itertools.islice(boxes, i + 1, None):
-                if box.offsets and other.offsets[0] >= box.offsets[0] + box.sizes[0]:
+                if d is not None and other.offsets[d] >= box.offsets[d] + box.sizes[d]:
                     break
                 if box.intersect(other):
                     raise FormatError(f"pieces of shape {self.shape} overlap: {box} and {other}")
@@ -281,7 +286,7 @@ def from_json(data: Any, shape: Shape) -> Partition:
             return Pieces(shape, tuple(_piece_from_json(p, shape) for p in pieces))
         case {"file": int(first), **rest} if rest.keys() <= {"grid"}:
             return Grid(shape, _splits_from_json(rest.get("grid", []), len(shape)), first)
-    raise FormatError(f"not a partition: {_some(data)}")
+    raise FormatError(f"not a partition: {shown(data)}")
 
 
 def _splits_from_json(data: Any, ndim: int) -> tuple[tuple[Split, ...], ...]:
@@ -293,7 +298,7 @@ def _splits_from_json(data: Any, ndim: int) -> tuple[tuple[Split, ...], ...]:
         ):
             read = tuple(tuple(Split(count, stride) for count, stride in dim) for dim in dims)
             return read + ((),) * (ndim - len(read))
-    raise FormatError(f"not the splits of a grid: {_some(data)}")
+    raise FormatError(f"not the splits of a grid: {shown(data)}")
 
 
 def _region_to_json(region: Region) -> list[Any]:
@@ -312,10 +317,5 @@ def _piece_from_json(data: Any, shape: Shape) -> tuple[int, Region]:
             ):
                 return file, Box(tuple(offsets), tuple(sizes))
     except ValueError as e:
-        raise FormatError(f"not a piece of shape {shape}: {_some(data)}: {e}") from e
-    raise FormatError(f"not a piece of shape {shape}: {_some(data)}")
-
-
-def _some(value: object) -> str:
-    text = repr(value)
-    return text if len(text) < 200 else text[:200] + "..."
+        raise FormatError(f"not a piece of shape {shape}: {shown(data)}: {e}") from e
+    raise FormatError(f"not a piece of shape {shape}: {shown(data)}")

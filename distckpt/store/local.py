@@ -11,6 +11,7 @@ import contextlib
 import errno
 import os
 import secrets
+import stat
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
 _MOST_BUFFERS = 1024  # IOV_MAX of Linux
+_MOST_RACES = 100
+_MISSING = (FileNotFoundError, IsADirectoryError, NotADirectoryError)
 _ADVICE = {
     errno.ENOSPC: "the file system is full: free room, or keep fewer checkpoints",
     errno.EDQUOT: "the quota is used up: free room, or keep fewer checkpoints",
@@ -52,18 +55,21 @@ class LocalStore:
                         with contextlib.suppress(FileNotFoundError):  # removed since it was listed
                             size = None if entry.is_dir(follow_symlinks=False) else entry.stat().st_size
                             found.append(Entry(entry.name, size))
-            except FileNotFoundError:
+            except (FileNotFoundError, NotADirectoryError):
                 return []
         return sorted(found)
 
     def head(self, key: str) -> int:
         """See Store.head."""
-        with _mapped("look at", self._path(key)) as path:
-            return path.stat().st_size
+        with _mapped("look at", self._path(key), missing=_MISSING) as path:
+            status = path.stat()
+            if stat.S_ISDIR(status.st_mode):
+                raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+            return status.st_size
 
     def read(self, key: str, start: int, buffers: Sequence[memoryview]) -> None:
         """See Store.read."""
-        with _mapped("read", self._path(key)) as path, path.open("rb", buffering=0) as file:
+        with _mapped("read", self._path(key), missing=_MISSING) as path, path.open("rb", buffering=0) as file:
             for first in range(0, len(buffers), _MOST_BUFFERS):
                 wanted = [b for b in buffers[first : first + _MOST_BUFFERS] if len(b)]
                 while wanted:
@@ -102,25 +108,21 @@ class LocalStore:
                 path.unlink(missing_ok=True)
             except NotADirectoryError:
                 return
-            for parent in path.parents:
-                if parent == self.root or not parent.is_relative_to(self.root):
-                    break
-                try:
-                    parent.rmdir()
-                except OSError as e:
-                    if e.errno not in {errno.ENOTEMPTY, errno.EEXIST, errno.ENOENT}:
-                        raise
-                    break
-            if path.parent.exists():
-                _sync_directory(path.parent)
+            kept = path.parent
+            while kept != self.root and _remove_if_empty(kept):
+                kept = kept.parent
+            _sync_directory(kept)  # makes the removal of what lay below it durable too
 
     def link_hint(self, name: str, target: str) -> None:
         """Point the symlink `name` at `target`, atomically. A convenience for people; no reader follows it."""
         path = self._path(name)
-        temp = path.with_name(f".tmp-{secrets.token_hex(4)}-{path.name}")
+        temp = _temporary_name(path)
         with _mapped("link", path):
             temp.symlink_to(target)
-            temp.replace(path)
+            try:
+                temp.replace(path)
+            finally:
+                temp.unlink(missing_ok=True)
 
     def _path(self, key: str, *, prefix: bool = False) -> Path:
         return self.root / check(key, prefix=prefix)
@@ -128,7 +130,7 @@ class LocalStore:
     @contextlib.contextmanager
     def _temporary(self, path: Path, pieces: Iterable[memoryview], size: int) -> Iterator[Path]:
         """A durable temp file beside `path` that holds the pieces; gone when the block ends."""
-        temp = path.with_name(f".tmp-{secrets.token_hex(4)}-{path.name}")
+        temp = _temporary_name(path)
         with _mapped("write", path):
             descriptor = self._open_new(temp)
             try:
@@ -145,10 +147,16 @@ class LocalStore:
 
     def _open_new(self, temp: Path) -> int:
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
-        while True:
-            _make_directory(temp.parent)
+        for _ in range(_MOST_RACES):
             with contextlib.suppress(FileNotFoundError):  # a delete removed the empty directory in between
+                _make_directory(temp.parent)
                 return os.open(temp, flags, 0o644)
+        raise StoreError(f"cannot write {temp.parent}: the directory cannot be made, or vanishes as often as it is")
+
+
+def _temporary_name(path: Path) -> Path:
+    """Hidden name beside `path`; not longer than a name may be, however long that of `path` is."""
+    return path.with_name(f".tmp-{secrets.token_hex(4)}-{path.name[:200]}")
 
 
 def _write_pieces(descriptor: int, pieces: Iterable[memoryview], size: int) -> int:
@@ -183,15 +191,33 @@ def _make_directory(path: Path) -> None:
     if path.is_dir():
         return
     _make_directory(path.parent)
-    with contextlib.suppress(FileExistsError):
+    try:
         path.mkdir()
-    if not path.is_dir():
-        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(path))
-    _sync_directory(path.parent)
+    except FileExistsError:
+        if path.exists() and not path.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(path)) from None
+    try:
+        _sync_directory(path.parent)
+    except StoreError:
+        # a retry would find the directory, take it for durable, and report a success that a power cut undoes
+        _remove_if_empty(path)
+        raise
+
+
+def _remove_if_empty(path: Path) -> bool:
+    """Whether the directory is gone; False where something lies in it, or it may not be removed."""
+    try:
+        path.rmdir()
+    except FileNotFoundError:
+        return True
+    except OSError:
+        return False
+    return True
 
 
 def _sync_directory(path: Path) -> None:
-    with _mapped("sync", path):
+    """Make the names in a directory durable. One that a delete removed meanwhile has none."""
+    with _mapped("sync", path), contextlib.suppress(FileNotFoundError):
         descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
             os.fsync(descriptor)
@@ -200,13 +226,13 @@ def _sync_directory(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def _mapped(verb: str, path: Path) -> Iterator[Path]:
-    """Turn an OSError of the block into a StoreError that says what, where and what to do."""
+def _mapped(verb: str, path: Path, *, missing: tuple[type[OSError], ...] = ()) -> Iterator[Path]:
+    """Turn the block's OSError into a StoreError that says what, where and what to do, `missing` into KeyMissing."""
     try:
         yield path
     except StoreError:
         raise
-    except (FileNotFoundError, IsADirectoryError) as e:
+    except missing as e:
         raise KeyMissing(f"cannot {verb} {path}: no such key") from e
     except OSError as e:
         advice = _ADVICE.get(e.errno or 0, "")
