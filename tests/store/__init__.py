@@ -1,0 +1,1 @@
+"""Stores: one suite for all, and what only a file system can get wrong."""

@@ -1,0 +1,330 @@
+"""What only a file system can get wrong: durability, faults, full and read-only disks, symlinks."""
+
+from __future__ import annotations
+
+import errno
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from distckpt.errors import KeyExists, StoreError
+from distckpt.store.base import Entry, read_all, write_all
+from distckpt.store.local import LocalStore
+
+OLD, NEW = b"old content", b"the new content, which is longer"
+
+
+def get(store, key):
+    return read_all(store, key, limit=1 << 30)
+
+
+def hidden(root: Path):
+    return [p for p in root.rglob(".*")]
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """Every system call that durability hangs on, in order: (name, path)."""
+    seen = []
+    paths = {}
+    real = {
+        name: getattr(os, name) for name in ("open", "fsync", "link", "mkdir", "close", "pwritev", "unlink", "rmdir")
+    }
+    replace = Path.replace
+
+    def opened(path, *args, **kw):
+        descriptor = real["open"](path, *args, **kw)
+        paths[descriptor] = Path(path)
+        return descriptor
+
+    def on_descriptor(name):
+        def call(descriptor, *args):
+            seen.append((name, paths.get(descriptor)))
+            return real[name](descriptor, *args)
+
+        return call
+
+    def on_path(name):
+        def call(path, *args, **kw):
+            seen.append((name, Path(path)))
+            return real[name](path, *args, **kw)
+
+        return call
+
+    def replaced(self, target):
+        seen.append(("replace", self))
+        return replace(self, target)
+
+    monkeypatch.setattr(os, "open", opened)
+    for name in ("fsync", "pwritev"):
+        monkeypatch.setattr(os, name, on_descriptor(name))
+    for name in ("link", "mkdir", "unlink", "rmdir"):
+        monkeypatch.setattr(os, name, on_path(name))
+    monkeypatch.setattr(Path, "replace", replaced)
+    return seen
+
+
+@pytest.mark.parametrize(("verb", "publish"), [("write", "replace"), ("create", "link")])
+def test_the_file_is_synced_before_it_has_its_name_and_the_directory_after(tmp_path, calls, verb, publish):
+    store = LocalStore(tmp_path)
+    if verb == "write":
+        store.write("a", [memoryview(NEW)], size=len(NEW))
+    else:
+        store.create("a", NEW)
+    kinds = [(name, path.name.startswith(".tmp-")) for name, path in calls if name != "unlink"]
+    assert kinds == [("pwritev", True), ("fsync", True), (publish, True), ("fsync", False)]
+    assert calls[-1] == ("fsync", tmp_path)
+
+
+def test_every_new_directory_is_synced_in_its_parent_before_anything_lies_in_it(tmp_path, calls):
+    LocalStore(tmp_path / "runs" / "one").create("launches/x/0001.json", NEW)
+    made = [path for name, path in calls if name == "mkdir"]
+    assert made == [tmp_path / p for p in ("runs", "runs/one", "runs/one/launches", "runs/one/launches/x")]
+    published = calls.index(next(c for c in calls if c[0] == "link"))
+    for directory in made:
+        at = calls.index(("mkdir", directory))
+        assert ("fsync", directory.parent) in calls[at:published]
+    assert calls[-1] == ("fsync", made[-1])
+
+
+def test_a_directory_that_is_there_is_not_synced_again(tmp_path, calls):
+    store = LocalStore(tmp_path)
+    write_all(store, "d/a", OLD)
+    calls.clear()
+    write_all(store, "d/b", NEW)
+    assert [path for name, path in calls if name == "fsync" and not path.name.startswith(".")] == [tmp_path / "d"]
+
+
+@pytest.mark.parametrize(("others", "synced"), [(["a/b/d"], "a/b"), (["a/d"], "a"), ([], ".")])
+def test_a_delete_is_synced_where_something_is_left(tmp_path, calls, others, synced):
+    store = LocalStore(tmp_path)
+    for key in ("a/b/c", *others):
+        write_all(store, key, OLD)
+    calls.clear()
+    store.delete("a/b/c")
+    assert calls[-1] == ("fsync", tmp_path / synced)
+    assert [name for name, _ in calls].count("unlink") == 1
+
+
+def test_a_new_directory_whose_sync_fails_is_not_taken_for_durable_by_the_retry(tmp_path, calls, monkeypatch):
+    store = LocalStore(tmp_path)
+    recording = os.fsync
+
+    def fails(descriptor):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "fsync", fails)
+    with pytest.raises(StoreError):
+        write_all(store, "d/a", NEW)
+    monkeypatch.setattr(os, "fsync", recording)
+    calls.clear()
+    write_all(store, "d/a", NEW)
+    assert ("fsync", tmp_path) in calls
+
+
+FAULTY = [(os, "open"), (os, "pwritev"), (os, "fsync"), (os, "posix_fallocate"), (os, "link"), (Path, "replace")]
+
+
+class Faults:
+    """Makes the n-th of the calls of FAULTY fail once, or from then on."""
+
+    def __init__(self, monkeypatch, number, n, *, forever):
+        self.count = 0
+        for owner, name in FAULTY:
+            monkeypatch.setattr(owner, name, self._wrap(getattr(owner, name), number, n, forever))
+
+    def _wrap(self, real, number, n, forever):
+        def call(*args, **kw):
+            self.count += 1
+            if self.count == n or (forever and self.count > n):
+                raise OSError(number, os.strerror(number))
+            return real(*args, **kw)
+
+        return call
+
+
+VERBS = {
+    "write": lambda store, key: store.write(key, [memoryview(NEW[:5]), memoryview(NEW[5:])], size=len(NEW)),
+    "create": lambda store, key: store.create(key, NEW),
+    "delete": lambda store, key: store.delete(key),
+}
+
+
+@pytest.mark.parametrize("forever", [False, True], ids=["once", "forever"])
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO], ids=["ENOSPC", "EIO"])
+@pytest.mark.parametrize(
+    ("verb", "key"), [("write", "d/old"), ("write", "new/a/b"), ("create", "new/a/b"), ("delete", "d/old")]
+)
+def test_a_fault_at_any_call_leaves_old_or_new_whole_and_a_retry_succeeds(tmp_path, verb, key, number, forever):
+    for n in range(1, 100):
+        root = tmp_path / str(n)
+        store = LocalStore(root)
+        write_all(store, "d/old", OLD)
+        write_all(store, "d/other", OLD)
+        with pytest.MonkeyPatch.context() as patch:
+            faults = Faults(patch, number, n, forever=forever)
+            failure = None
+            try:
+                VERBS[verb](store, key)
+            except StoreError as e:
+                failure = e
+        if failure:
+            assert failure.errno == number
+            assert str(root) in str(failure)
+        there = {p.relative_to(root).as_posix(): p.read_bytes() for p in root.rglob("*") if p.is_file()}
+        assert there.pop(key, None) in (
+            {OLD, NEW, None} if verb == "delete" else {OLD if key == "d/old" else None, NEW}
+        )
+        assert there == ({"d/other": OLD} if key == "d/old" else {"d/old": OLD, "d/other": OLD})
+        assert hidden(root) == []
+        VERBS[verb](store, key)
+        assert (root / key).exists() == (verb != "delete")
+        assert verb == "delete" or get(store, key) == NEW
+        if not failure:
+            assert faults.count < n
+            assert n > 2
+            return
+    pytest.fail("the faults never ended")
+
+
+@pytest.mark.parametrize("number", [errno.EOPNOTSUPP, errno.EINVAL])
+def test_a_file_system_that_cannot_preallocate_is_written_all_the_same(tmp_path, monkeypatch, number):
+    def refused(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "posix_fallocate", refused)
+    write_all(LocalStore(tmp_path), "a", NEW)
+    assert get(LocalStore(tmp_path), "a") == NEW
+
+
+def test_short_writes_and_short_reads_are_carried_on(tmp_path, monkeypatch):
+    pwritev, preadv = os.pwritev, os.preadv
+    monkeypatch.setattr(os, "pwritev", lambda fd, buffers, at: pwritev(fd, [buffers[0][:3]], at))
+    monkeypatch.setattr(os, "preadv", lambda fd, buffers, at: preadv(fd, [buffers[0][:2]], at))
+    store = LocalStore(tmp_path)
+    store.write("a", [memoryview(NEW), memoryview(OLD)], size=len(NEW + OLD))
+    buffers = [bytearray(7), bytearray(len(NEW + OLD) - 7)]
+    store.read("a", 0, [memoryview(b) for b in buffers])
+    assert b"".join(buffers) == NEW + OLD
+
+
+def mounted(target: Path, options: str):
+    """Mount a tmpfs; where that cannot be done, skip: but CI has to be able to."""
+    target.mkdir(exist_ok=True)
+    done = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(target)], capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        reason = f"cannot mount a tmpfs: {done.stderr.strip()}"
+        if os.environ.get("CI") == "true":
+            pytest.fail(reason)
+        pytest.skip(reason)
+
+
+@pytest.fixture
+def disk(tmp_path):
+    """A file system of 1 MiB."""
+    target = tmp_path / "disk"
+    mounted(target, "size=1m")
+    yield target
+    subprocess.run(["umount", str(target)], check=True)
+
+
+@pytest.mark.parametrize("preallocates", [True, False])
+def test_a_full_disk_says_so_leaves_the_old_content_and_gives_the_room_back(disk, monkeypatch, preallocates):
+    if not preallocates:
+        refuse = OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
+        monkeypatch.setattr(os, "posix_fallocate", lambda *_: (_ for _ in ()).throw(refuse))
+    store = LocalStore(disk)
+    write_all(store, "a", OLD)
+    free = os.statvfs(disk).f_bfree
+    asked = []
+
+    def pieces():
+        for _ in range(64):
+            asked.append(1)
+            yield memoryview(bytes(32 << 10))
+
+    with pytest.raises(StoreError, match="full: free room, or keep fewer checkpoints") as caught:
+        store.write("a", pieces(), size=2 << 20)
+    assert caught.value.errno == errno.ENOSPC
+    assert bool(asked) != preallocates
+    assert get(store, "a") == OLD
+    assert hidden(disk) == []
+    assert os.statvfs(disk).f_bfree == free
+
+
+def test_a_read_only_directory_says_so(disk):
+    store = LocalStore(disk)
+    write_all(store, "d/a", OLD)
+    subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+    for verb in (lambda: write_all(store, "d/a", NEW), lambda: store.create("b", NEW), lambda: store.delete("d/a")):
+        with pytest.raises(StoreError, match="mounted read-only") as caught:
+            verb()
+        assert caught.value.errno == errno.EROFS
+    assert get(store, "d/a") == OLD
+
+
+def test_names_behind_a_symlink_and_hidden_ones_are_not_listed(tmp_path):
+    store = LocalStore(tmp_path / "run")
+    write_all(store, "d/a", OLD)
+    (tmp_path / "run" / "file").symlink_to("d/a")
+    (tmp_path / "run" / "directory").symlink_to("d")
+    (tmp_path / "run" / "dangling").symlink_to("nowhere")
+    (tmp_path / "run" / ".tmp-left-by-a-crash").write_bytes(b"half")
+    assert store.list("") == [Entry("d", None)]
+
+
+def test_a_hint_points_where_it_is_told_and_is_replaced_whole(tmp_path):
+    store = LocalStore(tmp_path)
+    write_all(store, "step-1/a", OLD)
+    write_all(store, "step-2/a", NEW)
+    store.link_hint("last", "step-1")
+    store.link_hint("last", "step-2")
+    assert (tmp_path / "last" / "a").read_bytes() == NEW
+    assert [e.name for e in store.list("")] == ["step-1", "step-2"]
+
+
+def test_a_hint_that_cannot_be_put_leaves_nothing(tmp_path):
+    store = LocalStore(tmp_path)
+    write_all(store, "last/a", OLD)
+    with pytest.raises(StoreError):
+        store.link_hint("last", "step-1")
+    assert hidden(tmp_path) == []
+
+
+def test_a_file_where_a_directory_must_be_is_told_apart_from_a_missing_one(tmp_path):
+    store = LocalStore(tmp_path)
+    write_all(store, "a", OLD)
+    for verb in (lambda: write_all(store, "a/b", NEW), lambda: store.create("a/b/c", NEW)):
+        with pytest.raises(StoreError, match="is a file, not a directory") as caught:
+            verb()
+        assert not isinstance(caught.value, FileNotFoundError)
+    assert store.list("") == [Entry("a", len(OLD))]
+
+
+def test_a_directory_that_can_never_be_made_is_an_error_and_no_endless_loop():
+    with pytest.raises(StoreError, match="cannot"):
+        LocalStore("/proc/distckpt").create("a", NEW)
+
+
+def test_the_reply_to_a_link_may_be_lost_as_over_nfs(tmp_path, monkeypatch):
+    link = os.link
+
+    def link_twice(source, target, **kw):
+        link(source, target, **kw)
+        link(source, target, **kw)
+
+    monkeypatch.setattr(os, "link", link_twice)
+    store = LocalStore(tmp_path)
+    store.create("a", NEW)
+    assert get(store, "a") == NEW
+    with pytest.raises(KeyExists):
+        store.create("a", OLD)
+
+
+def test_two_views_of_one_directory_are_one_store(tmp_path):
+    LocalStore(tmp_path).create("a", NEW)
+    assert get(LocalStore(str(tmp_path)), "a") == NEW
