@@ -89,7 +89,7 @@ def strides(sizes: Sequence[int]) -> Shape:
     return tuple(prod(sizes[d + 1 :]) for d in range(len(sizes)))
 
 
-def extent(region: Region, shape: Sequence[int]) -> Run:
+def flat_extent(region: Region, shape: Sequence[int]) -> Run:
     """Shortest flat run of the tensor that holds the region."""
     if isinstance(region, Run):
         return region

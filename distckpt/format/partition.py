@@ -20,7 +20,7 @@ from math import prod
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from distckpt.errors import FormatError
-from distckpt.format.box import Box, Region, Run, Shape, extent, overlap_numel, parts
+from distckpt.format.box import Box, Region, Run, Shape, flat_extent, overlap_numel, parts
 from distckpt.format.text import shown
 
 if TYPE_CHECKING:
@@ -156,7 +156,7 @@ class FlatEven:
 
     def overlapping(self, region: Region) -> Iterator[tuple[int, Region]]:
         """Yield (file, chunk) of every chunk with an element of `region`, each once."""
-        reach = extent(region, self.shape)
+        reach = flat_extent(region, self.shape)
         for k in range((self.offset + reach.start) // self.period, -(-(self.offset + reach.stop) // self.period)):
             run = self._run(k)
             if run.numel and overlap_numel(run, region, self.shape):

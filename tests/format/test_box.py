@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from distckpt.format.box import Box, Run, extent, overlap_numel, overlaps, parts, spans, strides
+from distckpt.format.box import Box, Run, flat_extent, overlap_numel, overlaps, parts, spans, strides
 from tests.format.draw import boxes, elements, regions, runs, shapes
 
 shape_and_region = shapes.flatmap(lambda s: st.tuples(st.just(s), regions(s)))
@@ -49,15 +49,15 @@ def test_overlaps_hold_each_common_element_exactly_once(drawn):
         assert o.target in list(parts(b, shape))
 
 
-@given(shape_and_region.flatmap(lambda d: st.tuples(st.just(d), boxes(d[0]))), st.integers(1, 60))
-def test_spans_cut_a_box_into_stretches_of_memory_without_wide_holes(drawn, limit):
+@given(shape_and_region.flatmap(lambda d: st.tuples(st.just(d), boxes(d[0]))), st.integers(1, 60), st.booleans())
+def test_spans_cut_a_box_into_short_stretches_of_memory(drawn, limit, in_place):
     (shape, region), box = drawn
     memory = elements(region, shape)
     for part in parts(region, shape):
         common = part.box.intersect(box)
         if common is None:
             continue
-        found = list(spans(part, common, limit=limit))
+        found = list(spans(part, common, limit=limit, in_place=in_place))
         got = np.concatenate([elements(s.box, shape) for s in found])
         assert np.array_equal(got, elements(common, shape))
         for s in found:
@@ -67,7 +67,7 @@ def test_spans_cut_a_box_into_stretches_of_memory_without_wide_holes(drawn, limi
             assert (stretch[0], stretch[-1]) == (inside[0], inside[-1])
             assert np.isin(inside, stretch).all()
             assert s.contiguous == (len(inside) == s.extent)
-            assert s.contiguous or s.extent <= limit
+            assert s.extent <= limit or (in_place and s.contiguous)
 
 
 def test_an_empty_box_has_no_spans():
@@ -75,17 +75,17 @@ def test_an_empty_box_has_no_spans():
     assert list(spans(part, Box((1, 1), (3, 0)), limit=8)) == []
 
 
-def test_a_contiguous_box_is_one_span_however_long():
+def test_a_contiguous_box_is_one_span_in_place_however_long():
     part = next(parts(Box.whole((100, 8)), (100, 8)))
-    (span,) = spans(part, Box((10, 0), (80, 8)), limit=1)
+    (span,) = spans(part, Box((10, 0), (80, 8)), limit=1, in_place=True)
     assert (span.start, span.extent, span.contiguous) == (80, 640, True)
 
 
 @given(shape_and_region)
-def test_extent_is_the_shortest_run_that_holds_a_region(drawn):
+def test_the_flat_extent_is_the_shortest_run_that_holds_a_region(drawn):
     shape, region = drawn
     inside = elements(region, shape)
-    run = extent(region, shape)
+    run = flat_extent(region, shape)
     if len(inside):
         assert (run.start, run.stop) == (inside.min(), inside.max() + 1)
     else:

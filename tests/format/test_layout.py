@@ -143,7 +143,7 @@ def test_an_ack_has_one_name(stem):
     assert ack_rank(f"{stem}.{ATTEMPT}.json", ATTEMPT) is None
 
 
-@pytest.mark.parametrize("name", ["commit.json", "a.0123456789AB.json", "a.0123456789ab.txt", f"a.b.{ATTEMPT}.json"])
+@pytest.mark.parametrize("name", ["commit.json", "a.0123456789AB.json", "a.0123456789ab.txt", f".a.{ATTEMPT}.json"])
 def test_other_files_carry_no_attempt(name):
     assert attempt_of(name) is None
 

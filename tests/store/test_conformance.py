@@ -133,7 +133,7 @@ def test_write_puts_the_pieces_one_after_another(store):
     assert get(store, "a/b/c") == b"abcde"
 
 
-@settings(max_examples=15)
+@settings(max_examples=15, deadline=None)
 @given(pieces=st.lists(st.binary(max_size=2000), max_size=8))
 def test_what_is_written_is_read(tmp_path_factory, pieces):
     for make in STORES.values():

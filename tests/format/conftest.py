@@ -1,4 +1,4 @@
-"""Settings that every test shares."""
+"""Settings that the property tests share."""
 
 from __future__ import annotations
 
