@@ -1,4 +1,4 @@
-"""Settings that the property tests share."""
+"""Settings that every test shares."""
 
 from __future__ import annotations
 
