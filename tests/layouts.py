@@ -15,7 +15,7 @@ SIZES = {"one": 1, "ddp2": 2, "fsdp2": 2, "fsdp3": 3, "fsdp4": 4, "hsdp2x2": 4, 
 
 
 class Net(nn.Module):
-    """Primes, ones, 0-d, a tied pair, frozen and low-precision parameters, a buffer: what reshards badly if done badly."""
+    """Primes, ones, a tied pair, frozen and low-precision parameters, a buffer: what reshards badly if done badly."""
 
     def __init__(self):
         super().__init__()

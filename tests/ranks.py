@@ -1,6 +1,6 @@
 """Real ranks for tests: processes forked from a server that has imported torch once, joined by gloo over a file.
 
-A group of ranks starts in a few tenths of a second. A hang is a failure: the group is killed and the test told who hung.
+A group starts in a few tenths of a second. A hang is a failure: the group is killed, and the test told who hung.
 """
 
 from __future__ import annotations

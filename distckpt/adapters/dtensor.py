@@ -49,12 +49,11 @@ def describe(tensor: DTensor, fqn: str) -> GlobalTensor:
         )
     shape, dtype = tuple(tensor.shape), dtype_name(local, fqn)
     mesh = tensor.device_mesh
-    for layout, boxes in _candidates(tensor, mesh):
-        sizes = [_union_size(boxes, d) for d in range(len(shape))] if boxes else None
-        if mesh.get_coordinate() is None:
-            return GlobalTensor(shape, dtype, layout, ())
-        if sizes == list(local.shape):
-            return GlobalTensor(shape, dtype, layout, tuple(_shards(local, boxes)))
+    for layout, runs in _candidates(tensor, mesh):
+        if runs is None:
+            return GlobalTensor(shape, dtype, layout, ())  # this rank is not in the mesh: it holds nothing
+        if [sum(size for _, size in of_dim) for of_dim in runs] == list(local.shape):
+            return GlobalTensor(shape, dtype, layout, tuple(_shards(local, runs)))
     raise Unsupported(
         f"{fqn}: cannot tell which part of shape {shape} with placements {tensor.placements} on mesh "
         f"{tuple(mesh.shape)} the local tensor of shape {tuple(local.shape)} is"
@@ -85,19 +84,24 @@ def _private(owner: Any, name: str) -> Any:
         ) from e
 
 
-def _candidates(tensor: DTensor, mesh: DeviceMesh) -> Iterator[tuple[Layout | Listed, list[list[tuple[int, int]]]]]:
-    """(layout, this rank's [(start, size), ...] a dimension) by execution order, then by placements left to right."""
+Runs = list[list[tuple[int, int]]]
+"""For each tensor dimension the [(start, size), ...] that a rank holds of it."""
+
+
+def _candidates(tensor: DTensor, mesh: DeviceMesh) -> Iterator[tuple[Layout | Listed, Runs | None]]:
+    """Yield (layout, what this rank holds) by execution order, then by placements left to right.
+
+    None: the rank is not in the mesh.
+    """
     coordinate = mesh.get_coordinate()
     order = _execution_order(tensor, mesh)
     if order is not None:
-        mine = (
-            [_in_order(n, dims, mesh, coordinate) for n, dims in zip(tensor.shape, order, strict=True)]
-            if coordinate
-            else []
-        )
-        yield _layout(tensor, mesh, order), [[m] for m in mine]
+        mine: Runs | None = None
+        if coordinate is not None:
+            mine = [[_in_order(n, dims, mesh, coordinate)] for n, dims in zip(tensor.shape, order, strict=True)]
+        yield _layout(tensor, mesh, order), mine
     if order is None or any(isinstance(p, _StridedShard) for p in tensor.placements):
-        yield _listed(tensor, mesh), _left_to_right(tensor, coordinate) if coordinate else []
+        yield _listed(tensor, mesh), None if coordinate is None else _left_to_right(tensor, coordinate)
 
 
 def _execution_order(tensor: DTensor, mesh: DeviceMesh) -> Order | None:
@@ -179,7 +183,7 @@ def _listed(tensor: DTensor, mesh: DeviceMesh) -> Listed:
     return Listed(Pieces(tuple(tensor.shape), tuple(pieces)))
 
 
-def _left_to_right(tensor: DTensor, coordinate: Sequence[int]) -> list[list[tuple[int, int]]]:
+def _left_to_right(tensor: DTensor, coordinate: Sequence[int]) -> Runs:
     """Runs [(start, size), ...] of each dimension, when mesh dimensions cut index lists in the placements' order."""
     indices: list[Sequence[int]] = [range(n) for n in tensor.shape]
     for d, placement in enumerate(tensor.placements):
@@ -208,16 +212,12 @@ def _runs(indices: Sequence[int]) -> list[tuple[int, int]]:
     return runs or [(0, 0)]
 
 
-def _boxes(per_dim: list[list[tuple[int, int]]]) -> Iterator[Box]:
+def _boxes(per_dim: Runs) -> Iterator[Box]:
     for combination in itertools.product(*per_dim):
         yield Box(tuple(start for start, _ in combination), tuple(size for _, size in combination))
 
 
-def _union_size(per_dim: list[list[tuple[int, int]]], dim: int) -> int:
-    return sum(size for _, size in per_dim[dim])
-
-
-def _shards(local: torch.Tensor, per_dim: list[list[tuple[int, int]]]) -> Iterator[state.Shard]:
+def _shards(local: torch.Tensor, per_dim: Runs) -> Iterator[state.Shard]:
     """Yield the local tensor's boxes, each with its view: the runs of a dimension lie one after another."""
     for combination in itertools.product(*(list(enumerate(runs)) for runs in per_dim)):
         view = local

@@ -150,7 +150,7 @@ def _items(fqn: str, saved_name: str, info: TensorInfo, target: GlobalTensor, sa
     own = None
     if isinstance(info.partition, Copies) and not saved.resharded:
         own = info.partition.copy_of(saved.rank)
-    for shard in target.shards:
+    for shard in (s for s in target.shards if s.region.numel):
         for file, region in info.partition.overlapping(shard.region):
             name = chunk_name(saved_name, region, info.shape)
             yield Item(fqn, file if own is None else own, name, region, info.shape, dtype, shard)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pytest
-import torch
 
 from distckpt import Checkpointer
 from tests import layouts, ranks
