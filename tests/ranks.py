@@ -53,6 +53,8 @@ def _main(rank, size, rendezvous, fn, args, answer):
         data, code = pickle.dumps(("error", f"rank {rank}: its result cannot be pickled: {e}")), 1
     Path(f"{answer}.tmp").write_bytes(data)
     os.replace(f"{answer}.tmp", answer)
+    for child in multiprocessing.active_children():
+        child.kill()  # a DataLoader's workers look for their parent only every few seconds
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)  # a group with a dead member must not be waited for

@@ -259,7 +259,7 @@ def _flatten(value: Any, key: str) -> tuple[dict[str, torch.Tensor], dict[str, A
         _SUBCLASS: type(value).__qualname__,
         "module": type(value).__module__,
         "inner": list(names),
-        "context": _dtypes_to_json(context),
+        "context": _context_to_values(context),
         "shape": tuple(value.shape),
         "stride": tuple(value.stride()),
     }
@@ -282,18 +282,23 @@ def _unflatten(value: dict[str, Any], key: str, made: dict[str, torch.Tensor], o
         )
     inner = {n: made[f"{key}.{n}"] for n in value["inner"]}
     whole: torch.Tensor = found.__tensor_unflatten__(  # type: ignore[attr-defined]
-        inner, _dtypes_from_json(value["context"]), value["shape"], value["stride"]
+        inner, _context_from_values(value["context"]), value["shape"], value["stride"]
     )
     return whole
 
 
-def _dtypes_to_json(context: Any) -> Any:
+def _context_to_values(context: Any) -> Any:
+    """Put what torch adds to a flattening context, dtypes and sizes, as values that the format has."""
     if isinstance(context, torch.dtype):
         return ("torch.dtype", str(context).removeprefix("torch."))
-    return type(context)(map(_dtypes_to_json, context)) if isinstance(context, (list, tuple)) else context
+    if isinstance(context, torch.Size):
+        return ("torch.Size", list(context))
+    return type(context)(map(_context_to_values, context)) if isinstance(context, (list, tuple)) else context
 
 
-def _dtypes_from_json(context: Any) -> Any:
+def _context_from_values(context: Any) -> Any:
     if isinstance(context, tuple) and len(context) == 2 and context[0] == "torch.dtype":
         return torch_dtype(context[1])
-    return type(context)(map(_dtypes_from_json, context)) if isinstance(context, (list, tuple)) else context
+    if isinstance(context, tuple) and len(context) == 2 and context[0] == "torch.Size":
+        return torch.Size(context[1])
+    return type(context)(map(_context_from_values, context)) if isinstance(context, (list, tuple)) else context

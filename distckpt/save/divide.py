@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from distckpt.save.agree import Agreed
 
-SLICE_BYTES = 64 << 10
+SLICE_BYTES = 16 << 10
 """A cell of at least this many bytes a replica is sliced between its replicas."""
 
 
@@ -27,7 +27,7 @@ def divide(tensors: Mapping[str, Agreed]) -> dict[str, Partition]:
     """Partition of each tensor, files being the ranks that write them."""
     loads: dict[tuple[Split, ...], list[tuple[int, int]]] = {}
     partitions: dict[str, Partition] = {}
-    for fqn, tensor in sorted(tensors.items()):
+    for fqn, tensor in sorted(tensors.items(), key=_largest_first):
         match tensor.layout:
             case Copies():
                 partitions[fqn] = tensor.layout
@@ -36,6 +36,11 @@ def divide(tensors: Mapping[str, Agreed]) -> dict[str, Partition]:
             case Layout():
                 partitions[fqn] = _divide_grid(tensor, tensor.layout, loads)
     return partitions
+
+
+def _largest_first(item: tuple[str, Agreed]) -> tuple[int, str]:
+    fqn, tensor = item
+    return -prod(tensor.shape) * item_size(tensor.dtype), fqn
 
 
 def _divide_grid(tensor: Agreed, layout: Layout, loads: dict[tuple[Split, ...], list[tuple[int, int]]]) -> Grid:

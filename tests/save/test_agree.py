@@ -1,0 +1,266 @@
+"""Ranks agree on what they hold: by digests alone when all are alike, and rightly when they are not."""
+
+from __future__ import annotations
+
+import glob
+import threading
+
+import pytest
+import torch
+from safetensors import safe_open
+from torch import nn
+
+from distckpt import Checkpointer, TrainState
+from distckpt.comm import ThreadComm
+from distckpt.errors import Mismatch
+from distckpt.format import manifest
+from distckpt.format.manifest import FileInfo, Manifest, TensorInfo
+from distckpt.format.partition import Copies, Grid, Split
+from distckpt.save.agree import Agreed
+from distckpt.save.divide import divide
+from distckpt.state import Layout
+from distckpt.store.memory import MemoryStore
+from tests import layouts, ranks
+
+
+class CountingComm:
+    """A comm that notes the bytes of every collective."""
+
+    def __init__(self, inner):
+        self.inner, self.rank, self.world_size, self.timeout = inner, inner.rank, inner.world_size, inner.timeout
+        self.sent = []
+
+    def all_gather(self, what, payload):
+        self.sent.append(len(payload))
+        return self.inner.all_gather(what, payload)
+
+    def close(self):
+        self.inner.close()
+
+
+def on_threads(comms, fn):
+    """Run fn(comm) on a thread for each comm; return results by rank; raise the first error."""
+    results, errors = [None] * len(comms), []
+
+    def work(i, comm):
+        try:
+            results[i] = fn(comm)
+        except BaseException as e:
+            errors.append(e)
+
+    threads = [threading.Thread(target=work, args=(i, c), daemon=True) for i, c in enumerate(comms)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join(30)
+        assert not t.is_alive()
+    if errors:
+        raise errors[0]
+    return results
+
+
+def test_no_collective_of_a_save_moves_more_than_128_bytes_a_rank_when_all_agree():
+    store = MemoryStore()
+    comms = [CountingComm(c) for c in ThreadComm.group(5)]
+
+    def save(comm):
+        model = nn.Sequential(nn.Linear(10, 10), nn.BatchNorm1d(10))
+        with torch.no_grad():
+            model[0].weight.fill_(1)
+            model[0].bias.fill_(2)
+        # generators are the process's own, and these ranks are threads of one process
+        Checkpointer(store, comm=comm).save(1, TrainState(model=model, rng=False))
+
+    on_threads(comms, save)
+    assert all(0 < size <= 128 for comm in comms for size in comm.sent)
+    assert all(len(comm.sent) <= 4 for comm in comms)
+
+
+def _counted_fsdp(root):
+    import distckpt.run.checkpointer as module
+
+    made = []
+    original = module.comm.default
+
+    def counting(timeout):
+        made.append(CountingComm(original(timeout)))
+        return made[-1]
+
+    module.comm.default = counting
+    model, optimizer = layouts.build("tp2fsdp2")
+    layouts.make_moments(model, optimizer)
+    with Checkpointer(root, timeout=20) as c:
+        c.save(1, layouts.train_state(model, optimizer))
+    return made[0].sent
+
+
+def test_a_sharded_save_moves_no_more_than_128_bytes_a_rank_in_a_collective(tmp_path):
+    for sent in ranks.run(4, _counted_fsdp, str(tmp_path)):
+        assert max(sent) <= 128
+        assert len(sent) <= 4
+
+
+def llama_shapes():
+    """The 291 parameters of a Llama-3-8B, each with two Adam moments: 873 tensors."""
+    shapes = {"embed_tokens.weight": (128256, 4096), "norm.weight": (4096,), "lm_head.weight": (128256, 4096)}
+    for layer in range(32):
+        lead = f"layers.{layer}"
+        for name, shape in {
+            "self_attn.q_proj": (4096, 4096), "self_attn.k_proj": (1024, 4096), "self_attn.v_proj": (1024, 4096),
+            "self_attn.o_proj": (4096, 4096), "mlp.gate_proj": (14336, 4096), "mlp.up_proj": (14336, 4096),
+            "mlp.down_proj": (4096, 14336), "input_layernorm": (4096,), "post_attention_layernorm": (4096,),
+        }.items():  # fmt: skip
+            shapes[f"{lead}.{name}.weight"] = shape
+    return {
+        name: shape
+        for fqn, shape in shapes.items()
+        for name in (f"model.{fqn}", f"optim.{fqn}.exp_avg", f"optim.{fqn}.exp_avg_sq")
+    }
+
+
+def index_of(world_size):
+    tensors = {
+        fqn: Agreed(shape, "float32", Layout(Grid(shape, ((Split(world_size, 1),), *((),) * (len(shape) - 1)), 0)))
+        for fqn, shape in llama_shapes().items()
+    }
+    partitions = divide(tensors)
+    infos = {fqn: TensorInfo(t.shape, t.dtype, partitions[fqn]) for fqn, t in tensors.items()}
+    files = tuple(
+        FileInfo(f"rank-{r:05d}.0123456789ab.safetensors", 10**9, 4096 * 20, "0" * 32) for r in range(world_size)
+    )
+    return Manifest(1, 1, 1, "0123456789ab", "2026-01-01T00:00:00+00:00", world_size, infos, files)
+
+
+def test_the_index_grows_with_the_number_of_tensors_and_not_with_tensors_times_ranks():
+    assert len(llama_shapes()) == 873
+    small, large = index_of(8), index_of(16384)
+    without_files = [{k: v for k, v in manifest.to_json(m).items() if k != "files"} for m in (small, large)]
+    import json
+
+    eight, many = (json.dumps(j) for j in without_files)
+    assert many.replace("16384", "8") == eight
+    data = manifest.encode(large)
+    assert len(data) <= 1_000_000 + 100 * 16384
+    assert manifest.decode(data) == large
+
+
+def _stage(root, load):
+    """Pipeline stages: each rank has its own layer, both have the norm."""
+    import torch.distributed as dist
+
+    rank = dist.get_rank()
+    torch.manual_seed(rank)
+    model = nn.ModuleDict({f"layer{rank}": nn.Linear(200, 200), "norm": nn.LayerNorm(3)})
+    state = TrainState(model=model)
+    with Checkpointer(root, timeout=20) as c:
+        if load:
+            for p in model.parameters():
+                p.detach().zero_()
+            c.load(state, strict=False)
+        else:
+            c.save(1, state)
+    return [p.tolist() for p in model[f"layer{rank}"].parameters()]
+
+
+def test_pipeline_stages_that_hold_different_layers_are_one_checkpoint(tmp_path):
+    saved = ranks.run(2, _stage, str(tmp_path), False)
+    assert ranks.run(2, _stage, str(tmp_path), True) == saved
+    both = nn.ModuleDict({"layer0": nn.Linear(200, 200), "layer1": nn.Linear(200, 200), "norm": nn.LayerNorm(3)})
+    with Checkpointer(tmp_path) as c, layouts.quiet():
+        c.load(TrainState(model=both))
+    assert [[p.tolist() for p in both[f"layer{r}"].parameters()] for r in range(2)] == saved
+
+
+def test_ranks_that_contradict_each_other_are_refused_with_the_fqn():
+    store = MemoryStore()
+
+    def save(comm):
+        model = nn.Linear(3, 4 + comm.rank)
+        Checkpointer(store, comm=comm).save(1, TrainState(model=model, rng=False))
+
+    with pytest.raises(Mismatch, match=r"model.weight: ranks describe it differently"):
+        on_threads(ThreadComm.group(2), save)
+    assert store.list("") == [e for e in store.list("") if e.name == "launches"]
+
+
+class Norm(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+        self.norm = nn.BatchNorm1d(4)
+
+    def forward(self, x):
+        return self.norm(self.layer(x))
+
+
+def _batch_norm(root, kind, load):
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    torch.manual_seed(0)
+    model = Norm()
+    if kind == "ddp":
+        model = nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
+    else:
+        model = fully_shard(model, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
+    notes = []
+    with Checkpointer(root, timeout=20) as c, layouts.quiet():
+        if load:
+            notes = c.load(TrainState(model=model)).notes
+        else:
+            model(torch.randn(8, 4, generator=torch.Generator().manual_seed(dist.get_rank())))
+            notes = c.save(1, TrainState(model=model)).notes
+    bare = model.module if kind == "ddp" else model
+    return bare.norm.running_mean.tolist(), bare.norm.num_batches_tracked.item(), notes
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+def test_batch_norm_statistics_that_differ_come_back_as_they_were_on_each_rank(tmp_path, kind):
+    saved = ranks.run(2, _batch_norm, str(tmp_path), kind, False)
+    assert saved[0][0] != saved[1][0]
+    assert "model.norm.running_mean differs between ranks: each keeps its own" in saved[0][2]
+    loaded = ranks.run(2, _batch_norm, str(tmp_path), kind, True)
+    assert [r[:2] for r in loaded] == [r[:2] for r in saved]
+    elsewhere = ranks.run(3, _batch_norm, str(tmp_path), kind, True)
+    assert all(r[0] == saved[0][0] for r in elsewhere)
+    expected = "model.norm.running_mean: differed between the 2 ranks that saved it; every rank takes rank 0's"
+    assert all(expected in r[2] for r in elsewhere)
+
+
+def test_replicas_that_should_be_equal_and_are_not_are_found_when_asked():
+    store = MemoryStore()
+
+    def save(comm):
+        model = nn.Linear(3, 3)
+        with torch.no_grad():
+            model.weight.fill_(1)
+            model.bias.fill_(comm.rank == 2)
+        Checkpointer(store, comm=comm).save(1, TrainState(model=model, rng=False), check_replicas=True)
+
+    with pytest.raises(Mismatch, match=r"model.bias .*: rank 2 differs from rank 0"):
+        on_threads(ThreadComm.group(3), save)
+
+
+def test_replicas_write_equal_bytes():
+    count = 7
+    tensors = {
+        f"model.w{i}": Agreed(s, "float32", Layout(Grid(s, ((),) * len(s), 0), (Split(count, 1),)))
+        for i, s in enumerate([(3, 5), (4096, 17), (7,), (1000, 1000), *[(64, 32)] * 50])
+    }
+    written = [0] * count
+    for partition in divide(tensors).values():
+        for rank in range(count):
+            written[rank] += sum(4 * r.numel for r in partition.of_file(rank))
+    assert sum(written) == sum(4 * torch.Size(t.shape).numel() for t in tensors.values())
+    assert max(written) - min(written) <= 16 << 10
+
+
+def test_copies_of_a_value_stand_in_each_rank_that_has_one(tmp_path):
+    ranks.run(2, _batch_norm, str(tmp_path), "ddp", False)
+    found = []
+    for path in sorted(glob.glob(f"{tmp_path}/step-00000001/rank-*.safetensors")):
+        with safe_open(path, "pt") as file:
+            found.append(file.get_tensor("model.norm.running_mean").tolist())
+    assert found[0] != found[1]
+    assert Copies((4,), 0, 2).copy_of(1) == 1
