@@ -194,14 +194,19 @@ def is_plain_memory(tensor: torch.Tensor) -> bool:
     return tensor.device.type == "cpu" and tensor.is_contiguous() and not (tensor.is_conj() or tensor.is_neg())
 
 
+def check_material(tensor: torch.Tensor, fqn: str) -> None:
+    """Unsupported for a tensor without memory."""
+    if tensor.is_meta:
+        raise Unsupported(f"{fqn}: is on the meta device; materialise it first (to_empty, then initialise or load)")
+
+
 def plain(tensor: torch.Tensor, fqn: str, *, trusted: bool) -> GlobalTensor:
     """Return an ordinary tensor as the whole of a global one, the same on each rank that has it."""
     if tensor.layout is not torch.strided or type(tensor) not in {torch.Tensor, torch.nn.Parameter, torch.nn.Buffer}:
         raise Unsupported(
             f"{fqn}: a {type(tensor).__module__}.{type(tensor).__qualname__} of layout {tensor.layout} cannot be saved"
         )
-    if tensor.is_meta:
-        raise Unsupported(f"{fqn}: is on the meta device; materialise it first (to_empty, then initialise)")
+    check_material(tensor, fqn)
     shape = tuple(tensor.shape)
     shards = (Shard(Box.whole(shape), tensor.detach()),)
     return GlobalTensor(shape, dtype_name(tensor, fqn), Everywhere(), shards, trusted)

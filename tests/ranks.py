@@ -34,6 +34,7 @@ class RankError(AssertionError):
 
 def _main(rank, size, rendezvous, fn, args, answer):
     faulthandler.enable()
+    multiprocessing.set_start_method("fork", force=True)  # for what a test starts: else each would be a server anew
     os.environ["OMP_NUM_THREADS"] = "1"
     import torch
     import torch.distributed as dist

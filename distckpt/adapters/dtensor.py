@@ -21,7 +21,7 @@ from distckpt import state
 from distckpt.errors import Unsupported
 from distckpt.format.box import Box
 from distckpt.format.partition import Grid, Pieces, Split, chunk_of
-from distckpt.state import GlobalTensor, Layout, Listed, dtype_name
+from distckpt.state import GlobalTensor, Layout, Listed, check_material, dtype_name
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -47,6 +47,7 @@ def describe(tensor: DTensor, fqn: str) -> GlobalTensor:
         raise Unsupported(
             f"{fqn}: a DTensor over {type(local).__qualname__} cannot be saved: its parts have no common geometry"
         )
+    check_material(local, fqn)
     shape, dtype = tuple(tensor.shape), dtype_name(local, fqn)
     mesh = tensor.device_mesh
     for layout, runs in _candidates(tensor, mesh):

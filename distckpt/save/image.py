@@ -6,6 +6,7 @@ into the arena first. Either way a piece is summed right before the store takes 
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 from typing import TYPE_CHECKING
 
@@ -38,9 +39,10 @@ class Arena:
         self.view = memoryview(self._memory)
 
     def close(self) -> None:
-        """Give the memory back."""
-        self.view.release()
-        self._memory.close()
+        """Give the memory back; what a failed save's traceback still refers to goes with the traceback."""
+        with contextlib.suppress(BufferError):
+            self.view.release()
+            self._memory.close()
 
 
 def own_chunks(state: State, partitions: Mapping[str, Partition], rank: int) -> dict[str, tuple[str, torch.Tensor]]:

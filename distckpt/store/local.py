@@ -30,6 +30,7 @@ _ADVICE = {
     errno.EROFS: "the file system is mounted read-only",
     errno.EACCES: "permission denied: check owner and mode of the directory",
     errno.EPERM: "operation not permitted: check owner and mode, and that the file system has hard links",
+    errno.ELOOP: "it is a symbolic link, which could lead out of the directory: replace it by the file itself",
     errno.ENOTDIR: "a part of the path is a file, not a directory",
 }
 
@@ -62,18 +63,20 @@ class LocalStore:
     def head(self, key: str) -> int:
         """See Store.head."""
         with _mapped("look at", self._path(key), missing=_MISSING) as path:
-            status = path.stat()
+            status = path.lstat()
+            if stat.S_ISLNK(status.st_mode):
+                raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
             if stat.S_ISDIR(status.st_mode):
                 raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
             return status.st_size
 
     def read(self, key: str, start: int, buffers: Sequence[memoryview]) -> None:
         """See Store.read."""
-        with _mapped("read", self._path(key), missing=_MISSING) as path, path.open("rb", buffering=0) as file:
+        with _mapped("read", self._path(key), missing=_MISSING) as path, _opened(path) as file:
             for first in range(0, len(buffers), _MOST_BUFFERS):
                 wanted = [b for b in buffers[first : first + _MOST_BUFFERS] if len(b)]
                 while wanted:
-                    got = os.preadv(file.fileno(), wanted, start)
+                    got = os.preadv(file, wanted, start)
                     if not got:
                         raise KeyTruncated(
                             f"{path}: ends at byte {start}, byte {start + sum(map(len, wanted))} was asked for"
@@ -157,6 +160,16 @@ class LocalStore:
 def _temporary_name(path: Path) -> Path:
     """Hidden name beside `path`; not longer than a name may be, however long that of `path` is."""
     return path.with_name(f".tmp-{secrets.token_hex(4)}-{path.name[:200]}")
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[int]:
+    """Descriptor of a file to read. A symlink is refused: it could lead out of the run's directory."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
 
 
 def _write_pieces(descriptor: int, pieces: Iterable[memoryview], size: int) -> int:

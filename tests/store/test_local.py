@@ -328,3 +328,13 @@ def test_the_reply_to_a_link_may_be_lost_as_over_nfs(tmp_path, monkeypatch):
 def test_two_views_of_one_directory_are_one_store(tmp_path):
     LocalStore(tmp_path).create("a", NEW)
     assert get(LocalStore(str(tmp_path)), "a") == NEW
+
+
+def test_a_symlink_is_never_followed_out_of_the_store(tmp_path):
+    (tmp_path / "secret").write_bytes(b"s" * 10)
+    store = LocalStore(tmp_path / "run")
+    write_all(store, "step/a", b"x")
+    (tmp_path / "run/step/b").symlink_to(tmp_path / "secret")
+    for verb in (lambda: store.head("step/b"), lambda: store.read("step/b", 0, [memoryview(bytearray(1))])):
+        with pytest.raises(StoreError, match="symbolic link"):
+            verb()
