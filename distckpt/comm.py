@@ -134,7 +134,6 @@ class TorchComm:
         self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout))
         self._store = PrefixStore(f"distckpt/{self._group.group_name}", _get_default_store())
         self._store.set_timeout(timedelta(seconds=min(timeout, 10.0)))
-        self._round = 0
         self._broken: str | None = None
 
     def all_gather(self, what: str, payload: bytes) -> list[bytes]:
@@ -144,7 +143,6 @@ class TorchComm:
 
         if self._broken:
             raise RanksMissing(f"{what}: ranks were lost earlier ({self._broken}); restart the job")
-        self._round += 1
         mine = torch.frombuffer(bytearray(payload), dtype=torch.uint8)
         replies = [torch.empty_like(mine) for _ in range(self.world_size)]
         try:
@@ -166,20 +164,20 @@ class TorchComm:
                 raise RuntimeError("timed out")
             if now - looked > 0.25:  # gloo tells only a dead rank's neighbours; the others hear of it here
                 looked = now
-                if self._store.check([f"{self._round}/broken"]):
+                if self._store.check(["broken"]):
                     raise RuntimeError("another rank found the collective broken")
         work.wait()
 
     def _who_is_missing(self) -> str:
         """Sign in, wait a while for the others to, and name those who did not."""
         try:
-            self._store.set(f"{self._round}/broken", "1")
-            self._store.set(f"{self._round}/{self.rank}", "1")
+            self._store.set("broken", "1")  # once for all rounds: a rank may have got through the one that broke here
+            self._store.set(str(self.rank), "1")
             missing = [r for r in range(self.world_size) if r != self.rank]
             deadline = time.monotonic() + min(self.timeout, 3.0)
             while missing and time.monotonic() < deadline:
                 time.sleep(0.05)
-                missing = [r for r in missing if not self._store.check([f"{self._round}/{r}"])]
+                missing = [r for r in missing if not self._store.check([str(r)])]
         except RuntimeError as e:
             return f"the rendezvous store, which lives on rank 0 or in the launcher, is gone ({e})"
         if not missing:

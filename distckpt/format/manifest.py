@@ -5,16 +5,16 @@ The file is one JSON object whose last member is `digest`, over every byte befor
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from distckpt.errors import Corrupt, FormatError, NewerFormat, Unsupported
+from distckpt.errors import FormatError, NewerFormat, Unsupported
 from distckpt.format import objects, partition
-from distckpt.format.checksum import DIGEST_SIZE, digest
+from distckpt.format.checksum import DIGEST_SIZE
 from distckpt.format.dtype import item_size
 from distckpt.format.layout import check_key
-from distckpt.format.text import read_json, shown
+from distckpt.format.sealed import seal, unseal
+from distckpt.format.text import shown
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -29,7 +29,6 @@ ON_RESHARD = ("derive", "refuse", "first")
 """What a per-rank object may say of another world size: derive a new value, refuse, or take the first rank's."""
 
 _HEX = 2 * DIGEST_SIZE
-_TRAILER = len(',"digest":""}\n') + _HEX
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,9 +102,7 @@ def to_json(manifest: Manifest) -> dict[str, Any]:
 
 def encode(manifest: Manifest) -> bytes:
     """Content of commit.json."""
-    body = to_json(manifest)
-    text = json.dumps(body, separators=(",", ":"), allow_nan=False)[:-1].encode()
-    return text + f',"digest":"{digest(text)}"}}\n'.encode()
+    return seal(to_json(manifest))
 
 
 def decode(data: bytes) -> Manifest:
@@ -113,10 +110,16 @@ def decode(data: bytes) -> Manifest:
 
     Corrupt where its digest does not hold, NewerFormat for a later version, FormatError for anything malformed.
     """
-    text, trailer = data[:-_TRAILER], data[-_TRAILER:]
-    if trailer != f',"digest":"{digest(text)}"}}\n'.encode():
-        raise Corrupt(f"its digest does not match its {len(data)} bytes")
-    body = read_json(text + b"}")
+    manifest = from_json(unseal(data))
+    check(manifest)
+    return manifest
+
+
+def from_json(body: Any) -> Manifest:
+    """Manifest with these members, each well-formed; that they fit each other is for `check`.
+
+    NewerFormat for a later version, before anything else is looked at; FormatError.
+    """
     version = body.get("format") if isinstance(body, dict) else None
     if type(version) is not int or version < 1:
         raise FormatError(f"format version {version!r} is not a positive integer")
@@ -125,15 +128,12 @@ def decode(data: bytes) -> Manifest:
             f"format version {version}; this distckpt reads up to {FORMAT_VERSION}. Install a newer distckpt."
         )
     try:
-        manifest = from_json(body)
+        return _from_json(body)
     except Unsupported as e:
         raise FormatError(str(e)) from e
-    _check(manifest)
-    return manifest
 
 
-def from_json(body: dict[str, Any]) -> Manifest:
-    """Manifest with these members, each well-formed; that they fit each other is `decode`'s to check."""
+def _from_json(body: dict[str, Any]) -> Manifest:
     match body:
         case {
             "step": int(step),
@@ -190,7 +190,8 @@ def _object(name: str, item: Any) -> ObjectInfo:
     raise FormatError(f"object {name!r} is malformed: {shown(item)}")
 
 
-def _check(manifest: Manifest) -> None:
+def check(manifest: Manifest) -> None:
+    """FormatError unless the members fit each other."""
     m = manifest
     if m.step < 0 or m.generation < 1 or m.launch < 0 or not 1 <= m.world_size <= len(m.files):
         raise FormatError(

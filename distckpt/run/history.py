@@ -12,10 +12,18 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from distckpt.errors import Corrupt, FormatError, KeyMissing, NewerFormat, RunConflict
-from distckpt.format.layout import REGISTRY, StepDir, ack_rank, attempt_of, pointer_file
+from distckpt.format.layout import REGISTRY, StepDir, attempt_of, pointer_file
 from distckpt.load.open import Checkpoint, open_checkpoint
 from distckpt.run.launches import counts, read_launches
-from distckpt.save.commit import Attempt, acked_ranks, commit, complete, is_committed, remove_acks
+from distckpt.save.commit import (
+    Attempt,
+    acked_ranks,
+    commit,
+    complete,
+    found_attempt,
+    is_committed,
+    remove_acks,
+)
 from distckpt.store.base import write_all
 from distckpt.store.local import LocalStore
 
@@ -109,23 +117,12 @@ class History:
             if is_committed(self._store, directory):
                 continue
             names = (attempt_of(entry.name) for entry in self._store.list(str(directory)))
-            found += [Attempt(directory, a, self._world_size(directory, a)) for a in sorted({n for n in names if n})]
+            found += [found_attempt(self._store, directory, a) for a in sorted({n for n in names if n})]
         return found
-
-    def _world_size(self, directory: StepDir, attempt: str) -> int:
-        """World size that rank 0's ack tells, 0 while there is none."""
-        for entry in self._store.list(str(directory)):
-            if ack_rank(entry.name, attempt) == 0:
-                try:
-                    said = json.loads(_read(self._store, f"{directory}/{entry.name}"))
-                except KeyMissing:
-                    return 0
-                return int(said.get("draft", {}).get("world_size", 0))
-        return 0
 
     def _roll_forward(self, attempt: Attempt) -> bool:
         """Commit an attempt whose every rank has acked, and whose files are all there."""
-        if not attempt.world_size or acked_ranks(self._store, attempt) < set(range(attempt.world_size)):
+        if not attempt.world_size or not acked_ranks(self._store, attempt) >= set(range(attempt.world_size)):
             return False
         try:
             whole = complete(self._store, attempt)
@@ -134,6 +131,8 @@ class History:
             commit(self._store, attempt, whole)
         except (KeyMissing, RunConflict):
             return False  # the job is alive after all, and was quicker
+        except (Corrupt, FormatError):
+            return False  # a damaged ack: what it acked cannot be trusted, and was never committed
         remove_acks(self._store, attempt)
         return True
 
@@ -174,9 +173,3 @@ def _is_json_number(value: Any) -> bool:
 
 def _json(value: Any) -> bytes:
     return json.dumps(value, indent=1).encode()
-
-
-def _read(store: Store, key: str) -> bytes:
-    data = bytearray(store.head(key))
-    store.read(key, 0, [memoryview(data)])
-    return bytes(data)

@@ -7,14 +7,14 @@ whatever it likes and is never resumed, and steps left behind by a deliberate re
 
 from __future__ import annotations
 
-import json
 import os
 import socket
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
-from distckpt.errors import FormatError, KeyExists
+from distckpt.errors import Corrupt, FormatError, KeyExists
 from distckpt.format.layout import LAUNCHES, StepDir, launch_file, launch_number
+from distckpt.format.sealed import seal, unseal
 from distckpt.store.base import read_all
 
 if TYPE_CHECKING:
@@ -51,11 +51,11 @@ def read_launches(store: Store) -> list[Launch]:
             continue
         key = launch_file(number)
         try:
-            record = Launch(**json.loads(read_all(store, key, limit=_MOST_BYTES)))
-        except (TypeError, ValueError) as e:
+            record = Launch(**unseal(read_all(store, key, limit=_MOST_BYTES)))
+            if record.number != number or (record.resumed_from and not StepDir.parse(record.resumed_from)):
+                raise FormatError(f"it names launch {record.number}, resumed from {record.resumed_from!r}")
+        except (TypeError, FormatError, Corrupt) as e:
             raise FormatError(f"{key}: not the record of a launch ({e}); restore or remove it by hand") from e
-        if record.number != number or (record.resumed_from and not StepDir.parse(record.resumed_from)):
-            raise FormatError(f"{key}: names launch {record.number}, resumed from {record.resumed_from!r}")
         found.append(record)
     return sorted(found, key=lambda launch: launch.number)
 
@@ -74,7 +74,7 @@ def open_launch(store: Store, resumed_from: StepDir | None, world_size: int, dat
             number, str(resumed_from) if resumed_from else None, world_size, socket.gethostname(), _job(), date
         )
         try:
-            store.create(launch_file(number), json.dumps(asdict(record), indent=1).encode())
+            store.create(launch_file(number), seal(asdict(record)))
         except KeyExists:
             continue  # another job opened this number in between; the fence decides between the two
         return number

@@ -6,15 +6,25 @@ created once, if absent: doing it twice with the same content is harmless, and a
 
 from __future__ import annotations
 
-import json
+import contextlib
 import time
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from distckpt.errors import FormatError, KeyExists, KeyMissing, RanksMissing, RunConflict, failure_text
+from distckpt.errors import (
+    Corrupt,
+    FormatError,
+    KeyExists,
+    KeyMissing,
+    RanksMissing,
+    RunConflict,
+    StoreError,
+    failure_text,
+)
 from distckpt.format import manifest
 from distckpt.format.layout import COMMIT, StepDir, ack_file, ack_rank
 from distckpt.format.manifest import FileInfo, Manifest
+from distckpt.format.sealed import seal, unseal
 from distckpt.store.base import read_all, write_all
 
 if TYPE_CHECKING:
@@ -41,13 +51,13 @@ def write_ack(store: Store, attempt: Attempt, rank: int, file: FileInfo, draft: 
     said: dict[str, Any] = {"rank": rank, "file": [file.name, file.size, file.header, file.digest]}
     if draft:
         said["draft"] = manifest.to_json(draft)
-    write_all(store, attempt.key(ack_file(rank, attempt.id)), json.dumps(said, separators=(",", ":")).encode())
+    write_all(store, attempt.key(ack_file(rank, attempt.id)), seal(said))
 
 
 def write_refusal(store: Store, attempt: Attempt, rank: int, error: BaseException) -> None:
     """Say that a rank failed: nobody will commit this attempt."""
     said = {"rank": rank, "error": failure_text(error)}
-    write_all(store, attempt.key(ack_file(rank, attempt.id)), json.dumps(said).encode())
+    write_all(store, attempt.key(ack_file(rank, attempt.id)), seal(said))
 
 
 def acked_ranks(store: Store, attempt: Attempt) -> set[int]:
@@ -57,20 +67,37 @@ def acked_ranks(store: Store, attempt: Attempt) -> set[int]:
 
 
 def _read_ack(store: Store, attempt: Attempt, rank: int) -> dict[str, Any]:
+    """What a rank said. KeyMissing; Corrupt or FormatError where it is damaged."""
     key = attempt.key(ack_file(rank, attempt.id))
-    said = json.loads(read_all(store, key, limit=_MOST_ACK))
-    if not isinstance(said, dict) or said.get("rank") != rank:
-        raise FormatError(f"{key} is not an ack of rank {rank}")
-    return said
+    said: dict[str, Any] = unseal(read_all(store, key, limit=_MOST_ACK))
+    match said:
+        case {"rank": int(named), "file": [str(), int(), int(), str()]} | {"rank": int(named), "error": str()} if (
+            named == rank
+        ):
+            return said
+    raise FormatError(f"{key} is not an ack of rank {rank}")
+
+
+def found_attempt(store: Store, directory: StepDir, attempt: str) -> Attempt:
+    """Attempt of this id; its world size is what rank 0's ack tells, 0 where that cannot be read."""
+    try:
+        said = _read_ack(store, Attempt(directory, attempt, 0), 0)
+        return Attempt(directory, attempt, manifest.from_json(said["draft"]).world_size if "draft" in said else 0)
+    except (KeyMissing, Corrupt, FormatError):
+        return Attempt(directory, attempt, 0)
 
 
 def complete(store: Store, attempt: Attempt) -> Manifest | None:
-    """Return the manifest of an attempt that every rank has acked; None if one refused."""
+    """Return the manifest of an attempt that every rank has acked; None if one refused.
+
+    KeyMissing, Corrupt or FormatError where an ack cannot be used.
+    """
     said = [_read_ack(store, attempt, rank) for rank in range(attempt.world_size)]
     if any("error" in ack for ack in said):
         return None
-    draft = manifest.from_json(said[0]["draft"])
-    return replace(draft, files=tuple(FileInfo(*ack["file"]) for ack in said))
+    whole = replace(manifest.from_json(said[0].get("draft")), files=tuple(FileInfo(*ack["file"]) for ack in said))
+    manifest.check(whole)
+    return whole
 
 
 def commit(store: Store, attempt: Attempt, whole: Manifest) -> None:
@@ -98,9 +125,21 @@ def commit_when_acked(store: Store, attempt: Attempt, *, timeout: float) -> Mani
 
 
 def remove_acks(store: Store, attempt: Attempt) -> None:
-    """Remove the acks of a committed attempt: all they said stands in commit.json."""
-    for rank in acked_ranks(store, attempt):
-        store.delete(attempt.key(ack_file(rank, attempt.id)))
+    """Remove the acks of a committed attempt: all they said stands in commit.json, so one left behind does no harm."""
+    with contextlib.suppress(StoreError):
+        for rank in acked_ranks(store, attempt):
+            store.delete(attempt.key(ack_file(rank, attempt.id)))
+
+
+def may_be_committed(store: Store, attempt: Attempt) -> bool:
+    """Whether its directory's commit is this attempt's, or cannot be read: then nothing of it may be removed."""
+    try:
+        found = unseal(read_all(store, attempt.key(COMMIT), limit=manifest.MAX_BYTES))
+    except KeyMissing:
+        return False
+    except (StoreError, Corrupt, FormatError):
+        return True
+    return not isinstance(found, dict) or found.get("attempt") == attempt.id
 
 
 def is_committed(store: Store, directory: StepDir) -> bool:

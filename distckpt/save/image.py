@@ -92,7 +92,7 @@ class ImageStream:
         """Pack what is small into the arena; let what is large and plain pass as it is."""
         filled = 0
         for data in self._contents():
-            if len(data) >= LARGE:
+            if len(data) >= min(LARGE, len(self._arena)):
                 if filled:
                     yield self._arena[:filled]
                     filled = 0

@@ -17,7 +17,14 @@ from distckpt.format.checksum import digest
 from distckpt.format.layout import StepDir, ack_file, data_file, object_file
 from distckpt.format.manifest import FileInfo, Manifest, ObjectInfo, TensorInfo
 from distckpt.save.agree import agree
-from distckpt.save.commit import Attempt, commit_when_acked, remove_acks, write_ack, write_refusal
+from distckpt.save.commit import (
+    Attempt,
+    commit_when_acked,
+    may_be_committed,
+    remove_acks,
+    write_ack,
+    write_refusal,
+)
 from distckpt.save.divide import divide
 from distckpt.save.image import ImageStream, build, own_chunks
 from distckpt.store.base import write_all
@@ -70,13 +77,6 @@ def save(comm: Comm, store: Store, capture: Callable[[], State], arena: memoryvi
     directory = StepDir(request.step, int.from_bytes(agreement.extra, "little"))
     attempt = Attempt(directory, agreement.attempt, comm.world_size)
     job = _Job(comm, store, attempt, request, agreement, divide(agreement.tensors))
-    try:
-        sizes = together(comm, f"writing {directory}", lambda: _write(job, state, arena).to_bytes(8, "little"))
-    except RanksMissing:
-        raise  # the lost rank may have finished: a later resume rolls the attempt forward, or gc removes it
-    except Exception:
-        _abandon(job)
-        raise
     whole: Manifest | None = None
 
     def commit() -> None:
@@ -85,7 +85,14 @@ def save(comm: Comm, store: Store, capture: Callable[[], State], arena: memoryvi
             whole = commit_when_acked(store, attempt, timeout=comm.timeout)
             remove_acks(store, attempt)
 
-    together(comm, f"committing {directory}", commit)
+    try:
+        sizes = together(comm, f"writing {directory}", lambda: _write(job, state, arena).to_bytes(8, "little"))
+        together(comm, f"committing {directory}", commit)
+    except RanksMissing:
+        raise  # the lost rank may have finished: a later resume rolls the attempt forward, or gc removes it
+    except Exception:
+        _abandon(job)
+        raise
     return Committed(directory, sum(int.from_bytes(s, "little") for s in sizes), agreement.notes, whole)
 
 
@@ -155,8 +162,14 @@ def _draft(job: _Job, objects: dict[str, ObjectInfo]) -> Manifest:
 
 
 def _abandon(job: _Job) -> None:
-    """Remove what this rank wrote for an attempt that some rank refused: on a full disk it would block the next."""
+    """Remove what this rank wrote for an attempt that failed: on a full disk it would block the next.
+
+    The ack goes first, so that nobody finds the attempt complete while it is taken away. A create that raised may have
+    made the commit all the same: then everything stays.
+    """
     rank, attempt = job.comm.rank, job.attempt
+    if may_be_committed(job.store, attempt):
+        return
     names = [ack_file(rank, attempt.id), data_file(rank, attempt.id)]
     if rank == 0:
         names += [object_file(name, attempt.id) for name in job.agreement.objects]
