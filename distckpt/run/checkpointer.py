@@ -158,7 +158,7 @@ class Checkpointer:
         def start() -> bytes:
             if self._comm.rank:
                 return b""
-            if newest := next(self._history.valid(), None):
+            if newest := next((found for found in self._history.committed() if not found.superseded), None):
                 raise RunConflict(
                     f"{self._store} holds {newest.directory}: call resume() before save(), or use another directory"
                 )

@@ -126,6 +126,8 @@ class History:
             return False
         try:
             whole = complete(self._store, attempt)
+            if whole and not counts(attempt.directory, whole.launch, read_launches(self._store)):
+                return False  # of a superseded launch: committed, it would not count
             if whole is None or any(self._store.head(attempt.key(f.name)) != f.size for f in whole.files):
                 return False
             commit(self._store, attempt, whole)

@@ -31,7 +31,7 @@ def kill(*pids):
 
 
 class Fuse:
-    """Counts points while armed; acts at number `at`, and with `forever` at every later one too."""
+    """Counts points while armed; acts at number (or name) `at`, once or from then on."""
 
     def __init__(self, action=fail):
         self._action, self._at, self._forever, self._armed = action, None, False, False
@@ -52,8 +52,10 @@ class Fuse:
                 return
             self.trace.append(_ATTEMPT.sub("*", point))
             number = len(self.trace)
-        if self._at is not None and (number == self._at or (self._forever and number > self._at)):
-            self.blown = True
+            hit = self._at in {number, self.trace[-1]} and not self.blown
+            acts = hit or (self.blown and self._forever)
+            self.blown = self.blown or hit
+        if acts:
             self._action(self.trace[number - 1])
 
 

@@ -188,7 +188,7 @@ def traces(tmp_path_factory):
 def _kill(root, trace, killed, point, resumed_on):
     """Kill ranks at a point of the save, resume on a fresh group, and return what went wrong, by the point's name."""
     results = ranks.run(2, _save_and_die, str(root), killed, point, may_die=killed)
-    problems = [f"rank {rank} lives" for rank in killed if results[rank]]
+    problems = ["it lives"] if results[killed[0]] else []
     committed = (root / "step-00000002" / "commit.json").exists()
     for _, error, seconds in filter(None, results):
         if error is None and not committed:
