@@ -8,6 +8,7 @@ whatever it likes and is never resumed, and steps left behind by a deliberate re
 from __future__ import annotations
 
 import os
+import secrets
 import socket
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
@@ -35,6 +36,8 @@ class Launch:
     host: str
     job: str
     date: str
+    nonce: str
+    """Random: two jobs that open the same number in the same second must not both believe it theirs."""
 
     def admits(self, directory: StepDir) -> bool:
         """Whether an earlier launch's commit of `directory` still counts."""
@@ -71,7 +74,7 @@ def open_launch(store: Store, resumed_from: StepDir | None, world_size: int, dat
     while True:
         number += 1
         record = Launch(
-            number, str(resumed_from) if resumed_from else None, world_size, socket.gethostname(), _job(), date
+            number, str(resumed_from) if resumed_from else None, world_size, socket.gethostname(), _job(), date, secrets.token_hex(6)
         )
         try:
             store.create(launch_file(number), seal(asdict(record)))

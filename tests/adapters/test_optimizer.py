@@ -98,6 +98,29 @@ def test_a_parameter_that_was_never_stepped_has_no_state_after_the_load(tmp_path
     assert stepped.state[other[2].weight]["step"] == 1
 
 
+def test_sparse_gradients_and_their_optimizer_go_on_bit_for_bit(tmp_path):
+    def make_one():
+        torch.manual_seed(0)
+        table = nn.Embedding(50, 4, sparse=True)
+        return table, torch.optim.SparseAdam(table.parameters(), lr=0.1)
+
+    def steps(table, optimizer, rows):
+        for row in rows:
+            optimizer.zero_grad()
+            table(torch.tensor([row, row + 1])).square().sum().backward()
+            optimizer.step()
+
+    table, optimizer = make_one()
+    steps(table, optimizer, [3, 7])
+    with Checkpointer(tmp_path) as c:
+        c.save(2, TrainState(model=table, optimizer=optimizer))
+        fresh_table, fresh = make_one()
+        c.load(TrainState(model=fresh_table, optimizer=fresh))
+    steps(table, optimizer, [7, 20])
+    steps(fresh_table, fresh, [7, 20])
+    assert torch.equal(table.weight, fresh_table.weight)
+
+
 def test_asking_for_state_never_steps_the_optimizer(tmp_path):
     model, optimizer = make("adam")
     with Checkpointer(tmp_path) as c:
