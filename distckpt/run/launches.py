@@ -74,7 +74,13 @@ def open_launch(store: Store, resumed_from: StepDir | None, world_size: int, dat
     while True:
         number += 1
         record = Launch(
-            number, str(resumed_from) if resumed_from else None, world_size, socket.gethostname(), _job(), date, secrets.token_hex(6)
+            number,
+            str(resumed_from) if resumed_from else None,
+            world_size,
+            socket.gethostname(),
+            _job(),
+            date,
+            secrets.token_hex(6),
         )
         try:
             store.create(launch_file(number), seal(asdict(record)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import json
 import threading
 
 import pytest
@@ -10,11 +11,11 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
+from benchmarks.index import index_of, llama_shapes
 from distckpt import Checkpointer, TrainState
 from distckpt.comm import ThreadComm
 from distckpt.errors import Mismatch
 from distckpt.format import manifest
-from distckpt.format.manifest import FileInfo, Manifest, TensorInfo
 from distckpt.format.partition import Copies, Grid, Split
 from distckpt.save.agree import Agreed
 from distckpt.save.divide import divide
@@ -100,43 +101,10 @@ def test_a_sharded_save_moves_no_more_than_128_bytes_a_rank_in_a_collective(tmp_
         assert len(sent) <= 4
 
 
-def llama_shapes():
-    """The 291 parameters of a Llama-3-8B, each with two Adam moments: 873 tensors."""
-    shapes = {"embed_tokens.weight": (128256, 4096), "norm.weight": (4096,), "lm_head.weight": (128256, 4096)}
-    for layer in range(32):
-        lead = f"layers.{layer}"
-        for name, shape in {
-            "self_attn.q_proj": (4096, 4096), "self_attn.k_proj": (1024, 4096), "self_attn.v_proj": (1024, 4096),
-            "self_attn.o_proj": (4096, 4096), "mlp.gate_proj": (14336, 4096), "mlp.up_proj": (14336, 4096),
-            "mlp.down_proj": (4096, 14336), "input_layernorm": (4096,), "post_attention_layernorm": (4096,),
-        }.items():  # fmt: skip
-            shapes[f"{lead}.{name}.weight"] = shape
-    return {
-        name: shape
-        for fqn, shape in shapes.items()
-        for name in (f"model.{fqn}", f"optim.{fqn}.exp_avg", f"optim.{fqn}.exp_avg_sq")
-    }
-
-
-def index_of(world_size):
-    tensors = {
-        fqn: Agreed(shape, "float32", Layout(Grid(shape, ((Split(world_size, 1),), *((),) * (len(shape) - 1)), 0)))
-        for fqn, shape in llama_shapes().items()
-    }
-    partitions = divide(tensors)
-    infos = {fqn: TensorInfo(t.shape, t.dtype, partitions[fqn]) for fqn, t in tensors.items()}
-    files = tuple(
-        FileInfo(f"rank-{r:05d}.0123456789ab.safetensors", 10**9, 4096 * 20, "0" * 32) for r in range(world_size)
-    )
-    return Manifest(1, 1, 1, "0123456789ab", "2026-01-01T00:00:00+00:00", world_size, infos, files)
-
-
 def test_the_index_grows_with_the_number_of_tensors_and_not_with_tensors_times_ranks():
     assert len(llama_shapes()) == 873
     small, large = index_of(8), index_of(16384)
     without_files = [{k: v for k, v in manifest.to_json(m).items() if k != "files"} for m in (small, large)]
-    import json
-
     eight, many = (json.dumps(j) for j in without_files)
     assert many.replace("16384", "8") == eight
     data = manifest.encode(large)
