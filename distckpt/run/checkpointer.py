@@ -8,6 +8,7 @@ import time
 import warnings
 from dataclasses import dataclass
 from datetime import datetime, timezone
+from operator import index
 from typing import TYPE_CHECKING, Any
 
 from distckpt import __version__, comm
@@ -20,6 +21,7 @@ from distckpt.errors import (
     RunConflict,
     StateWarning,
     StoreError,
+    Unsupported,
 )
 from distckpt.format.layout import StepDir
 from distckpt.load.load import load
@@ -113,22 +115,23 @@ class Checkpointer:
     ) -> SaveReport:
         """Save, and return once the checkpoint is committed and durable.
 
-        metrics: numbers to record with it. check_replicas: compare what should be equal on several ranks, too.
+        metrics: numbers to record with it (a NumPy scalar or a tensor of one element counts as one). check_replicas:
+        compare what should be equal on several ranks, too.
         Raises on every rank what fails on any, with rank and cause; the previous checkpoint is untouched then.
         """
-        if type(step) is not int or step < 0:
+        if isinstance(step, bool) or not hasattr(step, "__index__") or not 0 <= (number := index(step)) < 1 << 63:
             raise ValueError(f"step={step!r}: a count of optimizer steps, an int of at least 0")
         started = time.monotonic()
         if self._launch is None:
             self._start_without_resume()
         assert self._launch is not None
         request = Request(
-            step=step,
+            step=number,
             launch=self._launch,
             date=_now(),
-            metrics=metrics or {},
+            metrics=_plain(metrics or {}),
             writer={"distckpt": __version__},
-            generation=lambda: self._history.next_generation(step),
+            generation=lambda: self._history.next_generation(number),
             check_replicas=check_replicas,
         )
         try:
@@ -137,7 +140,7 @@ class Checkpointer:
             made = save(self._comm, self._store, state.capture, self._arena.view, request)
         self._publish(made)
         seconds = time.monotonic() - started
-        return SaveReport(step, str(made.directory), made.nbytes, seconds, made.notes)
+        return SaveReport(number, str(made.directory), made.nbytes, seconds, made.notes)
 
     def _publish(self, made: Committed) -> None:
         """Switch pointers and registry, on rank 0. They are hints: failing at them does not unmake the checkpoint."""
@@ -298,6 +301,15 @@ class Checkpointer:
         if step is not None:
             raise NotACheckpoint(f"{self._store} holds no committed checkpoint of step {step}; it has {self.steps()}")
         return None
+
+
+def _plain(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """Metrics as Python numbers. Unsupported, with the name, for what is neither a number nor a text."""
+    found = {str(name): value.item() if hasattr(value, "item") else value for name, value in metrics.items()}
+    for name, value in found.items():
+        if not isinstance(value, (bool, int, float, str)):
+            raise Unsupported(f"metric {name!r} is a {type(value).__qualname__}; a number is expected")
+    return found
 
 
 def _mark(state: TrainState) -> None:

@@ -1,6 +1,6 @@
 """What the ranks hold, agreed on without a gather.
 
-Each rank describes its state in values that are equal on every rank, and only digests of that travel: 56 bytes a rank
+Each rank describes its state in values that are equal on every rank, and only digests of that travel: 66 bytes a rank
 when all agree. Where digests differ (pipeline stages, experts, BatchNorm statistics, per-rank objects), only what is
 distinct is exchanged.
 """
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import secrets
+import struct
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from distckpt.format.box import Shape
 
 _NONCE = 6
+_PLACE = struct.Struct("<QI")  # step, and rank 0's choice of its generation
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +51,7 @@ class Agreement:
     objects: dict[str, bytes] = field(default_factory=dict)
     rank_objects: dict[str, bytes] = field(default_factory=dict)
     policies: dict[str, str] = field(default_factory=dict)
-    extra: bytes = b""
+    generation: int = 1
     notes: list[str] = field(default_factory=list)
 
 
@@ -61,16 +63,20 @@ class _Own:
     description: dict[str, Any]
     encoded: dict[str, bytes]
     contents: dict[str, int]
-    extra: bytes = b""
 
 
 def agree(
-    comm: Comm, capture: Callable[[], State], *, extra: Callable[[], bytes] = bytes, check_replicas: bool = False
+    comm: Comm,
+    capture: Callable[[], State],
+    *,
+    step: int,
+    generation: Callable[[], int],
+    check_replicas: bool = False,
 ) -> tuple[State, Agreement]:
-    """Capture the state on every rank and agree on what it is.
+    """Capture the state on every rank and agree on what it is, and that it is of this step.
 
-    `extra` adds a few bytes of rank 0's own to the message (the same on every rank afterwards). Raises on every rank
-    what capture raises on any; Mismatch where ranks contradict each other, with the fqns.
+    `generation` is asked on rank 0 only. Raises on every rank what capture raises on any; Mismatch where ranks
+    contradict each other, with the fqns.
     """
     own: _Own | None = None
 
@@ -78,20 +84,24 @@ def agree(
         nonlocal own
         state = capture()
         own = _Own(state, _description(state), _encoded(state), _contents(state))
-        own.extra = extra() if comm.rank == 0 else b""
         parts = (
             own.description,
             {k: digest(v) for k, v in own.encoded.items() if k not in _of_rank(state)},
             own.contents,
         )
         digests = b"".join(bytes.fromhex(digest(_dump(part))) for part in parts)
-        return secrets.token_bytes(_NONCE) + digests + own.extra
+        chosen = generation() if comm.rank == 0 else 0
+        return secrets.token_bytes(_NONCE) + digests + _PLACE.pack(step, chosen)
 
     replies = together(comm, "describing the state", describe)
     assert own is not None
     cuts = [(_NONCE + i * DIGEST_SIZE, _NONCE + (i + 1) * DIGEST_SIZE) for i in range(3)]
     same = [len({reply[a:b] for reply in replies}) == 1 for a, b in cuts]
-    agreement = Agreement(digest(*(r[:_NONCE] for r in replies))[:12], {}, {}, extra=replies[0][cuts[-1][1] :])
+    places = [_PLACE.unpack(reply[cuts[-1][1] :]) for reply in replies]
+    if len({at for at, _ in places}) > 1:
+        told = ", ".join(f"rank {rank}: {at}" for rank, (at, _) in enumerate(places[:16]))
+        raise Mismatch(f"ranks save different steps ({told}): call save on every rank at the same step")
+    agreement = Agreement(digest(*(r[:_NONCE] for r in replies))[:12], {}, {}, generation=places[0][1])
     everyone = list(range(comm.world_size))
     distinct = [(everyone, own.description)] if same[0] else _distinct(comm, replies, cuts[0], own.description)
     _merge(agreement, distinct)

@@ -71,10 +71,11 @@ def save(comm: Comm, store: Store, capture: Callable[[], State], arena: memoryvi
     state, agreement = agree(
         comm,
         capture,
-        extra=lambda: request.generation().to_bytes(4, "little"),
+        step=request.step,
+        generation=request.generation,
         check_replicas=request.check_replicas,
     )
-    directory = StepDir(request.step, int.from_bytes(agreement.extra, "little"))
+    directory = StepDir(request.step, agreement.generation)
     attempt = Attempt(directory, agreement.attempt, comm.world_size)
     job = _Job(comm, store, attempt, request, agreement, divide(agreement.tensors))
     whole: Manifest | None = None

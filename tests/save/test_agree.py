@@ -148,7 +148,18 @@ def test_ranks_that_contradict_each_other_are_refused_with_the_fqn():
 
     with pytest.raises(Mismatch, match=r"model.weight: ranks describe it differently"):
         on_threads(ThreadComm.group(2), save)
-    assert store.list("") == [e for e in store.list("") if e.name == "launches"]
+    assert [e.name for e in store.list("")] == ["launches"]
+
+
+def test_ranks_that_save_different_steps_are_told_so_at_once():
+    store = MemoryStore()
+
+    def save(comm):
+        Checkpointer(store, comm=comm).save(10 + comm.rank, TrainState(rng=False))
+
+    with pytest.raises(Mismatch, match=r"ranks save different steps \(rank 0: 10, rank 1: 11\)"):
+        on_threads(ThreadComm.group(2), save)
+    assert [e.name for e in store.list("")] == ["launches"]
 
 
 class Norm(nn.Module):
