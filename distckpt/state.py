@@ -82,6 +82,8 @@ class State:
     tensors: dict[str, GlobalTensor] = field(default_factory=dict)
     aliases: dict[str, str] = field(default_factory=dict)
     objects: dict[str, Any] = field(default_factory=dict)
+    problems: dict[str, str] = field(default_factory=dict)
+    """Of targets: why the part with this lead cannot take what was saved."""
 
     @staticmethod
     def merged(states: Iterable[State]) -> State:

@@ -177,9 +177,7 @@ class OptimizerAdapter:
         for g, group in enumerate(self._optimizer.param_groups):
             fqns = [names[id(p)] for p in group["params"]]
             if missing := [f for f in fqns if f not in of_parameter]:
-                problems.append(
-                    f"{self._prefix}: the saved optimizer did not have {', '.join(missing[:5])} (group {g})"
-                )
+                problems.append(f"{self._prefix}: the saved optimizer did not have {_shown(missing)} (group {g})")
                 continue
             hypers = {id(of_parameter[f]): of_parameter[f] for f in fqns}
             if len({str({k: v for k, v in h.items() if k != "params"}) for h in hypers.values()}) > 1:
@@ -187,7 +185,7 @@ class OptimizerAdapter:
             found.append(next(iter(hypers.values())) if hypers else {})
         mine = {f for group in self._optimizer.param_groups for f in (names[id(p)] for p in group["params"])}
         if extra := [f for f in of_parameter if f not in mine]:
-            problems.append(f"{self._prefix}: this optimizer does not have {', '.join(extra[:5])} of the saved one")
+            problems.append(f"{self._prefix}: this optimizer does not have {_shown(extra)} of the saved one")
         if problems:
             raise Mismatch("\n".join(problems))
         return found
@@ -217,6 +215,10 @@ class OptimizerAdapter:
             fqn = f"{self._prefix}.{self._names()[id(p)]}.{name}"
             return _unflatten(value, fqn, self._made, self._optimizer)
         return value if isinstance(value, torch.Tensor) else tensors.insert(value, self._made)
+
+
+def _shown(fqns: list[str]) -> str:
+    return ", ".join(fqns[:10]) + (f" and {len(fqns) - 10} more" if len(fqns) > 10 else "")
 
 
 def _state_tensor(info: TensorInfo, name: str, p: torch.Tensor, group: dict[str, Any], live: Any) -> torch.Tensor:

@@ -42,7 +42,7 @@ class Options:
 
     def wants(self, name: str) -> bool:
         """Whether a name (of a tensor or an object) is to be loaded."""
-        return self.only is None or any(name == lead or name.startswith(lead + ".") for lead in self.only)
+        return self.only is None or _of(self.only, name)
 
     def renamed(self, name: str) -> str:
         """Live name of a saved tensor: its lead (`model.`, `optim.`, `grad.`) stays, the rest is renamed."""
@@ -80,7 +80,8 @@ def plan(saved: Saved, saved_names: dict[str, str], aliases: dict[str, str], tar
 
     `aliases` are the checkpoint's, in live names. Mismatch, listing every problem.
     """
-    made, problems, used = Plan(), [], set[str]()
+    made, used = Plan(), set[str]()
+    problems = [text for lead, text in targets.problems.items() if options.wants(lead)]
     for fqn, target in targets.tensors.items():
         if not options.wants(fqn):
             continue
@@ -100,7 +101,9 @@ def plan(saved: Saved, saved_names: dict[str, str], aliases: dict[str, str], tar
         if isinstance(info.partition, Copies):
             made.notes += _copies_note(fqn, info.partition, saved)
         made.items += _items(fqn, saved_names[source], info, target, saved)
-    made.unexpected = sorted(n for n in saved.tensors if n not in used and options.wants(n))
+    made.unexpected = sorted(
+        n for n in saved.tensors if n not in used and options.wants(n) and not _of(targets.problems, n)
+    )
     _compare_objects(made, saved, targets, options)
     if options.strict:
         problems += [f"{fqn}: missing from the checkpoint" for fqn in made.missing]
@@ -114,7 +117,12 @@ def _compare_objects(made: Plan, saved: Saved, targets: State, options: Options)
     """Objects count like tensors; a target's object that may be missing has the value False."""
     wanted = {name: needed for name, needed in targets.objects.items() if options.wants(name)}
     made.missing += [name for name, needed in wanted.items() if needed and name not in saved.objects]
-    made.unexpected += [name for name in saved.objects if name not in wanted]
+    made.unexpected += [name for name in saved.objects if name not in wanted and not _of(targets.problems, name)]
+
+
+def _of(leads: Iterable[str], name: str) -> bool:
+    """Whether a name is one of these leads, or below one."""
+    return any(name == lead or name.startswith(lead + ".") for lead in leads)
 
 
 def _unexpected(fqn: str, targets: State) -> str:

@@ -131,14 +131,18 @@ class ElasticSampler:
         Mismatch, with nothing changed, if the position means something else here: another version, data set size,
         shuffle or tail. Iterators made before the call do not follow it.
         """
+        self.check_state_dict(state)
+        for name in _POSITION:
+            setattr(self, name, state[name])
+        self._roll_over()  # a larger global_batch than the saved one may find no whole batch left
+
+    def check_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Mismatch, listing every problem, if a saved position does not fit this sampler."""
         if problems := self._problems(state):
             raise Mismatch(
                 "the saved sampler position does not fit this sampler; " + "; ".join(problems) + "; give the sampler "
                 "the data set and options it was saved with, or leave it out of the state to begin at the first epoch"
             )
-        for name in _POSITION:
-            setattr(self, name, state[name])
-        self._roll_over()  # a larger global_batch than the saved one may find no whole batch left
 
     def _problems(self, saved: Mapping[str, Any]) -> list[str]:
         """Everything about a saved position that does not fit here."""

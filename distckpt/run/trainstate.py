@@ -73,7 +73,8 @@ class TrainState:
     """The state of a training job.
 
     model, optimizer: one, or a dict of several (EMA, GAN, RL). lr_scheduler, scaler, sampler, progress and every
-    `extra` value: anything with state_dict() and load_state_dict(), or a dict of such. dataloader: a torchdata
+    `extra` value: anything with state_dict() and load_state_dict(), or a dict of such; one that also has
+    check_state_dict(state) can refuse a state (with Mismatch) before anything has changed. dataloader: a torchdata
     StatefulDataLoader, kept per rank. rng: whether the generators of Python, NumPy, torch and CUDA are kept, per rank.
     gradients: whether accumulated gradients are. config, code_version, tokenizer (a name, or an object with
     get_vocab()): recorded, and compared with a StateWarning on resume.
@@ -105,17 +106,18 @@ class TrainState:
             "sampler_state": sampler,
             **extra,
         }
-        self._parts: list[Stateful] = [ModuleAdapter(m, lead) for lead, m in models.items()]
-        self._parts += [OptimizerAdapter(o, of_models, lead) for lead, o in optimizers.items()]
+        parts: dict[str, Stateful] = {lead: ModuleAdapter(m, lead) for lead, m in models.items()}
+        parts |= {lead: OptimizerAdapter(o, of_models, lead) for lead, o in optimizers.items()}
         if gradients:
-            self._parts += [GradientAdapter(m, "grad" + lead.removeprefix("model")) for lead, m in models.items()]
+            of_gradients = {"grad" + lead.removeprefix("model"): m for lead, m in models.items()}
+            parts |= {lead: GradientAdapter(m, lead) for lead, m in of_gradients.items()}
         for name, value in values.items():
-            if value is not None:
-                self._parts += [ValueAdapter(v, lead) for lead, v in _named(value, name).items()]
+            parts |= {lead: ValueAdapter(v, lead) for lead, v in _named(value, name).items()}
         if dataloader is not None:
-            self._parts.append(DataLoaderAdapter(dataloader))
-        self._parts.append(EnvironmentAdapter(models, config, code_version, tokenizer))
-        self._parts.append(RngAdapter(enabled=rng))
+            parts["dataloader"] = DataLoaderAdapter(dataloader)
+        parts["environment"] = EnvironmentAdapter(models, config, code_version, tokenizer)
+        parts["rng"] = RngAdapter(enabled=rng)
+        self._parts = parts
         self.unusable: str | None = None
         """Why the state must not be saved or trained on, where a load failed half-way."""
 
@@ -123,23 +125,24 @@ class TrainState:
         """See Stateful.capture. StateUnusable after a load that failed half-way."""
         if self.unusable:
             raise StateUnusable(f"the state is a mix since {self.unusable}; load a checkpoint, or restart the job")
-        return State.merged(part.capture() for part in self._parts)
+        return State.merged(part.capture() for part in self._parts.values())
 
     def targets(self, saved: Saved) -> State:
-        """See Stateful.targets. Mismatch with the problems of all parts."""
-        found, problems = [], []
-        for part in self._parts:
+        """See Stateful.targets. A part's Mismatch becomes a problem of the targets: the plan tells them all at once."""
+        found: list[State] = []
+        problems: dict[str, str] = {}
+        for lead, part in self._parts.items():
             try:
                 found.append(part.targets(saved))
-            except Mismatch as e:  # noqa: PERF203  one error with every problem
-                problems.append(str(e))
-        if problems:
-            raise Mismatch("the checkpoint does not fit the state; nothing was changed:\n" + "\n".join(problems))
-        return State.merged(found)
+            except Mismatch as e:  # noqa: PERF203  the other parts' problems are wanted, too
+                problems[lead] = str(e)
+        whole = State.merged(found)
+        whole.problems.update(problems)
+        return whole
 
     def restore(self, saved: Saved) -> list[str]:
         """See Stateful.restore."""
-        return [note for part in self._parts for note in part.restore(saved)]
+        return [note for part in self._parts.values() for note in part.restore(saved)]
 
 
 def _named(value: Any, lead: str) -> dict[str, Any]:
@@ -168,7 +171,10 @@ class ValueAdapter:
         return tensors.capture_tree(self._name, self._value.state_dict())
 
     def targets(self, saved: Saved) -> State:
-        """See Stateful.targets."""
+        """See Stateful.targets. A value with `check_state_dict` is asked before anything moves."""
+        check = getattr(self._value, "check_state_dict", None)
+        if check and self._name in saved.objects:
+            check(saved.objects[self._name])
         self._made = tensors.tree_targets(self._name, saved)
         found = {fqn: plain(t, fqn, trusted=False) for fqn, t in self._made.items()}
         return State(found, objects={self._name: True})

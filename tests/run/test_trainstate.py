@@ -276,3 +276,25 @@ def test_a_stateful_dataloader_is_refused_at_another_world_size_with_the_numbers
     )
     assert "6 of the 12 samples already consumed would repeat" in ranks.run(1, _loader, str(tmp_path), "refused", 0)[0]
     assert len(ranks.run(1, _loader, str(tmp_path), "load", 0)[0]) == 27
+
+
+def test_every_part_says_at_once_what_does_not_fit_and_nothing_changes(tmp_path):
+    from distckpt import ElasticSampler
+
+    def parts(width, size):
+        model = nn.Sequential(*(nn.Linear(2, 2) for _ in range(width)))
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        sampler = ElasticSampler(size, global_batch=2, rank=0, world_size=1)
+        return model, TrainState(model=model, optimizer=optimizer, sampler=sampler, progress=Progress())
+
+    with Checkpointer(tmp_path) as c:
+        c.save(1, parts(1, 10)[1])
+        model, state = parts(2, 20)
+        before = [p.detach().clone() for p in model.parameters()]
+        text = ranks.expect_error(lambda: c.load(state), Mismatch)
+        c.save(2, state)
+    assert "model.1.weight: missing from the checkpoint" in text
+    assert "optim: the saved optimizer did not have 1.weight, 1.bias (group 0)" in text
+    assert "size: expected 20, found 10" in text
+    assert "unexpected" not in text
+    assert all(torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True))
