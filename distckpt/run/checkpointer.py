@@ -80,8 +80,8 @@ class Checkpointer:
         arena_bytes: int = 8 << 20,
         comm: Comm | None = None,
     ) -> None:
-        if every is not None and every < 1:
-            raise ValueError(f"every={every}: a number of steps, at least 1")
+        if every is not None and (type(every) is not int or every < 1):
+            raise ValueError(f"every={every!r}: a number of steps, an int of at least 1")
         self._store: Store = LocalStore(root) if isinstance(root, (str, os.PathLike)) else root
         self._every = every
         self._comm = comm or _default_comm(timeout)
@@ -221,7 +221,7 @@ class Checkpointer:
         options = Options(strict=strict, only=only, cast=cast, rename=rename, per_rank=dict(per_rank or {}))
         report, _ = self._load_newest(state, step, options)
         if report is None:
-            raise NotACheckpoint(f"{self._store} holds no committed checkpoint")
+            raise NotACheckpoint(f"{self._store} holds no committed checkpoint: {self._history.why_nothing()}")
         return report
 
     def steps(self) -> list[int]:
@@ -239,6 +239,7 @@ class Checkpointer:
     ) -> tuple[LoadReport | None, StepDir | None]:
         fell_back: dict[int, str] = {}
         tried: set[StepDir] = set()
+        before = state.unusable
         while True:
             directory = self._choose(step, tried, fell_back)
             if directory is None:
@@ -254,7 +255,8 @@ class Checkpointer:
                     raise
                 warnings.warn(f"{directory} is damaged, falling back: {e}", StateWarning, stacklevel=3)
                 continue
-            state.unusable = None
+            # a load of a part mends what it broke itself; what an earlier one left half-way takes a load of the whole
+            state.unusable = before if report.missing or options.only else None
             report.fell_back_from = fell_back
             return report, directory
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from distckpt.errors import Corrupt, FormatError, KeyMissing, NewerFormat, RunConflict
-from distckpt.format.layout import REGISTRY, StepDir, attempt_of, pointer_file
+from distckpt.format.layout import COMMIT, REGISTRY, StepDir, attempt_of, pointer_file
 from distckpt.load.open import Checkpoint, open_checkpoint
 from distckpt.run.launches import counts, read_launches
 from distckpt.save.commit import (
@@ -75,6 +75,20 @@ class History:
     def valid(self) -> Iterator[Checkpoint]:
         """Checkpoints that count and can be opened, newest first."""
         return (f.checkpoint for f in self.committed() if f.checkpoint and not f.superseded)
+
+    def why_nothing(self) -> str:
+        """Why there is no checkpoint that counts, for a message."""
+        names = [entry.name for entry in self._store.list("")]
+        if COMMIT in names:
+            return "it is the directory of one checkpoint; give its parent, that of the run"
+        told = [
+            f"{directory} is "
+            + ("superseded" if is_committed(self._store, directory) else "a save that did not finish")
+            for directory in self.directories()
+        ]
+        if told:
+            return ", ".join(told[:5])
+        return f"it has no step directory, but {', '.join(names[:5])}" if names else "there is nothing"
 
     def next_generation(self, step: int) -> int:
         """Return a generation of this step that no directory, finished or not, has taken."""

@@ -124,7 +124,9 @@ class TrainState:
     def capture(self) -> State:
         """See Stateful.capture. StateUnusable after a load that failed half-way."""
         if self.unusable:
-            raise StateUnusable(f"the state is a mix since {self.unusable}; load a checkpoint, or restart the job")
+            raise StateUnusable(
+                f"the state is a mix since {self.unusable}; load a whole checkpoint, or restart the job"
+            )
         return State.merged(part.capture() for part in self._parts.values())
 
     def targets(self, saved: Saved) -> State:
