@@ -61,7 +61,7 @@ def _state(model=None, **more):
 
 
 def _model(state):
-    return state._parts[0]._module
+    return state._parts["model"]._module
 
 
 def _content(state):
