@@ -143,7 +143,7 @@ def plot(runs: dict[str, Run], path: Path) -> None:
     steps, values = zip(*sorted(difference(runs["D"], runs["C"])), strict=True)
     bottom.plot(steps, values, "C3.", label="D against C")
     bottom.set_yscale("symlog", linthresh=1e-8)  # a logarithm would have no place for "bit for bit the same"
-    bottom.set_ylim(bottom=-1e-9)
+    bottom.set_ylim(-1e-9, 10 * NOISE)
     bottom.axhline(NOISE, color="black", linestyle=":", label="limit")
     bottom.set_xlabel("step")
     bottom.set_ylabel("relative difference of losses")
