@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from distckpt.errors import FormatError
@@ -39,13 +39,16 @@ def test_integers_of_64_bits_are_read():
 
 
 @given(st.recursive(st.one_of(st.none(), st.text(), st.floats(allow_nan=False)), st.lists))
+@example("Infinity")
 def test_what_python_writes_is_read(value):
-    text = json.dumps(value, allow_nan=True)
-    if "Infinity" in text:
+    text = json.dumps(value).encode()
+    try:
+        json.dumps(value, allow_nan=False)
+    except ValueError:  # it has an infinity; the word alone may stand in a string
         with pytest.raises(FormatError):
-            read_json(text.encode())
+            read_json(text)
     else:
-        assert read_json(memoryview(text.encode())) == value
+        assert read_json(memoryview(text)) == value
 
 
 def test_a_value_too_deep_or_too_long_to_print_is_still_shown():
