@@ -182,7 +182,7 @@ class TorchComm:
             return f"the rendezvous store, which lives on rank 0 or in the launcher, is gone ({e})"
         if not missing:
             return "every rank answered in the end, but the collective broke; the network may be at fault"
-        return f"{_ranks(missing, self.world_size)} did not answer within {self.timeout:g} s or died"
+        return f"{_ranks(missing, self.world_size)} did not answer: dead, or busy with something else"
 
     def close(self) -> None:
         """See Comm.close. A broken group is left to the process's end: destroying it could wait for the dead."""

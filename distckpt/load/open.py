@@ -56,7 +56,7 @@ class Checkpoint:
         self._lock = threading.Lock()
 
     def data_file(self, index: int) -> DataFile:
-        """Data file of this index in the manifest's table. Corrupt unless header and table match their digest."""
+        """Data file of this index in the manifest's table. Corrupt unless header and table are as the commit says."""
         if index not in self._files:
             self._files[index] = self._open(self.manifest.files[index])
         return self._files[index]
@@ -76,7 +76,7 @@ class Checkpoint:
                 raise FormatError(f"{CHECKSUMS_CHUNK} begins at byte {chunks[CHECKSUMS_CHUNK].start}, not {covered}")
             return DataFile(key, chunks, datafile.decode_table(bytes(table), covered), covered)
         except FormatError as e:
-            raise FormatError(f"{key}: {e}") from e
+            raise Corrupt(f"{key}: {e}") from e
 
     def read(self, key: str, start: int, buffers: list[memoryview], *, size: int | None = None) -> None:
         """Store.read, counted; what is gone, cut short, or (where `size` is given) of another length is Corrupt."""
@@ -97,7 +97,7 @@ class Checkpoint:
         self.read(key, 0, [data], size=info.size)
         if digest(data) != info.digest:
             raise Corrupt(f"{key}: object {name} does not match the commit's digest")
-        return objects.decode(data)
+        return _decoded(key, data)
 
     def rank_objects(self, rank: int) -> dict[str, Any]:
         """Objects that this rank of the saved world kept for itself, verified."""
@@ -108,10 +108,17 @@ class Checkpoint:
         view = memoryview(data)
         self.read(file.key, first * BLOCK, [view])
         file.verify(first, [[view[i : i + BLOCK]] for i in range(0, len(view), BLOCK)])
-        found = objects.decode(view[chunk.start - first * BLOCK : chunk.stop - first * BLOCK])
+        found = _decoded(file.key, view[chunk.start - first * BLOCK : chunk.stop - first * BLOCK])
         if not isinstance(found, dict):
-            raise FormatError(f"{file.key}: {OBJECTS_CHUNK} is not a JSON object")
+            raise Corrupt(f"{file.key}: {OBJECTS_CHUNK} is not a JSON object")
         return found
+
+
+def _decoded(key: str, data: memoryview) -> Any:
+    try:
+        return objects.decode(data)
+    except FormatError as e:
+        raise Corrupt(f"{key}: {e}") from e
 
 
 def _covered(size: int) -> int:

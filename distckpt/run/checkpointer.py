@@ -28,7 +28,7 @@ from distckpt.load.load import load
 from distckpt.load.open import Checkpoint, open_checkpoint
 from distckpt.load.plan import Options
 from distckpt.run.history import History
-from distckpt.run.launches import open_launch
+from distckpt.run.launches import open_launch, read_launches
 from distckpt.save.image import Arena
 from distckpt.save.save import Committed, Request, save
 from distckpt.store.local import LocalStore
@@ -131,7 +131,7 @@ class Checkpointer:
             date=_now(),
             metrics=_plain(metrics or {}),
             writer={"distckpt": __version__},
-            generation=lambda: self._history.next_generation(number),
+            generation=lambda: self._generation(number),
             check_replicas=check_replicas,
         )
         try:
@@ -141,6 +141,21 @@ class Checkpointer:
         self._publish(made)
         seconds = time.monotonic() - started
         return SaveReport(number, str(made.directory), made.nbytes, seconds, made.notes)
+
+    def _generation(self, step: int) -> int:
+        """Generation of a step about to be saved. Asked on rank 0."""
+        self._refuse_if_superseded()
+        return self._history.next_generation(step)
+
+    def _refuse_if_superseded(self) -> None:
+        """RunConflict once a later launch has begun: what this one saves would never be resumed."""
+        if later := [launch for launch in read_launches(self._store) if launch.number > (self._launch or 0)]:
+            newest = later[-1]
+            raise RunConflict(
+                f"{self._store}: launch {newest.number} ({newest.job} on {newest.host}, {newest.date}) has resumed this "
+                f"run since launch {self._launch} began, and nothing that this job saves would ever be resumed. Stop "
+                "this job, or the other and start this one again; to only read a run, use load(), not resume()"
+            )
 
     def _publish(self, made: Committed) -> None:
         """Switch pointers and registry, on rank 0. They are hints: failing at them does not unmake the checkpoint."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import secrets
 import socket
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING
 
 from distckpt.errors import Corrupt, FormatError, KeyExists
@@ -54,10 +54,11 @@ def read_launches(store: Store) -> list[Launch]:
             continue
         key = launch_file(number)
         try:
-            record = Launch(**unseal(read_all(store, key, limit=_MOST_BYTES)))
+            members = unseal(read_all(store, key, limit=_MOST_BYTES))
+            record = Launch(**{f.name: members[f.name] for f in fields(Launch)})  # a later version may add others
             if record.number != number or (record.resumed_from and not StepDir.parse(record.resumed_from)):
                 raise FormatError(f"it names launch {record.number}, resumed from {record.resumed_from!r}")
-        except (TypeError, FormatError, Corrupt) as e:
+        except (TypeError, KeyError, FormatError, Corrupt) as e:
             raise FormatError(f"{key}: not the record of a launch ({e}); restore or remove it by hand") from e
         found.append(record)
     return sorted(found, key=lambda launch: launch.number)

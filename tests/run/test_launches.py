@@ -33,6 +33,12 @@ def _launch(store, *steps, resume=True, **options):
     return checkpointer, state
 
 
+def _unaware(*checkpointers):
+    """Let them save as if they had looked for a later launch just before it began: what is left is the fence."""
+    for checkpointer in checkpointers:
+        checkpointer._refuse_if_superseded = lambda: None
+
+
 def _resumed(store, **options):
     """(step, value of the state) that a new launch resumes."""
     state = Sharded(0, 1)
@@ -51,6 +57,7 @@ def _directories(store):
 def test_what_a_zombie_commits_after_a_newer_launch_resumed_is_never_resumed(store):
     zombie, state = _launch(store, 1)
     newer, newer_state = _launch(store)
+    _unaware(zombie, newer)
     state.set(5)
     zombie.save(5, state)
     assert (store.head("step-00000005/commit.json") > 0, newer.steps()) == (True, [1])
@@ -64,9 +71,18 @@ def test_what_a_zombie_commits_after_a_newer_launch_resumed_is_never_resumed(sto
     assert newer.steps() == [1]  # the resume above fenced `newer` off too
 
 
+def test_a_job_that_a_later_launch_superseded_is_told_at_its_next_save(store):
+    zombie, state = _launch(store, 1)
+    _launch(store, 2)
+    with pytest.raises(RunConflict, match=r"launch 2 \(.* on .*\) has resumed this run since launch 1 began"):
+        zombie.save(5, state)
+    assert _directories(store) == ["step-00000001", "step-00000002"]
+
+
 def test_a_zombie_that_saves_the_step_of_its_successor_does_not_replace_it(store):
     zombie, state = _launch(store, 1)
     newer, newer_state = _launch(store)
+    _unaware(zombie)
     newer_state.set(20)
     newer.save(2, newer_state)
     state.set(66)
@@ -78,6 +94,7 @@ def test_a_zombie_that_saves_the_step_of_its_successor_does_not_replace_it(store
 def test_a_successor_that_saves_the_step_of_a_zombie_wins(store):
     zombie, state = _launch(store, 1)
     newer, newer_state = _launch(store)
+    _unaware(zombie)
     state.set(66)
     zombie.save(2, state)
     newer_state.set(20)
@@ -124,6 +141,7 @@ def test_of_two_jobs_racing_for_a_directory_one_goes_to_the_next_generation_and_
     quick, quick_state = _launch(store)
     fuse = Fuse(lambda _: quick.save(2, quick_state))
     slow, slow_state = _launch(FaultyStore(store, fuse))
+    _unaware(quick)
     quick_state.set(7)
     slow_state.set(8)
     fuse.arm("write step-00000002/rank-00000.*.safetensors")  # its directory is chosen, and still empty
