@@ -152,8 +152,8 @@ class Checkpointer:
         if later := [launch for launch in read_launches(self._store) if launch.number > (self._launch or 0)]:
             newest = later[-1]
             raise RunConflict(
-                f"{self._store}: launch {newest.number} ({newest.job} on {newest.host}, {newest.date}) has resumed this "
-                f"run since launch {self._launch} began, and nothing that this job saves would ever be resumed. Stop "
+                f"{self._store}: launch {newest.number} ({newest.job} on {newest.host}, {newest.date}) has resumed "
+                f"this run since launch {self._launch} began, and nothing that this job saves would ever be resumed. Stop "
                 "this job, or the other and start this one again; to only read a run, use load(), not resume()"
             )
 
