@@ -153,8 +153,8 @@ class Checkpointer:
             newest = later[-1]
             raise RunConflict(
                 f"{self._store}: launch {newest.number} ({newest.job} on {newest.host}, {newest.date}) has resumed "
-                f"this run since launch {self._launch} began, and nothing that this job saves would ever be resumed. Stop "
-                "this job, or the other and start this one again; to only read a run, use load(), not resume()"
+                f"this run since launch {self._launch} began, and nothing that this job saves would ever be resumed. "
+                "Stop this job, or the other and start this one again; to only read a run, use load(), not resume()"
             )
 
     def _publish(self, made: Committed) -> None:
