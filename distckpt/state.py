@@ -168,6 +168,8 @@ def part_of(shard: Shard, part: Part, box: Box) -> torch.Tensor:
         view = shard.tensor
     else:
         view = shard.tensor[part.start : part.start + part.box.numel].view(part.box.sizes)
+    if box == part.box:
+        return view
     for dim, (start, size) in enumerate(zip(box.relative_to(part.box).offsets, box.sizes, strict=True)):
         view = view.narrow(dim, start, size)
     return view
@@ -175,6 +177,8 @@ def part_of(shard: Shard, part: Part, box: Box) -> torch.Tensor:
 
 def cut(shard: Shard, region: Region) -> torch.Tensor | None:
     """View of `region` where it lies inside a shard of the same kind (box in box, run in run), else None."""
+    if region == shard.region:
+        return shard.tensor
     if isinstance(shard.region, Box) and isinstance(region, Box):
         return part_of(shard, Part(0, shard.region), region) if region.intersect(shard.region) == region else None
     if isinstance(shard.region, Run) and isinstance(region, Run):

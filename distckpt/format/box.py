@@ -27,7 +27,7 @@ class Box:
     sizes: Shape
 
     def __post_init__(self) -> None:
-        if len(self.offsets) != len(self.sizes) or any(n < 0 for n in (*self.offsets, *self.sizes)):
+        if len(self.offsets) != len(self.sizes) or min((0, *self.offsets, *self.sizes)) < 0:
             raise ValueError(f"not a box: offsets {self.offsets}, sizes {self.sizes}")
 
     @classmethod
@@ -42,6 +42,8 @@ class Box:
 
     def intersect(self, other: Box) -> Box | None:
         """Common box, or None where there is no common element."""
+        if self == other:
+            return self if self.numel else None
         start = tuple(map(max, self.offsets, other.offsets))
         stop = (
             min(a + n, b + m) for a, n, b, m in zip(self.offsets, self.sizes, other.offsets, other.sizes, strict=True)
@@ -141,6 +143,9 @@ class Overlap:
 
 def overlaps(source: Region, target: Region, shape: Sequence[int]) -> Iterator[Overlap]:
     """Yield what two regions of one tensor share, as boxes that do not overlap each other."""
+    if source == target:  # the same layout on both sides is the common case
+        yield from (Overlap(p.box, p, p) for p in parts(source, shape) if p.box.numel)
+        return
     targets = list(parts(target, shape))
     for a, b in itertools.product(parts(source, shape), targets):
         if common := a.box.intersect(b.box):
@@ -173,6 +178,9 @@ def spans(within: Part, box: Box, *, limit: int, in_place: bool = False) -> Iter
     reads a hole wider than `limit`. An empty box has none.
     """
     if not box.numel:
+        return
+    if box == within.box and (in_place or box.numel <= limit):
+        yield Span(within.start, box.numel, box)
         return
     step = strides(within.box.sizes)
     start = within.start + sum(a * s for a, s in zip(box.relative_to(within.box).offsets, step, strict=True))

@@ -51,8 +51,10 @@ def own_chunks(state: State, partitions: Mapping[str, Partition], rank: int) -> 
     for fqn, partition in partitions.items():
         for region in partition.of_file(rank):
             held: GlobalTensor | None = state.tensors.get(fqn)
-            views = (cut(shard, region) for shard in held.shards) if held else ()
-            view = next((v for v in views if v is not None), None)
+            view = None
+            for shard in held.shards if held else ():
+                if (view := cut(shard, region)) is not None:
+                    break
             if view is None:
                 raise Unsupported(f"{fqn}: rank {rank} should hold {region}, and does not; other ranks say it does")
             found[chunk_name(fqn, region, partition.shape)] = (fqn, view)
