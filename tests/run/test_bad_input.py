@@ -18,6 +18,7 @@ from distckpt.errors import (
     Mismatch,
     NewerFormat,
     NotACheckpoint,
+    RunConflict,
     StateUnusable,
     StateWarning,
     StoreError,
@@ -247,6 +248,52 @@ def test_a_load_of_the_model_alone_touches_nothing_else(saved):
     wanted, _ = _content(_state())
     for fqn, value in tensors.items():
         assert value == (wanted if fqn.startswith("model.") else before[0])[fqn], fqn
+
+
+def test_a_part_that_is_not_there_is_no_reason_to_load_nothing(saved):
+    state = _state(_net(1))
+    text = _refused(Mismatch, lambda: Checkpointer(saved).load(state, only=("modle",)), state)
+    assert "only='modle': neither the checkpoint nor the state has such a part" in text
+    for only in ("model", (), (b"model",)):
+        assert "a tuple of the names" in _refused(
+            ValueError, lambda o=only: Checkpointer(saved).load(state, only=o), state
+        )
+
+
+def test_what_is_no_train_state_is_refused(saved):
+    for call in (Checkpointer(saved).resume, Checkpointer(saved).load, lambda s: Checkpointer(saved).save(2, s)):
+        with pytest.raises(Unsupported, match="state is a Linear; a TrainState is expected"):
+            call(nn.Linear(2, 2))
+
+
+def _bad_metrics_on_one_rank(root):
+    import torch.distributed as dist
+
+    with Checkpointer(root, timeout=20) as c:
+        metrics = {"loss": torch.ones(3)} if dist.get_rank() == 0 else None
+        return ranks.expect_error(lambda: c.save(1, TrainState(), metrics), Unsupported)
+
+
+def test_metrics_that_cannot_be_recorded_are_told_on_every_rank(tmp_path):
+    for text in ranks.run(2, _bad_metrics_on_one_rank, str(tmp_path)):
+        assert "rank 0: metric 'loss'" in text
+
+
+def _made_too_early(root):
+    import torch.distributed as dist
+
+    group, world = dist.group.WORLD, dist.distributed_c10d._world
+    world.default_pg = None  # as before init_process_group()
+    early = Checkpointer(root)
+    world.default_pg = group
+    return ranks.expect_error(lambda: early.resume(TrainState()), RunConflict)
+
+
+def test_a_checkpointer_that_was_made_before_the_ranks_met_is_refused(tmp_path):
+    assert all(
+        "for 1 rank(s), torch.distributed has 2 now" in text for text in ranks.run(2, _made_too_early, str(tmp_path))
+    )
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_saved_names_are_renamed_for_model_and_optimizer(saved):

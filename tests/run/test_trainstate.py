@@ -154,6 +154,19 @@ def test_a_part_without_state_dict_is_refused_by_name():
         TrainState(ema={"a/b": Box(1)})
 
 
+@pytest.mark.parametrize("name", ["optim", "grad", "environment", "trainer_state", "ack-00000", "a/b", "é", "x" * 101])
+def test_an_extra_value_cannot_take_the_name_of_another_part_or_of_a_file(name):
+    with pytest.raises(Unsupported, match=r"give the extra value another|cannot be a name"):
+        TrainState(optimizer=torch.optim.SGD(nn.Linear(2, 2).parameters()), **{name: Box({})})
+
+
+def test_a_model_or_an_optimizer_that_is_none_is_refused_by_name():
+    with pytest.raises(Unsupported, match=r"model: a list; an nn.Module"):
+        TrainState(model=[nn.Linear(2, 2)])
+    with pytest.raises(Unsupported, match=r"optim.gen: a Linear; an Optimizer"):
+        TrainState(optimizer={"gen": nn.Linear(2, 2)})
+
+
 def test_objects_that_are_missing_or_unexpected_are_named(tmp_path):
     with Checkpointer(tmp_path) as c:
         c.save(1, TrainState(one=Box(1), two=Box(2)))
