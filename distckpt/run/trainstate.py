@@ -63,6 +63,11 @@ class Progress:
         """Return the counters."""
         return asdict(self)
 
+    def check_state_dict(self, state_dict: Any) -> None:
+        """Mismatch unless it has every counter."""
+        if not isinstance(state_dict, dict) or any(type(state_dict.get(name)) is not int for name in asdict(self)):
+            raise Mismatch(f"progress: expected the counts {', '.join(asdict(self))}; found {state_dict!r:.200}")
+
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
         """Take over the counters."""
         for name in asdict(self):

@@ -15,6 +15,7 @@ from distckpt import Checkpointer, Progress, TrainState
 from distckpt.errors import (
     Corrupt,
     DistckptError,
+    FormatError,
     Mismatch,
     NewerFormat,
     NotACheckpoint,
@@ -24,6 +25,7 @@ from distckpt.errors import (
     StoreError,
     Unsupported,
 )
+from distckpt.format.checksum import digest
 from distckpt.format.sealed import seal
 from distckpt.store.local import LocalStore
 from tests import layouts, ranks
@@ -304,6 +306,31 @@ def test_saved_names_are_renamed_for_model_and_optimizer(saved):
     assert set(report.loaded) >= {"model.x_a", "optim.x_b.exp_avg"}
     assert torch.equal(model.x_a, _model(wanted).a)
     assert _content(state)[0]["optim.x_b.exp_avg"] == _content(wanted)[0]["optim.b.exp_avg"]
+
+
+def test_renaming_leaves_the_tensors_of_other_values_alone(tmp_path):
+    Checkpointer(tmp_path).save(1, _state(v=Value({"history": torch.arange(3)})))
+    renamed, v = _net(1, trunk_a=(4, 3), trunk_b=(5,)), Value(None)
+    Checkpointer(tmp_path).load(_state(renamed, v=v), rename=lambda fqn: fqn.replace("", "trunk_", 1))
+    assert v.value["history"].tolist() == [0, 1, 2]
+
+
+@pytest.mark.parametrize("name", ["optim", "trainer_state", "v"])
+@pytest.mark.parametrize("value", [5, "x", [], {"$tensor": ["nope", "torch"]}, {"groups": None}])
+def test_an_object_of_another_form_is_refused_before_anything_moves(tmp_path, name, value):
+    Checkpointer(tmp_path).save(1, _state(v=Value({})))
+    commit = tmp_path / "step-00000001" / "commit.json"
+    content = json.loads(commit.read_text())
+    del content["digest"]
+    data = json.dumps(value).encode()
+    (commit.parent / content["objects"][name][0]).write_bytes(data)
+    content["objects"][name][1:] = [len(data), digest(data)]
+    commit.write_bytes(seal(content))
+    state = _state(_net(1), v=Value({}))
+    if name == "v" and value != {"$tensor": ["nope", "torch"]}:
+        Checkpointer(tmp_path).load(state)  # any form is a user's own
+    else:
+        _refused((FormatError, Mismatch), lambda: Checkpointer(tmp_path).load(state, step=1), state)
 
 
 def test_a_renaming_that_joins_two_names_is_refused(saved):
