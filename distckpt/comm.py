@@ -7,6 +7,7 @@ did not answer. A comm that failed once stays failed: its ranks no longer agree 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import threading
 import time
@@ -19,8 +20,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
 MESSAGE = 120
-"""Bytes of the message of `together`: a status byte, a length byte, the payload."""
-MAX_PAYLOAD = MESSAGE - 2
+"""Bytes of the message of `together`: what the rank is at (a digest), a status byte, a length byte, the payload."""
+_PLACE = 4
+MAX_PAYLOAD = MESSAGE - _PLACE - 2
 
 T = TypeVar("T")
 
@@ -61,7 +63,7 @@ def together(comm: Comm, what: str, fn: Callable[[], bytes | None]) -> list[byte
             raise failure
         return [payload]
     message = bytes([failure is not None, len(payload) if not failure else 0]) + (b"" if failure else payload)
-    replies = comm.all_gather(what, message.ljust(MESSAGE, b"\0"))
+    replies = _meet(comm, what, message)
     if not any(reply[0] for reply in replies):
         return [reply[2 : 2 + reply[1]] for reply in replies]
     text = json.dumps([type(failure).__name__, str(failure) or repr(failure)] if failure else None)
@@ -93,9 +95,34 @@ def _ranks(ranks: Sequence[int], world_size: int) -> str:
 
 def exchange(comm: Comm, what: str, data: bytes) -> list[bytes]:
     """Every rank's bytes, of any length, by rank. Two collectives; for what is rare."""
-    lengths = [int.from_bytes(n, "little") for n in comm.all_gather(what, len(data).to_bytes(8, "little"))]
+    lengths = [int.from_bytes(n[:8], "little") for n in _meet(comm, what, len(data).to_bytes(8, "little"))]
+    return _gather_all(comm, what, data, lengths)
+
+
+def _gather_all(comm: Comm, what: str, data: bytes, lengths: Sequence[int]) -> list[bytes]:
     replies = comm.all_gather(what, data.ljust(max(1, *lengths), b"\0"))
     return [reply[:n] for reply, n in zip(replies, lengths, strict=True)]
+
+
+def _meet(comm: Comm, what: str, body: bytes) -> list[bytes]:
+    """Every rank's body, padded, by rank. RankFailed on all of them unless every rank is at the same point.
+
+    All messages that begin an exchange have the same length: so ranks that went different ways find out here, and not
+    by taking each other's bytes for something else.
+    """
+    place = hashlib.blake2b(what.encode(), digest_size=_PLACE).digest()
+    replies = comm.all_gather(what, (place + body).ljust(MESSAGE, b"\0"))
+    if all(reply[:_PLACE] == place for reply in replies):
+        return [reply[_PLACE:] for reply in replies]
+    said = what.encode()[:MESSAGE]
+    at: dict[str, list[int]] = {}
+    for rank, text in enumerate(comm.all_gather("telling where each rank is", said.ljust(MESSAGE, b"\0"))):
+        at.setdefault(text.rstrip(b"\0").decode(errors="replace"), []).append(rank)
+    told = "; ".join(f"{_ranks(ranks, comm.world_size)}: {text}" for text, ranks in at.items())
+    raise RankFailed(
+        f"ranks are not at the same point ({told}): every rank must call the same methods of Checkpointer, with the "
+        "same options, in the same order; restart the job if one of them was interrupted in the middle of a call"
+    )
 
 
 class SoloComm:

@@ -73,7 +73,7 @@ def test_the_cause_is_kept_on_the_rank_that_failed():
 
 
 def test_a_result_that_is_too_long_to_travel_is_an_error():
-    assert "at most 118 travel" in str(failures(2, lambda rank: b"x" * (MAX_PAYLOAD + 1))[0])
+    assert f"at most {MAX_PAYLOAD} travel" in str(failures(2, lambda rank: b"x" * (MAX_PAYLOAD + 1))[0])
 
 
 def test_exchange_moves_messages_of_any_length():
@@ -136,3 +136,26 @@ def _place(_):
 def test_current_tells_rank_and_world_size():
     assert ranks.run(2, _place, 0) == [(0, 2), (1, 2)]
     assert tuple(comm.current()) == (0, 1)
+
+
+def _at_different_points(root):
+    """One rank saves while the other resumes; then both do the same."""
+    import torch.distributed as dist
+
+    from distckpt import Checkpointer, TrainState
+
+    with Checkpointer(root, timeout=20) as c:
+        state = TrainState()
+        c.resume(state)
+        wrong = [lambda: c.save(1, state), lambda: c.resume(state)][dist.get_rank()]
+        text = ranks.expect_error(wrong, RankFailed)
+        check = dist.get_rank() == 1  # one more exchange on one rank, of another length than what the other is at
+        other = ranks.expect_error(lambda: c.save(2, state, check_replicas=check), RankFailed)
+        return text, other, c.save(3, state).step
+
+
+def test_ranks_that_call_different_things_are_told_where_each_is_and_can_go_on(tmp_path):
+    for text, other, step in ranks.run(2, _at_different_points, str(tmp_path)):
+        assert "rank 0: describing the state; rank 1: looking for unfinished saves" in text
+        assert "rank 0: writing step-00000002; rank 1: comparing replicas" in other
+        assert step == 3

@@ -14,7 +14,8 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from distckpt.adapters import tensors
-from distckpt.errors import Mismatch
+from distckpt.errors import Mismatch, Unsupported
+from distckpt.format.partition import Copies
 from distckpt.state import State, plain
 
 if TYPE_CHECKING:
@@ -128,7 +129,12 @@ class GradientAdapter:
         self._made: list[tuple[nn.Parameter, torch.Tensor | None]] = []
 
     def capture(self) -> State:
-        """See Stateful.capture."""
+        """See Stateful.capture. Unsupported where FSDP keeps gradients that it has not reduced yet."""
+        for name in _unreduced(self._module):
+            raise Unsupported(
+                f"{self._prefix}.{name}: FSDP holds a gradient that it has not reduced over the ranks, which is of no "
+                "rank's shard yet: save after a backward pass with set_requires_gradient_sync(True)"
+            )
         return State(
             {
                 f"{self._prefix}.{name}": tensors.describe(p.grad, f"{self._prefix}.{name}", trusted=False)
@@ -145,6 +151,12 @@ class GradientAdapter:
         for name, p in bare(self._module).named_parameters():
             fqn = f"{self._prefix}.{clean(name)}"
             info = saved.tensors.get(fqn)
+            if info and isinstance(info.partition, Copies) and saved.resharded:
+                raise Mismatch(
+                    f"{fqn}: each of the {saved.world_size} ranks had a gradient of its own, not reduced (no_sync()); "
+                    f"{saved.target_world_size} ranks cannot share them out: resume on {saved.world_size} ranks, or "
+                    "save after a backward pass that reduces"
+                )
             grad = tensors.empty_like(p.detach(), tuple(p.shape), p.dtype) if info else None
             if grad is not None:
                 state.tensors[fqn] = tensors.describe(grad, fqn, trusted=False)
@@ -157,6 +169,19 @@ class GradientAdapter:
             p.grad = grad
         self._made = []
         return []
+
+
+def _unreduced(module: nn.Module) -> Iterator[str]:
+    """Fqns of parameters of FSDP2 whose gradient was accumulated without reducing it. Private: known at torch 2.13."""
+    for owner in module.modules():
+        if isinstance(owner, FSDPModule):
+            for group in owner._get_fsdp_state()._fsdp_param_groups:
+                for p in group.fsdp_params:
+                    unsharded = getattr(p, "_unsharded_param", None)
+                    if p.unsharded_accumulated_grad is not None or (
+                        unsharded is not None and unsharded.grad is not None
+                    ):
+                        yield clean(p._param_fqn or "a parameter")
 
 
 def parallelism(module: nn.Module) -> str:

@@ -18,7 +18,8 @@ from torch.distributed.tensor import DTensor
 
 from distckpt.adapters import dtensor, tensors
 from distckpt.adapters.module import named_parameters
-from distckpt.errors import Mismatch, Unsupported
+from distckpt.errors import FormatError, Mismatch, Unsupported
+from distckpt.format.text import shown
 from distckpt.state import State, torch_dtype
 
 if TYPE_CHECKING:
@@ -134,6 +135,7 @@ class OptimizerAdapter:
         self._made, self._states = {}, {}
         if self._prefix not in saved.objects:
             return State(objects={self._prefix: True})
+        _check_form(saved.objects[self._prefix], self._prefix)
         self._groups(saved)
         by_parameter = self._saved_states(saved)
         values = {saved.rename(fqn): v for fqn, v in saved.objects[self._prefix]["values"].items()}
@@ -215,6 +217,19 @@ class OptimizerAdapter:
             fqn = f"{self._prefix}.{self._names()[id(p)]}.{name}"
             return _unflatten(value, fqn, self._made, self._optimizer)
         return value if isinstance(value, torch.Tensor) else tensors.insert(value, self._made)
+
+
+def _check_form(value: Any, prefix: str) -> None:
+    """FormatError unless an object is one that `capture` makes."""
+    match value:
+        case {"optimizer": str(), "groups": [*groups], "values": dict(values)} if all(
+            isinstance(group, dict)
+            and isinstance(group.get("params"), list)
+            and all(isinstance(fqn, str) for fqn in group["params"])
+            for group in groups
+        ) and all(isinstance(state, dict) for state in values.values()):
+            return
+    raise FormatError(f"object {prefix} is not that of an optimizer: {shown(value)}")
 
 
 def _shown(fqns: list[str]) -> str:

@@ -10,7 +10,7 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from distckpt.adapters import dtensor
-from distckpt.errors import Unsupported
+from distckpt.errors import FormatError, Unsupported
 from distckpt.format.objects import TensorRef
 from distckpt.state import GlobalTensor, State, plain, torch_dtype
 
@@ -99,9 +99,10 @@ def capture_tree(name: str, tree: Any, *, trusted: bool = False) -> State:
 
 
 def tree_targets(name: str, saved: Saved) -> dict[str, torch.Tensor]:
-    """Fresh CPU tensors for all that the object `name` of a checkpoint refers to."""
-    return {
-        fqn: torch.empty(saved.tensors[fqn].shape, dtype=torch_dtype(saved.tensors[fqn].dtype))
-        for fqn in references(saved.objects.get(name))
-        if fqn in saved.tensors
-    }
+    """Fresh CPU tensors for all that the object `name` of a checkpoint refers to. FormatError for what is not there."""
+    made = {}
+    for fqn in references(saved.objects.get(name)):
+        if fqn not in saved.tensors:
+            raise FormatError(f"object {name} refers to tensor {fqn!r}, which the checkpoint does not have")
+        made[fqn] = torch.empty(saved.tensors[fqn].shape, dtype=torch_dtype(saved.tensors[fqn].dtype))
+    return made

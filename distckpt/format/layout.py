@@ -27,7 +27,7 @@ _LAUNCH = re.compile(r"([0-9]{4,})\.json")
 _ATTEMPT_FILE = re.compile(
     r"(?P<stem>[A-Za-z0-9_][A-Za-z0-9_.-]*)\.(?P<attempt>[0-9a-f]{12})\.(?P<ext>safetensors|json)"
 )
-_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]*")
+_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]{0,99}")
 _ACK = re.compile(r"ack-([0-9]{5,})")
 _SLICE = re.compile(r"\[(?:flat )?[0-9]+:[0-9]+(?:,[0-9]+:[0-9]+)*\]\Z")
 
@@ -40,8 +40,11 @@ def check_key(key: str) -> str:
 
 
 def is_name(text: str) -> bool:
-    """Whether a user's name (of a model in a dict, of an extra value) can stand in fqns and file names."""
-    return _NAME.fullmatch(text) is not None
+    """Whether a user's name (of a model in a dict, of an extra value) can stand in fqns and file names.
+
+    That of an ack cannot: the object's file would be taken for one, and removed with the others.
+    """
+    return _NAME.fullmatch(text) is not None and not _ACK.fullmatch(text)
 
 
 @dataclass(frozen=True, slots=True, order=True)

@@ -6,11 +6,13 @@ The file is one JSON object whose last member is `digest`, over every byte befor
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from math import prod
 from typing import TYPE_CHECKING, Any
 
 from distckpt.errors import FormatError, NewerFormat, Unsupported
 from distckpt.format import objects, partition
 from distckpt.format.checksum import DIGEST_SIZE
+from distckpt.format.datafile import MAX_HEADER
 from distckpt.format.dtype import item_size
 from distckpt.format.layout import check_key
 from distckpt.format.sealed import seal, unseal
@@ -23,7 +25,9 @@ if TYPE_CHECKING:
 
 FORMAT_VERSION = 1
 MAX_BYTES = 1 << 30
-"""Longest commit.json, in bytes, that is read."""
+"""Longest commit.json or file of an object, in bytes, that is read."""
+MAX_DIMS = 64
+"""Most dimensions of a tensor: what torch knows."""
 
 ON_RESHARD = ("derive", "refuse", "first")
 """What a per-rank object may say of another world size: derive a new value, refuse, or take the first rank's."""
@@ -170,7 +174,9 @@ def _from_json(body: dict[str, Any]) -> Manifest:
 
 def _tensor(fqn: str, item: Any) -> TensorInfo:
     match item:
-        case [[*shape], str(dtype), dict(divided)] if all(type(n) is int and n >= 0 for n in shape):
+        case [[*shape], str(dtype), dict(divided)] if len(shape) <= MAX_DIMS and all(
+            type(n) is int and n >= 0 for n in shape
+        ):
             item_size(dtype)
             return TensorInfo(tuple(shape), dtype, partition.from_json(divided, tuple(shape)))
     raise FormatError(f"tensor {fqn!r} is malformed: {shown(item)}")
@@ -178,14 +184,16 @@ def _tensor(fqn: str, item: Any) -> TensorInfo:
 
 def _file(item: Any) -> FileInfo:
     match item:
-        case [str(name), int(size), int(header), str(sums)] if 8 < header <= size and len(sums) == _HEX:
+        case [str(name), int(size), int(header), str(sums)] if (
+            8 < header <= min(size, 8 + MAX_HEADER) and len(sums) == _HEX
+        ):
             return FileInfo(check_key(name), size, header, sums)
     raise FormatError(f"file entry is malformed: {shown(item)}")
 
 
 def _object(name: str, item: Any) -> ObjectInfo:
     match item:
-        case [str(file), int(size), str(sums)] if size >= 0 and len(sums) == _HEX and "/" not in file:
+        case [str(file), int(size), str(sums)] if 0 <= size <= MAX_BYTES and len(sums) == _HEX and "/" not in file:
             return ObjectInfo(check_key(file), size, sums)
     raise FormatError(f"object {name!r} is malformed: {shown(item)}")
 
@@ -198,10 +206,16 @@ def check(manifest: Manifest) -> None:
             f"step {m.step}, generation {m.generation}, launch {m.launch}, world size {m.world_size} "
             f"with {len(m.files)} files: out of range"
         )
+    nbytes = 0
     for fqn, tensor in m.tensors.items():
         if tensor.partition.last_file >= len(m.files):
             raise FormatError(f"tensor {fqn!r} names file {tensor.partition.last_file} of a table of {len(m.files)}")
         tensor.partition.check()
+        nbytes += prod(tensor.shape) * item_size(tensor.dtype)
+    if nbytes > (room := sum(f.size for f in m.files)):
+        raise FormatError(
+            f"tensors of more than {shown(nbytes)} bytes in data files of {room}"
+        )  # a load would make them
     for alias, fqn in m.aliases.items():
         if type(fqn) is not str or alias in m.tensors or fqn not in m.tensors:
             raise FormatError(f"alias {alias!r} of {fqn!r}: the first must not be a tensor, the second must")

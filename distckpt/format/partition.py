@@ -27,6 +27,9 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
 
+_MOST_CUTS = 64
+
+
 @dataclass(frozen=True, slots=True)
 class Split:
     """One cut of a dimension into `count` chunks as torch.chunk cuts; chunk i lies `i * stride` files further on."""
@@ -293,6 +296,7 @@ def _splits_from_json(data: Any, ndim: int) -> tuple[tuple[Split, ...], ...]:
     match data:
         case [*dims] if len(dims) <= ndim and all(
             isinstance(dim, list)
+            and len(dim) <= _MOST_CUTS
             and all(isinstance(s, list) and len(s) == 2 and all(type(n) is int for n in s) for s in dim)
             for dim in dims
         ):

@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, Any
 
 from distckpt.comm import together
 from distckpt.errors import Mismatch
+from distckpt.format.objects import TensorRef
 from distckpt.load.plan import Options, Plan, listed, plan
 from distckpt.load.read import read
 from distckpt.load.report import LoadReport
 from distckpt.state import Saved
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from distckpt.comm import Comm
     from distckpt.load.open import Checkpoint
@@ -65,9 +66,6 @@ def _offered(checkpoint: Checkpoint, comm: Comm, options: Options) -> tuple[Save
     """(what the checkpoint offers under live names, live name -> saved name, aliases under live names)."""
     content = checkpoint.manifest
     resharded = content.world_size != comm.world_size
-    names = {options.renamed(name): name for name in content.tensors}
-    if len(names) < len(content.tensors):
-        raise Mismatch("rename gives two saved tensors the same name")
     aliases = {options.renamed(alias): options.renamed(fqn) for alias, fqn in content.aliases.items()}
     objects: dict[str, Any] = {name: checkpoint.object(name) for name in content.objects if options.wants(name)}
     of_rank: dict[int, dict[str, Any]] = {}
@@ -89,9 +87,22 @@ def _offered(checkpoint: Checkpoint, comm: Comm, options: Options) -> tuple[Save
                 )
     if refused:
         raise Mismatch(listed("per-rank values cannot be carried to another world size; nothing was changed", refused))
+    referred = set(_referred([*objects.values()]))  # by their saved names
+    names = {name if name in referred else options.renamed(name): name for name in content.tensors}
+    if len(names) < len(content.tensors):
+        raise Mismatch("rename gives two saved tensors the same name")
     tensors = {live: content.tensors[name] for live, name in names.items()}
     rename = options.rename or (lambda fqn: fqn)
     saved = Saved(
         tensors, objects, content.world_size, comm.rank, comm.world_size, rank_object, rename, options.per_rank
     )
     return saved, names, aliases
+
+
+def _referred(value: Any) -> Iterator[str]:
+    """Fqns of the tensors that objects refer to."""
+    if isinstance(value, TensorRef):
+        yield value.fqn
+    elif isinstance(value, (dict, list, tuple)):
+        for member in value.values() if isinstance(value, dict) else value:
+            yield from _referred(member)

@@ -63,8 +63,9 @@ class Checkpoint:
 
     def _open(self, info: FileInfo) -> DataFile:
         key = info.name if "/" in info.name else f"{self.directory}/{info.name}"
+        self._measure(key, info.size)
         header = memoryview(bytearray(info.header))
-        self.read(key, 0, [header], size=info.size)
+        self.read(key, 0, [header])
         covered = _covered(info.size)
         table = memoryview(bytearray(info.size - covered))
         self.read(key, covered, [table])
@@ -78,11 +79,18 @@ class Checkpoint:
         except FormatError as e:
             raise Corrupt(f"{key}: {e}") from e
 
-    def read(self, key: str, start: int, buffers: list[memoryview], *, size: int | None = None) -> None:
-        """Store.read, counted; what is gone, cut short, or (where `size` is given) of another length is Corrupt."""
+    def _measure(self, key: str, size: int) -> None:
+        """Corrupt unless a key has `size` bytes: asked before memory is taken for them."""
         try:
-            if size is not None and (found := self.store.head(key)) != size:
-                raise Corrupt(f"{key}: has {found} bytes, the commit says {size}")
+            found = self.store.head(key)
+        except KeyMissing as e:
+            raise Corrupt(f"{self.directory} is committed, but {e}") from e
+        if found != size:
+            raise Corrupt(f"{key}: has {found} bytes, the commit says {size}")
+
+    def read(self, key: str, start: int, buffers: list[memoryview]) -> None:
+        """Store.read, counted; what is gone or cut short is Corrupt."""
+        try:
             self.store.read(key, start, buffers)
         except (KeyMissing, KeyTruncated) as e:
             raise Corrupt(f"{self.directory} is committed, but {e}") from e
@@ -93,8 +101,9 @@ class Checkpoint:
         """Rank-independent object of this name, verified."""
         info = self.manifest.objects[name]
         key = f"{self.directory}/{info.name}"
+        self._measure(key, info.size)
         data = memoryview(bytearray(info.size))
-        self.read(key, 0, [data], size=info.size)
+        self.read(key, 0, [data])
         if digest(data) != info.digest:
             raise Corrupt(f"{key}: object {name} does not match the commit's digest")
         return _decoded(key, data)

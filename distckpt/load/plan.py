@@ -40,6 +40,12 @@ class Options:
     rename: Callable[[str], str] | None = None
     per_rank: dict[str, str] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        if self.only is not None and (
+            isinstance(self.only, str) or not self.only or not all(isinstance(lead, str) for lead in self.only)
+        ):
+            raise ValueError(f"only={self.only!r}: a tuple of the names to load, such as ('model',)")
+
     def wants(self, name: str) -> bool:
         """Whether a name (of a tensor or an object) is to be loaded."""
         return self.only is None or _of(self.only, name)
@@ -105,6 +111,12 @@ def plan(saved: Saved, saved_names: dict[str, str], aliases: dict[str, str], tar
         n for n in saved.tensors if n not in used and options.wants(n) and not _of(targets.problems, n)
     )
     _compare_objects(made, saved, targets, options)
+    known = [*saved.tensors, *saved.objects, *aliases, *targets.tensors, *targets.objects]
+    problems += [
+        f"only={lead!r}: neither the checkpoint nor the state has such a part"
+        for lead in options.only or ()
+        if not any(_of((lead,), name) for name in known)
+    ]
     if options.strict:
         problems += [f"{fqn}: missing from the checkpoint" for fqn in made.missing]
         problems += [_unexpected(fqn, targets) for fqn in made.unexpected]

@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 
     from distckpt.load.report import LoadReport
     from distckpt.run.trainstate import TrainState
+    from distckpt.state import State
     from distckpt.store.base import Store
 
 _STEP = 8  # bytes of a step in a message
@@ -85,6 +86,7 @@ class Checkpointer:
         self._store: Store = LocalStore(root) if isinstance(root, (str, os.PathLike)) else root
         self._every = every
         self._comm = comm or _default_comm(timeout)
+        self._given = comm is not None
         self._history = History(self._store)
         self._arena = Arena(arena_bytes)
         self._launch: int | None = None
@@ -119,25 +121,32 @@ class Checkpointer:
         compare what should be equal on several ranks, too.
         Raises on every rank what fails on any, with rank and cause; the previous checkpoint is untouched then.
         """
+        self._check(state)
         if isinstance(step, bool) or not hasattr(step, "__index__") or not 0 <= (number := index(step)) < 1 << 63:
             raise ValueError(f"step={step!r}: a count of optimizer steps, an int of at least 0")
         started = time.monotonic()
         if self._launch is None:
             self._start_without_resume()
         assert self._launch is not None
+        recorded = dict[str, Any]()
+
+        def capture() -> State:
+            recorded.update(_plain(metrics or {}))  # here, so that every rank learns if one rank's cannot be recorded
+            return state.capture()
+
         request = Request(
             step=number,
             launch=self._launch,
             date=_now(),
-            metrics=_plain(metrics or {}),
+            metrics=recorded,
             writer={"distckpt": __version__},
             generation=lambda: self._generation(number),
             check_replicas=check_replicas,
         )
         try:
-            made = save(self._comm, self._store, state.capture, self._arena.view, request)
+            made = save(self._comm, self._store, capture, self._arena.view, request)
         except RunConflict:  # a zombie took the directory between our look and our commit; there is a next generation
-            made = save(self._comm, self._store, state.capture, self._arena.view, request)
+            made = save(self._comm, self._store, capture, self._arena.view, request)
         self._publish(made)
         seconds = time.monotonic() - started
         return SaveReport(number, str(made.directory), made.nbytes, seconds, made.notes)
@@ -155,6 +164,16 @@ class Checkpointer:
                 f"{self._store}: launch {newest.number} ({newest.job} on {newest.host}, {newest.date}) has resumed "
                 f"this run since launch {self._launch} began, and nothing that this job saves would ever be resumed. "
                 "Stop this job, or the other and start this one again; to only read a run, use load(), not resume()"
+            )
+
+    def _check(self, state: Any) -> None:
+        if not (hasattr(state, "capture") and hasattr(state, "unusable")):
+            raise Unsupported(f"state is a {type(state).__qualname__}; a TrainState is expected: TrainState(model=...)")
+        ranks = comm.current().world_size
+        if not self._given and ranks != self._comm.world_size:
+            raise RunConflict(
+                f"this Checkpointer was made for {self._comm.world_size} rank(s), torch.distributed has {ranks} now: "
+                "call init_process_group() first, then make the Checkpointer"
             )
 
     def _publish(self, made: Committed) -> None:
@@ -202,6 +221,7 @@ class Checkpointer:
         A damaged checkpoint makes every rank fall back to the same previous one; the report says so. `step` asks for
         that step and leaves later ones behind for good. Options as in `load`.
         """
+        self._check(state)
         options = Options(strict=strict, only=only, cast=cast, rename=rename, per_rank=dict(per_rank or {}))
         notes = together(self._comm, "looking for unfinished saves", self._settle)[0].decode()
         report, directory = self._load_newest(state, step, options)
@@ -233,6 +253,7 @@ class Checkpointer:
         no optimizer bytes). cast: narrow dtypes, too. rename: live name of a saved fqn. per_rank: {"name": "first"}
         gives every rank rank 0's per-rank object at another world size. NotACheckpoint where there is none.
         """
+        self._check(state)
         options = Options(strict=strict, only=only, cast=cast, rename=rename, per_rank=dict(per_rank or {}))
         report, _ = self._load_newest(state, step, options)
         if report is None:
@@ -322,7 +343,12 @@ class Checkpointer:
 
 def _plain(metrics: Mapping[str, Any]) -> dict[str, Any]:
     """Metrics as Python numbers. Unsupported, with the name, for what is neither a number nor a text."""
-    found = {str(name): value.item() if hasattr(value, "item") else value for name, value in metrics.items()}
+    found = dict[str, Any]()
+    for name, value in metrics.items():
+        try:
+            found[str(name)] = value.item() if hasattr(value, "item") else value
+        except (RuntimeError, ValueError) as e:  # noqa: PERF203  a tensor or an array of several elements
+            raise Unsupported(f"metric {name!r}: {e}; a number is expected") from e
     for name, value in found.items():
         if not isinstance(value, (bool, int, float, str)):
             raise Unsupported(f"metric {name!r} is a {type(value).__qualname__}; a number is expected")

@@ -146,6 +146,8 @@ class ElasticSampler:
 
     def _problems(self, saved: Mapping[str, Any]) -> list[str]:
         """Everything about a saved position that does not fit here."""
+        if not isinstance(saved, dict):
+            return [f"expected a dict, found {saved!r}"]
         here = self.state_dict()
         problems = [
             f"{name}: expected {here[name]!r}, found {saved.get(name)!r}"

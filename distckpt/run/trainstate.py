@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
+from torch import nn
 
 from distckpt import __version__, comm
 from distckpt.adapters import tensors
@@ -28,7 +29,6 @@ from distckpt.state import Saved, State, plain
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from torch import nn
     from torch.optim import Optimizer
 
     from distckpt.state import Stateful
@@ -62,6 +62,11 @@ class Progress:
     def state_dict(self) -> dict[str, int]:
         """Return the counters."""
         return asdict(self)
+
+    def check_state_dict(self, state_dict: Any) -> None:
+        """Mismatch unless it has every counter."""
+        if not isinstance(state_dict, dict) or any(type(state_dict.get(name)) is not int for name in asdict(self)):
+            raise Mismatch(f"progress: expected the counts {', '.join(asdict(self))}; found {state_dict!r:.200}")
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
         """Take over the counters."""
@@ -98,14 +103,11 @@ class TrainState:
         **extra: Any,
     ) -> None:
         models, optimizers = _named(model, "model"), _named(optimizer, "optim")
+        _check_kinds(models, optimizers)
         of_models = {lead.removeprefix("model").removeprefix("."): m for lead, m in models.items()}
-        values = {
-            "trainer_state": progress,
-            "lr_scheduler": lr_scheduler,
-            "scaler": scaler,
-            "sampler_state": sampler,
-            **extra,
-        }
+        values = {"trainer_state": progress, "lr_scheduler": lr_scheduler, "scaler": scaler, "sampler_state": sampler}
+        _check_names(extra, taken=(*values, *_PARTS))
+        values |= extra
         parts: dict[str, Stateful] = {lead: ModuleAdapter(m, lead) for lead, m in models.items()}
         parts |= {lead: OptimizerAdapter(o, of_models, lead) for lead, o in optimizers.items()}
         if gradients:
@@ -147,6 +149,32 @@ class TrainState:
         return [note for part in self._parts.values() for note in part.restore(saved)]
 
 
+_PARTS = ("model", "optim", "grad", "dataloader", "environment", "rng")
+"""Names of parts that are no values: an extra value must not take the place of one."""
+
+
+def _check_names(extra: Mapping[str, Any], taken: tuple[str, ...]) -> None:
+    """Unsupported for a name of an extra value that is another part's, or cannot stand in a file's name."""
+    for name in extra:
+        if name in taken:
+            raise Unsupported(f"{name}: is the name of another part of the state; give the extra value another")
+        if not is_name(name):
+            raise Unsupported(f"{name!r} cannot be a name: {_NAMES}")
+
+
+def _check_kinds(models: Mapping[str, Any], optimizers: Mapping[str, Any]) -> None:
+    """Unsupported, with the name, for a model or an optimizer that is none."""
+    for lead, value in models.items():
+        if not isinstance(value, nn.Module):
+            raise Unsupported(f"{lead}: a {type(value).__qualname__}; an nn.Module (or a dict of them) is expected")
+    for lead, value in optimizers.items():
+        if not (hasattr(value, "param_groups") and hasattr(value, "state")):
+            raise Unsupported(f"{lead}: a {type(value).__qualname__}; an Optimizer (or a dict of them) is expected")
+
+
+_NAMES = "at most 100 letters, digits, _ and - are one, and ack-<number> is not"
+
+
 def _named(value: Any, lead: str) -> dict[str, Any]:
     """Several values of one kind as lead.name -> value; a single one as lead -> value."""
     if value is None:
@@ -155,7 +183,7 @@ def _named(value: Any, lead: str) -> dict[str, Any]:
         return {lead: value}
     for name in value:
         if not (isinstance(name, str) and is_name(name)):
-            raise Unsupported(f"{lead}: {name!r} cannot be a name: letters, digits, _ and - only")
+            raise Unsupported(f"{lead}: {name!r} cannot be a name: {_NAMES}")
     return {f"{lead}.{name}": v for name, v in value.items()}
 
 

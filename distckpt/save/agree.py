@@ -7,10 +7,12 @@ distinct is exchanged.
 
 from __future__ import annotations
 
+import itertools
 import json
 import secrets
 import struct
 from dataclasses import dataclass, field
+from math import prod
 from typing import TYPE_CHECKING, Any
 
 from distckpt.comm import exchange, together
@@ -185,12 +187,45 @@ def _merge(agreement: Agreement, distinct: list[tuple[list[int], dict[str, Any]]
             problems.append(f"{fqn}: ranks describe it differently ({told[:600]})")
             continue
         ranks = sorted(r for holding, _ in versions for r in holding)
-        layouts = [_layout_from_json(said[2], tuple(shape), ranks) for _, said in versions]
+        layouts = [_held(_layout_from_json(said[2], tuple(shape), ranks), frozenset(ranks)) for _, said in versions]
         agreement.tensors[fqn] = Agreed(tuple(shape), dtype, min(layouts, key=_first_rank) if layout else layouts[0])
     if taken := agreement.aliases.keys() & agreement.tensors.keys():
         problems.append(f"{min(taken)}: tied to another parameter on some ranks only")
     if problems:
         raise Mismatch("ranks hold states that contradict each other:\n" + "\n".join(problems))
+
+
+def _held(layout: Layout | Listed, ranks: frozenset[int]) -> Layout | Listed:
+    """Layout without the replicas that would lie on ranks which do not have the tensor at all.
+
+    A mesh leaves out dimensions of its root mesh. Along some of them (data) ranks hold the same, along others
+    (pipeline stages) different tensors: which it is, only the descriptions of all ranks together tell.
+    """
+    if not isinstance(layout, Layout) or not layout.replicas:
+        return layout
+    grid, replicas = layout.grid, layout.replicas
+    cells = [sum(at) for at in itertools.product(*(_offsets(s) for splits in grid.splits for s in splits))]
+    kept = {
+        index
+        for index in itertools.product(*(range(s.count) for s in replicas))
+        if ranks.issuperset(
+            grid.first + sum(i * s.stride for i, s in zip(index, replicas, strict=True)) + cell for cell in cells
+        )
+    }
+    if not kept or len(kept) == prod(s.count for s in replicas):
+        return layout
+    first = min(kept)
+    common: list[int] = []
+    for d, split in enumerate(replicas):
+        wanted = [range(s.count) if k in (*common, d) else [first[k]] for k, s in enumerate(replicas)]
+        if split.count > 1 and kept.issuperset(itertools.product(*wanted)):
+            common.append(d)
+    start = grid.first + sum(i * s.stride for i, s in zip(first, replicas, strict=True))
+    return Layout(Grid(grid.shape, grid.splits, start), tuple(replicas[d] for d in common))
+
+
+def _offsets(split: Split) -> range:
+    return range(0, split.count * max(1, split.stride), max(1, split.stride))
 
 
 def _placeless(said: list[Any]) -> list[Any]:

@@ -217,3 +217,21 @@ def test_the_index_of_an_even_split_grows_with_its_files_only():
 
     digits = 200 * (len("16384") - len("8"))
     assert size(16384) - size(8) == digits
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"tensors": {"model.w": [[1 << 40], "uint8", {"file": 0}]}},
+        {"tensors": {"model.w": [[1 << 62] * 20, "float32", {"file": 0}]}},
+        {"tensors": {"model.w": [[1] * 65, "uint8", {"file": 0}]}},
+        {"tensors": {"model.w": [[4], "uint8", {"file": 0, "grid": [[[1, 0]] * 65]}]}},
+        {"tensors": {f"model.{i}": [[10000], "uint8", {"file": 0}] for i in range(3)}},
+        {"files": [["a", 1 << 62, 1 << 61, "0" * 32]] * 2},
+        {"objects": {"o": ["o.json", 1 << 45, "0" * 32]}},
+    ],
+    ids=["tensor", "dimensions", "many dimensions", "many cuts", "sum", "header", "object"],
+)
+def test_sizes_that_no_file_bears_out_are_refused_before_memory_is_taken_for_them(change):
+    with pytest.raises(FormatError):
+        decode(signed(body_of(manifest(aliases={})) | change))

@@ -15,14 +15,17 @@ from distckpt import Checkpointer, Progress, TrainState
 from distckpt.errors import (
     Corrupt,
     DistckptError,
+    FormatError,
     Mismatch,
     NewerFormat,
     NotACheckpoint,
+    RunConflict,
     StateUnusable,
     StateWarning,
     StoreError,
     Unsupported,
 )
+from distckpt.format.checksum import digest
 from distckpt.format.sealed import seal
 from distckpt.store.local import LocalStore
 from tests import layouts, ranks
@@ -249,6 +252,52 @@ def test_a_load_of_the_model_alone_touches_nothing_else(saved):
         assert value == (wanted if fqn.startswith("model.") else before[0])[fqn], fqn
 
 
+def test_a_part_that_is_not_there_is_no_reason_to_load_nothing(saved):
+    state = _state(_net(1))
+    text = _refused(Mismatch, lambda: Checkpointer(saved).load(state, only=("modle",)), state)
+    assert "only='modle': neither the checkpoint nor the state has such a part" in text
+    for only in ("model", (), (b"model",)):
+        assert "a tuple of the names" in _refused(
+            ValueError, lambda o=only: Checkpointer(saved).load(state, only=o), state
+        )
+
+
+def test_what_is_no_train_state_is_refused(saved):
+    for call in (Checkpointer(saved).resume, Checkpointer(saved).load, lambda s: Checkpointer(saved).save(2, s)):
+        with pytest.raises(Unsupported, match="state is a Linear; a TrainState is expected"):
+            call(nn.Linear(2, 2))
+
+
+def _bad_metrics_on_one_rank(root):
+    import torch.distributed as dist
+
+    with Checkpointer(root, timeout=20) as c:
+        metrics = {"loss": torch.ones(3)} if dist.get_rank() == 0 else None
+        return ranks.expect_error(lambda: c.save(1, TrainState(), metrics), Unsupported)
+
+
+def test_metrics_that_cannot_be_recorded_are_told_on_every_rank(tmp_path):
+    for text in ranks.run(2, _bad_metrics_on_one_rank, str(tmp_path)):
+        assert "rank 0: metric 'loss'" in text
+
+
+def _made_too_early(root):
+    import torch.distributed as dist
+
+    group, world = dist.group.WORLD, dist.distributed_c10d._world
+    world.default_pg = None  # as before init_process_group()
+    early = Checkpointer(root)
+    world.default_pg = group
+    return ranks.expect_error(lambda: early.resume(TrainState()), RunConflict)
+
+
+def test_a_checkpointer_that_was_made_before_the_ranks_met_is_refused(tmp_path):
+    assert all(
+        "for 1 rank(s), torch.distributed has 2 now" in text for text in ranks.run(2, _made_too_early, str(tmp_path))
+    )
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_saved_names_are_renamed_for_model_and_optimizer(saved):
     model = _net(1, x_a=(4, 3), x_b=(5,))
     state = _state(model)
@@ -257,6 +306,31 @@ def test_saved_names_are_renamed_for_model_and_optimizer(saved):
     assert set(report.loaded) >= {"model.x_a", "optim.x_b.exp_avg"}
     assert torch.equal(model.x_a, _model(wanted).a)
     assert _content(state)[0]["optim.x_b.exp_avg"] == _content(wanted)[0]["optim.b.exp_avg"]
+
+
+def test_renaming_leaves_the_tensors_of_other_values_alone(tmp_path):
+    Checkpointer(tmp_path).save(1, _state(v=Value({"history": torch.arange(3)})))
+    renamed, v = _net(1, trunk_a=(4, 3), trunk_b=(5,)), Value(None)
+    Checkpointer(tmp_path).load(_state(renamed, v=v), rename=lambda fqn: fqn.replace("", "trunk_", 1))
+    assert v.value["history"].tolist() == [0, 1, 2]
+
+
+@pytest.mark.parametrize("name", ["optim", "trainer_state", "v"])
+@pytest.mark.parametrize("value", [5, "x", [], {"$tensor": ["nope", "torch"]}, {"groups": None}])
+def test_an_object_of_another_form_is_refused_before_anything_moves(tmp_path, name, value):
+    Checkpointer(tmp_path).save(1, _state(v=Value({})))
+    commit = tmp_path / "step-00000001" / "commit.json"
+    content = json.loads(commit.read_text())
+    del content["digest"]
+    data = json.dumps(value).encode()
+    (commit.parent / content["objects"][name][0]).write_bytes(data)
+    content["objects"][name][1:] = [len(data), digest(data)]
+    commit.write_bytes(seal(content))
+    state = _state(_net(1), v=Value({}))
+    if name == "v" and value != {"$tensor": ["nope", "torch"]}:
+        Checkpointer(tmp_path).load(state)  # any form is a user's own
+    else:
+        _refused((FormatError, Mismatch), lambda: Checkpointer(tmp_path).load(state, step=1), state)
 
 
 def test_a_renaming_that_joins_two_names_is_refused(saved):

@@ -154,6 +154,19 @@ def test_a_part_without_state_dict_is_refused_by_name():
         TrainState(ema={"a/b": Box(1)})
 
 
+@pytest.mark.parametrize("name", ["optim", "grad", "environment", "trainer_state", "ack-00000", "a/b", "é", "x" * 101])
+def test_an_extra_value_cannot_take_the_name_of_another_part_or_of_a_file(name):
+    with pytest.raises(Unsupported, match=r"give the extra value another|cannot be a name"):
+        TrainState(optimizer=torch.optim.SGD(nn.Linear(2, 2).parameters()), **{name: Box({})})
+
+
+def test_a_model_or_an_optimizer_that_is_none_is_refused_by_name():
+    with pytest.raises(Unsupported, match=r"model: a list; an nn.Module"):
+        TrainState(model=[nn.Linear(2, 2)])
+    with pytest.raises(Unsupported, match=r"optim.gen: a Linear; an Optimizer"):
+        TrainState(optimizer={"gen": nn.Linear(2, 2)})
+
+
 def test_objects_that_are_missing_or_unexpected_are_named(tmp_path):
     with Checkpointer(tmp_path) as c:
         c.save(1, TrainState(one=Box(1), two=Box(2)))
@@ -236,6 +249,48 @@ def test_accumulated_gradients_come_back_on_the_rank_that_had_them(tmp_path):
     saved = ranks.run(2, _gradients, str(tmp_path), False)
     assert saved[0] != saved[1]
     assert ranks.run(2, _gradients, str(tmp_path), True) == saved
+
+
+def _gradients_refused(root):
+    model = nn.parallel.DistributedDataParallel(nn.Linear(3, 2))
+    with Checkpointer(root, timeout=20) as c:
+        return ranks.expect_error(lambda: c.load(TrainState(model=model, gradients=True)), Mismatch)
+
+
+def test_gradients_of_each_ranks_own_are_refused_at_another_world_size(tmp_path):
+    ranks.run(2, _gradients, str(tmp_path), False)
+    for text in ranks.run(3, _gradients_refused, str(tmp_path)):
+        assert "grad" in text
+        assert "each of the 2 ranks had a gradient of its own" in text
+
+
+def _unreduced(root):
+    """FSDP2 that accumulates without reducing: the gradients are not in `p.grad`."""
+    from torch.distributed.fsdp import fully_shard
+
+    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+    fully_shard(model[0])
+    fully_shard(model)
+    state = TrainState(model=model, gradients=True)
+    with Checkpointer(root, timeout=20) as c:
+        model.set_requires_gradient_sync(False)
+        model(torch.ones(1, 3)).sum().backward()
+        text = ranks.expect_error(lambda: c.save(1, state), Unsupported)
+        model.set_requires_gradient_sync(True)
+        model(torch.ones(1, 3)).sum().backward()
+        expected = [p.grad.full_tensor() for p in model.parameters()]
+        c.save(2, state)
+        model.zero_grad()
+        c.load(state)
+        return text, all(
+            torch.equal(p.grad.full_tensor(), e) for p, e in zip(model.parameters(), expected, strict=True)
+        )
+
+
+def test_gradients_that_fsdp_has_not_reduced_are_refused_and_not_lost_unsaid(tmp_path):
+    for text, same in ranks.run(2, _unreduced, str(tmp_path)):
+        assert "FSDP holds a gradient that it has not reduced" in text
+        assert same
 
 
 def _loader(root, action, workers):
