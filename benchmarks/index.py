@@ -9,6 +9,7 @@ import io
 import pickle
 import statistics
 import time
+from math import prod
 from typing import TYPE_CHECKING
 
 from distckpt.format import manifest
@@ -57,7 +58,8 @@ def index_of(world_size: int) -> Manifest:
     tensors = agreed(world_size)
     partitions = divide(tensors)
     infos = {fqn: TensorInfo(t.shape, t.dtype, partitions[fqn]) for fqn, t in tensors.items()}
-    files = tuple(FileInfo(f"rank-{r:05d}.0123456789ab.safetensors", 10**9, 81920, "0" * 32) for r in range(world_size))
+    size = 81920 + sum(4 * prod(t.shape) for t in tensors.values()) // world_size
+    files = tuple(FileInfo(f"rank-{r:05d}.0123456789ab.safetensors", size, 81920, "0" * 32) for r in range(world_size))
     return Manifest(1, 1, 1, "0123456789ab", "2026-01-01T00:00:00+00:00", world_size, infos, files)
 
 

@@ -44,6 +44,7 @@ def _main(rank, size, rendezvous, fn, args, answer):
     try:
         if size > 1:
             dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=size)
+            dist.barrier()  # a rank that is done at once must not be gone while others still connect to it
         result = ("ok", fn(*args))
         code = 0
     except BaseException as e:

@@ -71,11 +71,11 @@ def like(template: DTensor, shape: Sequence[int], dtype: torch.dtype) -> DTensor
 
 def local_of(tensor: DTensor) -> torch.Tensor:
     """Return this rank's memory of a DTensor: `to_local()` without a trip through autograd."""
-    local: torch.Tensor = _private(tensor, "_local_tensor")
+    local: torch.Tensor = private(tensor, "_local_tensor")
     return local.detach()
 
 
-def _private(owner: Any, name: str) -> Any:
+def private(owner: Any, name: str) -> Any:
     """Private attribute of torch's, guarded: they were checked at torch 2.13."""
     try:
         return getattr(owner, name)
@@ -106,10 +106,10 @@ def _candidates(tensor: DTensor, mesh: DeviceMesh) -> Iterator[tuple[Layout | Li
 
 
 def _execution_order(tensor: DTensor, mesh: DeviceMesh) -> Order | None:
-    spec = _private(tensor, "_spec")
-    order = _private(spec, "shard_order")
+    spec = private(tensor, "_spec")
+    order = private(spec, "shard_order")
     if order is None:
-        order = _private(spec, "_maybe_convert_StridedShard_to_shard_order")(spec.placements, mesh)
+        order = private(spec, "_maybe_convert_StridedShard_to_shard_order")(spec.placements, mesh)
     if order is None:
         return None
     by_dim = {entry.tensor_dim: list(entry.mesh_dims) for entry in order}
@@ -129,7 +129,7 @@ def _layout(tensor: DTensor, mesh: DeviceMesh, order: Order) -> Layout | Listed:
         return _listed(tensor, mesh)
     first, own = steps
     replicated = [own[d] for d, p in enumerate(tensor.placements) if isinstance(p, Replicate)]
-    root = _affine(_private(mesh, "_get_root_mesh")().mesh)
+    root = _affine(private(mesh, "_get_root_mesh")().mesh)
     left_out = _left_out(root[1], own) if root else None
     if root and left_out is not None:
         first = root[0]

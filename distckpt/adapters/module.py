@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from distckpt.adapters import tensors
+from distckpt.adapters.dtensor import private
 from distckpt.errors import Mismatch, Unsupported
 from distckpt.format.partition import Copies
 from distckpt.state import State, plain
@@ -172,16 +173,14 @@ class GradientAdapter:
 
 
 def _unreduced(module: nn.Module) -> Iterator[str]:
-    """Fqns of parameters of FSDP2 whose gradient was accumulated without reducing it. Private: known at torch 2.13."""
+    """Fqns of parameters of FSDP2 whose gradient was accumulated without reducing it."""
     for owner in module.modules():
         if isinstance(owner, FSDPModule):
-            for group in owner._get_fsdp_state()._fsdp_param_groups:
-                for p in group.fsdp_params:
-                    unsharded = getattr(p, "_unsharded_param", None)
-                    if p.unsharded_accumulated_grad is not None or (
-                        unsharded is not None and unsharded.grad is not None
-                    ):
-                        yield clean(p._param_fqn or "a parameter")
+            for group in private(private(owner, "_get_fsdp_state")(), "_fsdp_param_groups"):
+                for p in private(group, "fsdp_params"):
+                    whole = getattr(p, "_unsharded_param", None)  # set by the first all-gather
+                    if private(p, "unsharded_accumulated_grad") is not None or getattr(whole, "grad", None) is not None:
+                        yield clean(private(p, "_param_fqn") or "a parameter")
 
 
 def parallelism(module: nn.Module) -> str:

@@ -138,10 +138,10 @@ def _layout_to_json(layout: Layout | Everywhere | Listed) -> Any:
     return layout.pieces.to_json() if isinstance(layout, Listed) else None
 
 
-def _layout_from_json(data: Any, shape: Shape, ranks: Sequence[int]) -> Layout | Listed:
+def _layout_from_json(data: Any, shape: Shape, first: int, steps: Split | None) -> Layout | Listed:
+    """Layout of a tensor that a group of ranks describes: its first rank, and its ranks as a stride if they are one."""
     if data is None:
-        steps = _steps(ranks)
-        return Layout(Grid(shape, ((),) * len(shape), ranks[0]), (steps,) if steps and steps.count > 1 else ())
+        return Layout(Grid(shape, ((),) * len(shape), first), (steps,) if steps and steps.count > 1 else ())
     if isinstance(data, dict):
         pieces = partition.from_json(data, shape)
         assert isinstance(pieces, Pieces)
@@ -178,6 +178,9 @@ def _merge(agreement: Agreement, distinct: list[tuple[list[int], dict[str, Any]]
         agreement.aliases.update(description["aliases"])
         agreement.policies.update({n: p for n, p in description["objects"].items() if p is not None})
     problems = []
+    world_size = sum(len(ranks) for ranks, _ in distinct)
+    groups: dict[tuple[int, ...], list[int]] = {}
+    steps: dict[tuple[int, ...], Split | None] = {}
     for fqn, versions in sorted(holders.items()):
         shape, dtype, layout, _ = versions[0][1]
         if len({_dump(_placeless(said)) for _, said in versions}) > 1:
@@ -186,8 +189,14 @@ def _merge(agreement: Agreement, distinct: list[tuple[list[int], dict[str, Any]]
             )
             problems.append(f"{fqn}: ranks describe it differently ({told[:600]})")
             continue
-        ranks = sorted(r for holding, _ in versions for r in holding)
-        layouts = [_held(_layout_from_json(said[2], tuple(shape), ranks), frozenset(ranks)) for _, said in versions]
+        key = tuple(holding[0] for holding, _ in versions)
+        if key not in groups:
+            groups[key] = sorted(r for holding, _ in versions for r in holding)
+            steps[key] = _steps(groups[key])
+        ranks = groups[key]
+        layouts = [_layout_from_json(said[2], tuple(shape), ranks[0], steps[key]) for _, said in versions]
+        if len(ranks) < world_size:
+            layouts = [_held(found, frozenset(ranks)) for found in layouts]
         agreement.tensors[fqn] = Agreed(tuple(shape), dtype, min(layouts, key=_first_rank) if layout else layouts[0])
     if taken := agreement.aliases.keys() & agreement.tensors.keys():
         problems.append(f"{min(taken)}: tied to another parameter on some ranks only")
