@@ -87,6 +87,10 @@ class ModuleAdapter:
                 state.aliases[fqn] = first[id(tensor)]
             else:
                 first[id(tensor)] = fqn
+                if fqn in state.tensors:
+                    raise Unsupported(
+                        f"{fqn}: two tensors of the model have this name once wrappers are stripped from it"
+                    )
                 state.tensors[fqn] = tensors.describe(tensor, fqn, trusted=trusted)
 
         for name, parameter in named_parameters(self._module):
@@ -105,7 +109,13 @@ class ModuleAdapter:
         self._made = tensors.tree_targets(self._extra, saved)
         made: dict[str, GlobalTensor] = {fqn: plain(t, fqn, trusted=False) for fqn, t in self._made.items()}
         takes = {self._extra: True} if owners else {}
-        return State.merged([self._tensors(), State(made, objects=takes)])
+        live = self._tensors()
+        if shared := [fqn for fqn, t in live.tensors.items() if any(_is_expanded(s.tensor) for s in t.shards)]:
+            raise Mismatch(
+                f"{', '.join(shared[:5])}: expanded, elements that share memory cannot be loaded one by one: clone() "
+                "such a tensor in the model, or register it with persistent=False"
+            )
+        return State.merged([live, State(made, objects=takes)])
 
     def _extra_owners(self) -> Iterator[tuple[str, nn.Module]]:
         for name, owner in bare(self._module).named_modules():
@@ -120,6 +130,10 @@ class ModuleAdapter:
                 owner.set_extra_state(extra[name])
         self._made = {}
         return []
+
+
+def _is_expanded(tensor: torch.Tensor) -> bool:
+    return any(n > 1 and step == 0 for n, step in zip(tensor.shape, tensor.stride(), strict=True))
 
 
 class GradientAdapter:

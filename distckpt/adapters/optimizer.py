@@ -188,9 +188,23 @@ class OptimizerAdapter:
         mine = {f for group in self._optimizer.param_groups for f in (names[id(p)] for p in group["params"])}
         if extra := [f for f in of_parameter if f not in mine]:
             problems.append(f"{self._prefix}: this optimizer does not have {_shown(extra)} of the saved one")
+        problems += self._other_kind(saved, of_parameter)
         if problems:
             raise Mismatch("\n".join(problems))
         return found
+
+    def _other_kind(self, saved: Saved, of_parameter: Mapping[str, dict[str, Any]]) -> list[str]:
+        """Why the saved state is that of another optimizer: one of another class, with other hyper-parameters."""
+        was, now = saved.objects[self._prefix]["optimizer"], type(self._optimizer).__name__
+        if was == now:
+            return []
+        known = {k for k, v in self._optimizer.defaults.items() if type(v) in {int, float, tuple}} - _OWN_FLAGS
+        lacking = {k for group in of_parameter.values() for k in known - group.keys()}
+        if not lacking:
+            return []
+        names = ", ".join(sorted(lacking))
+        text = f"{self._prefix}: saved from {was}, which has no {names}: {now} cannot go on from its state"
+        return [f'{text}; use {was}, or load the model alone (only=("model",))']
 
     def restore(self, saved: Saved) -> list[str]:
         """See Stateful.restore. A parameter without saved state has none afterwards, as with load_state_dict."""

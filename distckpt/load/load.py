@@ -79,7 +79,10 @@ def _offered(checkpoint: Checkpoint, comm: Comm, options: Options) -> tuple[Save
     for name, policy in content.rank_objects.items():
         if options.wants(name):
             chosen = options.per_rank.get(name, policy) if resharded else policy
-            objects[name] = rank_object(name, 0 if resharded and chosen == "first" else comm.rank % content.world_size)
+            holder = 0 if resharded and chosen == "first" else comm.rank % content.world_size
+            value = rank_object(name, holder)
+            if name in of_rank[holder]:  # some ranks only may have had one
+                objects[name] = value
             if resharded and chosen == "refuse":
                 refused.append(
                     f"{name}: each of the {content.world_size} ranks saved its own; {comm.world_size} ranks cannot "

@@ -45,6 +45,8 @@ class Options:
             isinstance(self.only, str) or not self.only or not all(isinstance(lead, str) for lead in self.only)
         ):
             raise ValueError(f"only={self.only!r}: a tuple of the names to load, such as ('model',)")
+        if wrong := {name: choice for name, choice in self.per_rank.items() if choice != "first"}:
+            raise ValueError(f"per_rank={wrong!r}: 'first' is the only choice there is")
 
     def wants(self, name: str) -> bool:
         """Whether a name (of a tensor or an object) is to be loaded."""

@@ -336,6 +336,13 @@ class Checkpointer:
         if broken:
             damage = "; ".join(f"step {s}: {why}" for s, why in sorted(broken.items()))
             raise Corrupt(f"{self._store}: every checkpoint that could be loaded is damaged: {damage}")
+        if step is None and (left := self._history.superseded()):
+            warnings.warn(
+                f"{self._store}: {', '.join(map(str, left[:5]))} will not be resumed: a later launch began from an "
+                "earlier checkpoint, or from none, before they were committed (launches/ says which)",
+                StateWarning,
+                stacklevel=4,
+            )
         if step is not None:
             raise NotACheckpoint(f"{self._store} holds no committed checkpoint of step {step}; it has {self.steps()}")
         return None

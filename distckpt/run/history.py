@@ -76,6 +76,10 @@ class History:
         """Checkpoints that count and can be opened, newest first."""
         return (f.checkpoint for f in self.committed() if f.checkpoint and not f.superseded)
 
+    def superseded(self) -> list[StepDir]:
+        """Committed checkpoints that no longer count, newest first."""
+        return [found.directory for found in self.committed() if found.superseded]
+
     def why_nothing(self) -> str:
         """Why there is no checkpoint that counts, for a message."""
         names = [entry.name for entry in self._store.list("")]

@@ -155,6 +155,19 @@ def test_groups_that_cannot_be_matched_are_refused_with_every_problem(tmp_path):
     assert "did not have 1.bias (group 1)" in text
 
 
+def test_state_of_another_kind_of_optimizer_is_refused_and_of_a_near_one_taken(tmp_path):
+    model = nn.Linear(3, 2)
+    made = {kind: kind(model.parameters(), lr=0.1) for kind in (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW)}
+    for step, optimizer in enumerate(made.values()):
+        Checkpointer(tmp_path / str(step)).save(1, TrainState(model=model, optimizer=optimizer))
+    with pytest.raises(Mismatch, match=r"saved from SGD, which has no .*betas.*: AdamW cannot go on"):
+        Checkpointer(tmp_path / "0").load(TrainState(model=model, optimizer=made[torch.optim.AdamW]))
+    with pytest.raises(Mismatch, match=r"saved from Adam, which has no .*momentum.*: SGD cannot go on"):
+        Checkpointer(tmp_path / "1").load(TrainState(model=model, optimizer=made[torch.optim.SGD]))
+    report = Checkpointer(tmp_path / "1").load(TrainState(model=model, optimizer=made[torch.optim.AdamW]))
+    assert "optim: saved from Adam, loaded into AdamW" in report.notes
+
+
 def test_a_parameter_of_no_model_is_refused_with_its_place():
     model = nn.Linear(2, 2)
     optimizer = torch.optim.SGD([*model.parameters(), nn.Parameter(torch.zeros(7))], lr=1)

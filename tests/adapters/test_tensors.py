@@ -10,7 +10,7 @@ from safetensors import safe_open
 from torch import nn
 
 from distckpt import Checkpointer, TrainState
-from distckpt.errors import Unsupported
+from distckpt.errors import Mismatch, Unsupported
 from distckpt.format.layout import fqn_of
 from tests import ranks
 
@@ -115,6 +115,32 @@ def test_tied_weights_are_stored_once_and_load_into_tied_and_untied_models(tmp_p
     (path,) = glob.glob(f"{tmp_path}/step-00000001/*.safetensors")
     with safe_open(path, "pt") as file:
         assert [n for n in file.keys() if n.startswith("model.")] == ["model.first.weight"]  # noqa: SIM118
+
+
+def test_a_load_into_an_expanded_buffer_is_refused_before_anything_moves(tmp_path):
+    model = nn.Linear(2, 2)
+    model.register_buffer("ids", torch.arange(3).expand(1, 3))  # nothing is shared
+    model.register_buffer("mask", torch.ones(1).expand(3))
+    with Checkpointer(tmp_path) as c:
+        c.save(1, TrainState(model=model))
+        with torch.no_grad():
+            model.weight.zero_()
+        state = TrainState(model=model)
+        with pytest.raises(Mismatch, match=r"model.mask: expanded"):
+            c.load(state)
+        assert not model.weight.any()
+        model.mask = model.mask.clone()
+        c.load(state)
+        assert model.weight.any()
+
+
+def test_two_tensors_of_one_name_are_refused(tmp_path):
+    model = nn.Module()
+    model.add_module("net_b", nn.Linear(2, 2))
+    model.add_module("net__orig_mod", nn.Module())  # read as net_ and the mark of torch.compile
+    model.net__orig_mod.add_module("b", nn.Linear(2, 2))
+    with pytest.raises(Unsupported, match=r"two tensors of the model have this name"):
+        Checkpointer(tmp_path).save(1, TrainState(model=model))
 
 
 def test_untied_weights_do_not_load_into_a_tied_model_unsaid(tmp_path):

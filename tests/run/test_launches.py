@@ -7,7 +7,7 @@ import time
 import pytest
 
 from distckpt import Checkpointer
-from distckpt.errors import FormatError, NotACheckpoint, RunConflict, StoreError
+from distckpt.errors import FormatError, NotACheckpoint, RunConflict, StateWarning, StoreError
 from distckpt.format.layout import StepDir
 from distckpt.load.open import open_checkpoint
 from distckpt.store.local import LocalStore
@@ -77,6 +77,15 @@ def test_a_job_that_a_later_launch_superseded_is_told_at_its_next_save(store):
     with pytest.raises(RunConflict, match=r"launch 2 \(.* on .*\) has resumed this run since launch 1 began"):
         zombie.save(5, state)
     assert _directories(store) == ["step-00000001", "step-00000002"]
+
+
+def test_a_fresh_start_beside_checkpoints_that_do_not_count_is_said(store):
+    older, state = _launch(store)
+    _launch(store)  # began from nothing, too, and died before its first save
+    _unaware(older)
+    older.save(5, state)
+    with pytest.warns(StateWarning, match="step-00000005 will not be resumed: a later launch began"):
+        assert Checkpointer(store, timeout=1).resume(Sharded(0, 1)) is None
 
 
 def test_a_zombie_that_saves_the_step_of_its_successor_does_not_replace_it(store):

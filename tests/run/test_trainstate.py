@@ -251,6 +251,28 @@ def test_accumulated_gradients_come_back_on_the_rank_that_had_them(tmp_path):
     assert ranks.run(2, _gradients, str(tmp_path), True) == saved
 
 
+def _value_of_one_rank(root):
+    """A value that rank 0 alone has, as some keep their bookkeeping."""
+    import torch.distributed as dist
+
+    own = {"v": Box({"n": 5})} if dist.get_rank() == 0 else {}
+    with Checkpointer(root, timeout=20) as c:
+        c.save(1, TrainState(**own))
+        for box in own.values():
+            box.state = None
+        c.load(TrainState(**own))
+        return [box.state for box in own.values()]
+
+
+def test_a_value_that_one_rank_alone_has_comes_back_there(tmp_path):
+    assert ranks.run(2, _value_of_one_rank, str(tmp_path)) == [[{"n": 5}], []]
+
+
+def test_a_choice_for_per_rank_values_that_there_is_not_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="'first' is the only choice"):
+        Checkpointer(tmp_path).load(TrainState(), per_rank={"v": "last"})
+
+
 def _gradients_refused(root):
     model = nn.parallel.DistributedDataParallel(nn.Linear(3, 2))
     with Checkpointer(root, timeout=20) as c:
