@@ -85,7 +85,7 @@ def agree(
     def describe() -> bytes:
         nonlocal own
         state = capture()
-        own = _Own(state, _description(state), _encoded(state), _contents(state))
+        own = _Own(state, _description(state), _encoded(state), _contents(state) if comm.world_size > 1 else {})
         parts = (
             own.description,
             {k: digest(v) for k, v in own.encoded.items() if k not in _of_rank(state)},
