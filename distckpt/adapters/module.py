@@ -57,6 +57,14 @@ def _named_buffers(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
                 yield clean(f"{lead}.{name}" if lead else name), buffer
 
 
+def keeps_replicas_equal(module: nn.Module) -> bool:
+    """Whether DDP keeps plain parameters equal on all ranks.
+
+    Of others (local experts, a model that nobody wrapped) it is found out at each save: what differs, each rank keeps.
+    """
+    return any(isinstance(m, DistributedDataParallel) for m in module.modules())
+
+
 class ModuleAdapter:
     """A model's parameters, persistent buffers and extra state, each name led by `prefix.`."""
 
@@ -93,8 +101,9 @@ class ModuleAdapter:
                     )
                 state.tensors[fqn] = tensors.describe(tensor, fqn, trusted=trusted)
 
+        equal = keeps_replicas_equal(self._module)
         for name, parameter in named_parameters(self._module):
-            add(name, parameter, trusted=True)
+            add(name, parameter, trusted=equal or isinstance(parameter, DTensor))
         for name, buffer in _named_buffers(self._module):
             add(name, buffer, trusted=False)
         return state

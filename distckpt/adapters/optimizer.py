@@ -17,7 +17,7 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from distckpt.adapters import dtensor, tensors
-from distckpt.adapters.module import named_parameters
+from distckpt.adapters.module import keeps_replicas_equal, named_parameters
 from distckpt.errors import FormatError, Mismatch, Unsupported
 from distckpt.format.text import shown
 from distckpt.state import State, torch_dtype
@@ -76,11 +76,13 @@ class OptimizerAdapter:
         """See Stateful.capture."""
         captured = State()
         values: dict[str, dict[str, Any]] = {}
+        equal = all(keeps_replicas_equal(model) for model in self._models.values())
         for fqn, p, _ in self._parameters():
+            trusted = equal or isinstance(p, DTensor)
             for name, value in self._optimizer.state.get(p, {}).items():
                 key = f"{self._prefix}.{fqn}.{name}"
                 found, rest = self._one_state(key, value, p)
-                captured.tensors.update({f: tensors.describe(t, f) for f, t in found.items()})
+                captured.tensors.update({f: tensors.describe(t, f, trusted=trusted) for f, t in found.items()})
                 if rest is not None:
                     values.setdefault(fqn, {})[name] = rest[0]
         names = self._names()

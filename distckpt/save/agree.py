@@ -286,7 +286,7 @@ def _divide_objects(comm: Comm, agreement: Agreement, own: _Own, *, same: bool) 
 
 
 def _content(tensor: torch.Tensor) -> int:
-    return crc_of([as_bytes(tensor.detach().cpu().contiguous())])
+    return crc_of([as_bytes(tensor.detach().resolve_conj().resolve_neg().cpu().contiguous())])
 
 
 def _contents(state: State) -> dict[str, int]:

@@ -256,7 +256,45 @@ def test_batch_norm_statistics_that_differ_come_back_as_they_were_on_each_rank(t
     assert all(expected in r[2] for r in elsewhere)
 
 
-def test_replicas_that_should_be_equal_and_are_not_are_found_when_asked():
+class _Experts(nn.Module):
+    """A gate that is the same on every rank, and an expert of this rank's own under the name that all give theirs."""
+
+    def __init__(self, rank):
+        super().__init__()
+        torch.manual_seed(0)
+        self.gate = nn.Linear(3, 2)
+        torch.manual_seed(1 + rank)
+        self.expert = nn.Linear(3, 3)
+        self.register_buffer("phase", torch.randn(2, dtype=torch.complex64).conj())
+
+
+def _experts(root):
+    import torch.distributed as dist
+
+    model = _Experts(dist.get_rank())
+    optimizer = torch.optim.AdamW(model.parameters())
+    for p in model.parameters():
+        p.grad = p.detach().clone()
+    optimizer.step()
+    state = TrainState(model=model, optimizer=optimizer, rng=False)
+    expected = [t.clone() for p in model.parameters() for t in (p.detach(), optimizer.state[p]["exp_avg"])]
+    with Checkpointer(root, timeout=20) as c:
+        notes = c.save(1, state).notes
+        layouts.zero(model, optimizer)
+        c.load(state)
+    found = [t for p in model.parameters() for t in (p.detach(), optimizer.state[p]["exp_avg"])]
+    return notes, all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
+
+
+def test_parameters_that_nothing_keeps_equal_and_that_differ_come_back_as_they_were_on_each_rank(tmp_path):
+    for notes, same in ranks.run(3, _experts, str(tmp_path)):
+        assert same
+        assert "model.expert.weight differs between ranks: each keeps its own" in notes
+        assert not any("gate" in note for note in notes)
+
+
+def test_replicas_that_should_be_equal_and_are_not_are_found_when_asked(monkeypatch):
+    monkeypatch.setattr("distckpt.adapters.module.keeps_replicas_equal", lambda model: True)  # as if DDP did
     store = MemoryStore()
 
     def save(comm):
