@@ -16,7 +16,6 @@ from torch.nn.parallel import DistributedDataParallel
 from distckpt.adapters import tensors
 from distckpt.adapters.dtensor import private
 from distckpt.errors import Mismatch, Unsupported
-from distckpt.format.partition import Copies
 from distckpt.state import State, plain
 
 if TYPE_CHECKING:
@@ -119,6 +118,8 @@ class ModuleAdapter:
         made: dict[str, GlobalTensor] = {fqn: plain(t, fqn, trusted=False) for fqn, t in self._made.items()}
         takes = {self._extra: True} if owners else {}
         live = self._tensors()
+        named = [f"{self._prefix}.{name}" for name, _ in named_parameters(self._module)]
+        tensors.refuse_own_values(self._prefix, named, saved)
         if shared := [fqn for fqn, t in live.tensors.items() if any(_is_expanded(s.tensor) for s in t.shards)]:
             raise Mismatch(
                 f"{', '.join(shared[:5])}: expanded, elements that share memory cannot be loaded one by one: clone() "
@@ -172,15 +173,10 @@ class GradientAdapter:
         """See Stateful.targets."""
         state = State()
         self._made = []
+        tensors.refuse_own_values(self._prefix, [n for n in saved.tensors if n.startswith(self._prefix + ".")], saved)
         for name, p in bare(self._module).named_parameters():
             fqn = f"{self._prefix}.{clean(name)}"
             info = saved.tensors.get(fqn)
-            if info and isinstance(info.partition, Copies) and saved.resharded:
-                raise Mismatch(
-                    f"{fqn}: each of the {saved.world_size} ranks had a gradient of its own, not reduced (no_sync()); "
-                    f"{saved.target_world_size} ranks cannot share them out: resume on {saved.world_size} ranks, or "
-                    "save after a backward pass that reduces"
-                )
             grad = tensors.empty_like(p.detach(), tuple(p.shape), p.dtype) if info else None
             if grad is not None:
                 state.tensors[fqn] = tensors.describe(grad, fqn, trusted=False)

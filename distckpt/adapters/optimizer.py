@@ -154,6 +154,7 @@ class OptimizerAdapter:
                 if key not in wanted:
                     new[name] = wanted[key] = _state_tensor(saved.tensors[key], name, p, group, live.get(name))
             self._states[p] = new
+        tensors.refuse_own_values(self._prefix, wanted, saved)
         found = {key: tensors.describe(t, key) for key, t in wanted.items()}
         return State(found, objects={self._prefix: True})
 

@@ -10,12 +10,13 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from distckpt.adapters import dtensor
-from distckpt.errors import FormatError, Unsupported
+from distckpt.errors import FormatError, Mismatch, Unsupported
 from distckpt.format.objects import TensorRef
+from distckpt.format.partition import Copies
 from distckpt.state import GlobalTensor, State, plain, torch_dtype
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
 
     from distckpt.state import Saved
 
@@ -90,6 +91,21 @@ def _rebuilt(value: Any, visit: Callable[[Any, Any], Any]) -> Any:
     if type(value) in {list, tuple}:
         return type(value)(visit(v, i) for i, v in enumerate(value))
     return value
+
+
+def refuse_own_values(lead: str, fqns: Iterable[str], saved: Saved) -> None:
+    """Mismatch where saved ranks each had values of their own for one of these, and other ranks would share them out.
+
+    The caller of the load can choose rank 0's for all: `per_rank={lead: "first"}`.
+    """
+    infos = ((fqn, saved.tensors.get(fqn)) for fqn in fqns)
+    own = [fqn for fqn, info in infos if info and isinstance(info.partition, Copies)]
+    if own and saved.resharded and saved.per_rank.get(lead) != "first":
+        raise Mismatch(
+            f"{', '.join(own[:10])}: each of the {saved.world_size} ranks had values of its own, which "
+            f"{saved.target_world_size} ranks cannot share out: resume on {saved.world_size} ranks, or take rank 0's "
+            f"on every rank with per_rank={{{lead!r}: 'first'}}"
+        )
 
 
 def capture_tree(name: str, tree: Any, *, trusted: bool = False) -> State:

@@ -293,6 +293,29 @@ def test_parameters_that_nothing_keeps_equal_and_that_differ_come_back_as_they_w
         assert not any("gate" in note for note in notes)
 
 
+def _experts_elsewhere(root):
+    import torch.distributed as dist
+
+    from distckpt.errors import Mismatch
+
+    model = _Experts(dist.get_rank())
+    state = TrainState(model=model, optimizer=torch.optim.AdamW(model.parameters()), rng=False)
+    with Checkpointer(root, timeout=20) as c, layouts.quiet():
+        text = ranks.expect_error(lambda: c.load(state), Mismatch)
+        c.load(state, per_rank={"model": "first", "optim": "first"})
+    return text, model.expert.weight.tolist()
+
+
+def test_values_of_their_own_are_refused_at_another_world_size_unless_one_ranks_are_chosen(tmp_path):
+    ranks.run(3, _experts, str(tmp_path))
+    (text, first), (_, second) = ranks.run(2, _experts_elsewhere, str(tmp_path))
+    assert "model.expert.weight, model.expert.bias: each of the 3 ranks had values of its own" in text
+    assert "optim.expert.weight.exp_avg" in text
+    assert "per_rank={'optim': 'first'}" in text
+    assert "gate" not in text
+    assert first == second
+
+
 def test_replicas_that_should_be_equal_and_are_not_are_found_when_asked(monkeypatch):
     monkeypatch.setattr("distckpt.adapters.module.keeps_replicas_equal", lambda model: True)  # as if DDP did
     store = MemoryStore()
