@@ -83,6 +83,8 @@ class Checkpointer:
     ) -> None:
         if every is not None and (type(every) is not int or every < 1):
             raise ValueError(f"every={every!r}: a number of steps, an int of at least 1")
+        if arena_bytes < 1:
+            raise ValueError(f"arena_bytes={arena_bytes!r}: a number of bytes, at least 1")
         self._store: Store = LocalStore(root) if isinstance(root, (str, os.PathLike)) else root
         self._every = every
         self._comm = comm or _default_comm(timeout)
@@ -90,6 +92,7 @@ class Checkpointer:
         self._history = History(self._store)
         self._arena = Arena(arena_bytes)
         self._launch: int | None = None
+        self._closed = False
 
     def __enter__(self) -> Self:
         return self
@@ -101,6 +104,7 @@ class Checkpointer:
 
     def close(self) -> None:
         """Give back memory and the process group. Not collective."""
+        self._closed = True
         self._arena.close()
         self._comm.close()
 
@@ -167,6 +171,8 @@ class Checkpointer:
             )
 
     def _check(self, state: Any) -> None:
+        if self._closed:
+            raise ValueError("this Checkpointer was closed (its `with` block has ended): make another")
         if not (hasattr(state, "capture") and hasattr(state, "unusable")):
             raise Unsupported(f"state is a {type(state).__qualname__}; a TrainState is expected: TrainState(model=...)")
         ranks = comm.current().world_size
@@ -367,7 +373,16 @@ def _mark(state: TrainState) -> None:
 
 
 def _default_comm(timeout: float) -> Comm:
-    return comm.default(timeout)
+    found = comm.default(timeout)
+    told = os.environ.get("WORLD_SIZE", "1")
+    if found.world_size == 1 and told.isdigit() and int(told) > 1:
+        warnings.warn(
+            f"WORLD_SIZE={told}, but torch.distributed is not initialised: each process saves a run of its own. Call "
+            "init_process_group() before making a Checkpointer",
+            StateWarning,
+            stacklevel=3,
+        )
+    return found
 
 
 def _now() -> str:

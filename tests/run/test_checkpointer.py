@@ -100,3 +100,19 @@ def test_a_root_is_a_path_or_a_store(tmp_path):
         c.save(1, state())
     with Checkpointer(LocalStore(tmp_path / "a b")) as c:
         assert c.steps() == [1]
+
+
+def test_a_launcher_whose_ranks_never_met_is_warned_of(tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    with pytest.warns(StateWarning, match="WORLD_SIZE=4, but torch.distributed is not initialised"):
+        Checkpointer(tmp_path).close()
+
+
+def test_options_and_calls_that_cannot_work_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="arena_bytes=0"):
+        Checkpointer(tmp_path, arena_bytes=0)
+    c = Checkpointer(tmp_path)
+    c.close()
+    for call in (lambda: c.save(1, state()), lambda: c.resume(state()), lambda: c.load(state())):
+        with pytest.raises(ValueError, match="was closed"):
+            call()
