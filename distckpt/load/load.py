@@ -6,13 +6,14 @@ verified reads -> restore. Each part is agreed on by all ranks before the next b
 
 from __future__ import annotations
 
+import json
 import time
 from typing import TYPE_CHECKING, Any
 
-from distckpt.comm import together
+from distckpt.comm import exchange, together
 from distckpt.errors import Mismatch
 from distckpt.format.objects import TensorRef
-from distckpt.load.plan import Options, Plan, listed, plan
+from distckpt.load.plan import Options, Plan, listed, plan, refuse_unexpected
 from distckpt.load.read import read
 from distckpt.load.report import LoadReport
 from distckpt.state import Saved
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 
     from distckpt.comm import Comm
     from distckpt.load.open import Checkpoint
-    from distckpt.state import Stateful
+    from distckpt.state import State, Stateful
 
 
 def load(
@@ -38,17 +39,26 @@ def load(
     saved: Saved | None = None
     made: Plan | None = None
 
-    def prepare() -> None:
-        nonlocal saved, made
+    targets: State | None = None
+
+    def prepare() -> bytes:
+        nonlocal saved, made, targets
         saved, names, aliases = _offered(checkpoint, comm, options)
-        made = plan(saved, names, aliases, live.targets(saved), options)
+        targets = live.targets(saved)
+        made = plan(saved, names, aliases, targets, options)
         for file in {item.file for item in made.items}:
             checkpoint.data_file(file)
+        return bytes([bool(made.unexpected)])
 
-    together(comm, f"planning the load of {checkpoint.directory}", prepare)
+    left_over = together(comm, f"planning the load of {checkpoint.directory}", prepare)
     assert saved is not None
     assert made is not None
+    assert targets is not None
     items, offered = made.items, saved
+    if any(left_over_here != b"\0" for left_over_here in left_over):
+        made.unexpected = _taken_by_none(comm, made.unexpected)
+        if options.strict:
+            refuse_unexpected(made.unexpected, targets)
     about_to_change()
     together(comm, f"reading {checkpoint.directory}", lambda: read(checkpoint, items))
     report = LoadReport(step, made.loaded, made.missing, made.unexpected, made.cast, made.notes)
@@ -60,6 +70,12 @@ def load(
     report.bytes_read = checkpoint.bytes_read
     report.seconds = time.monotonic() - started
     return report
+
+
+def _taken_by_none(comm: Comm, unexpected: list[str]) -> list[str]:
+    """Saved names that no rank takes: what one pipeline stage has no place for, another has."""
+    told = exchange(comm, "comparing what is left over", json.dumps(unexpected).encode())
+    return sorted(set.intersection(*(set(json.loads(names)) for names in told)))
 
 
 def _offered(checkpoint: Checkpoint, comm: Comm, options: Options) -> tuple[Saved, dict[str, str], dict[str, str]]:

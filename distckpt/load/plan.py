@@ -86,7 +86,8 @@ class Plan:
 def plan(saved: Saved, saved_names: dict[str, str], aliases: dict[str, str], targets: State, options: Options) -> Plan:
     """Plan the load of `targets` from `saved`; `saved_names` gives each live name its name in the checkpoint.
 
-    `aliases` are the checkpoint's, in live names. Mismatch, listing every problem.
+    `aliases` are the checkpoint's, in live names. Mismatch, listing every problem. What is unexpected is a problem only
+    once no rank takes it (`refuse_unexpected`), or beside others.
     """
     made, used = Plan(), set[str]()
     problems = [text for lead, text in targets.problems.items() if options.wants(lead)]
@@ -121,10 +122,19 @@ def plan(saved: Saved, saved_names: dict[str, str], aliases: dict[str, str], tar
     ]
     if options.strict:
         problems += [f"{fqn}: missing from the checkpoint" for fqn in made.missing]
-        problems += [_unexpected(fqn, targets) for fqn in made.unexpected]
     if problems:
-        raise Mismatch(listed("the checkpoint does not fit the state; nothing was changed", problems))
+        problems += [_unexpected(fqn, targets) for fqn in made.unexpected if options.strict]
+        raise Mismatch(listed(_MISFIT, problems))
     return made
+
+
+_MISFIT = "the checkpoint does not fit the state; nothing was changed"
+
+
+def refuse_unexpected(names: Iterable[str], targets: State) -> None:
+    """Mismatch if there is a saved name that no rank's state takes."""
+    if problems := [_unexpected(fqn, targets) for fqn in names]:
+        raise Mismatch(listed(_MISFIT, problems))
 
 
 def _compare_objects(made: Plan, saved: Saved, targets: State, options: Options) -> None:
