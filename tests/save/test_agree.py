@@ -161,6 +161,55 @@ def test_a_saved_tensor_that_no_rank_takes_is_refused_on_every_rank(tmp_path):
         assert "layer0" not in text
 
 
+class _Layers(nn.Module):
+    """Four layers with values by number, or those of one pipeline stage."""
+
+    def __init__(self, numbers=range(4)):
+        super().__init__()
+        for i in numbers:
+            torch.manual_seed(i)
+            self.add_module(f"layer{i}", nn.Linear(64, 65 + i))
+
+
+def _pipeline_over(root, kind, load):
+    """Pipeline stages, each sharded over its dimension of one root mesh, with the pipeline's outside or inside."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+
+    names = ("inner", "stage") if kind == "inside" else ("stage", "inner")
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=names)
+    stage = mesh["stage"].get_local_rank()
+    model = _Layers(range(2 * stage, 2 * stage + 2))
+    for layer in model.children():
+        if kind == "tp":
+            parallelize_module(layer, mesh["inner"], ColwiseParallel())
+        else:
+            fully_shard(layer, mesh=mesh["inner"])
+    optimizer = torch.optim.AdamW(model.parameters())
+    layouts.make_moments(model, optimizer)
+    state = TrainState(model=model, optimizer=optimizer, rng=False)
+    with Checkpointer(root, timeout=20) as c:
+        if not load:
+            c.save(1, state, check_replicas=True)
+            return []
+        expected = [p.full_tensor().tolist() for p in model.parameters()]
+        layouts.zero(model, optimizer)
+        c.load(state)
+        return expected == [p.full_tensor().tolist() for p in model.parameters()]
+
+
+@pytest.mark.parametrize("kind", ["fsdp", "inside", "tp"])
+def test_pipeline_stages_that_are_sharded_themselves_are_one_checkpoint(tmp_path, kind):
+    ranks.run(4, _pipeline_over, str(tmp_path), kind, False)
+    assert ranks.run(4, _pipeline_over, str(tmp_path), kind, True) == [True] * 4
+    whole, expected = _Layers(), _Layers()
+    layouts.zero(whole, torch.optim.SGD(whole.parameters()))
+    with Checkpointer(tmp_path) as c, layouts.quiet():
+        c.load(TrainState(model=whole), only=("model",))
+    assert [p.tolist() for p in whole.parameters()] == [p.tolist() for p in expected.parameters()]
+
+
 def test_ranks_that_contradict_each_other_are_refused_with_the_fqn():
     store = MemoryStore()
 
