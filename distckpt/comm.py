@@ -96,10 +96,6 @@ def _ranks(ranks: Sequence[int], world_size: int) -> str:
 def exchange(comm: Comm, what: str, data: bytes) -> list[bytes]:
     """Every rank's bytes, of any length, by rank. Two collectives; for what is rare."""
     lengths = [int.from_bytes(n[:8], "little") for n in _meet(comm, what, len(data).to_bytes(8, "little"))]
-    return _gather_all(comm, what, data, lengths)
-
-
-def _gather_all(comm: Comm, what: str, data: bytes, lengths: Sequence[int]) -> list[bytes]:
     replies = comm.all_gather(what, data.ljust(max(1, *lengths), b"\0"))
     return [reply[:n] for reply, n in zip(replies, lengths, strict=True)]
 

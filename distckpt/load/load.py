@@ -38,7 +38,6 @@ def load(
     step = checkpoint.manifest.step
     saved: Saved | None = None
     made: Plan | None = None
-
     targets: State | None = None
 
     def prepare() -> bytes:
@@ -55,7 +54,7 @@ def load(
     assert made is not None
     assert targets is not None
     items, offered = made.items, saved
-    if any(left_over_here != b"\0" for left_over_here in left_over):
+    if any(has_some != b"\0" for has_some in left_over):
         made.unexpected = _taken_by_none(comm, made.unexpected)
         if options.strict:
             refuse_unexpected(made.unexpected, targets)
