@@ -17,6 +17,7 @@ from distckpt.adapters import tensors
 from distckpt.adapters.dtensor import private
 from distckpt.errors import Mismatch, Unsupported
 from distckpt.state import State, plain
+from distckpt.statedict import insert
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -134,7 +135,7 @@ class ModuleAdapter:
 
     def restore(self, saved: Saved) -> list[str]:
         """See Stateful.restore."""
-        extra: dict[str, Any] = tensors.insert(saved.objects.get(self._extra, {}), self._made)
+        extra: dict[str, Any] = insert(saved.objects.get(self._extra, {}), self._made)
         for name, owner in self._extra_owners():
             if name in extra:
                 owner.set_extra_state(extra[name])

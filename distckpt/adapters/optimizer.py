@@ -21,6 +21,7 @@ from distckpt.adapters.module import keeps_replicas_equal, named_parameters
 from distckpt.errors import FormatError, Mismatch, Unsupported
 from distckpt.format.text import shown
 from distckpt.state import State, torch_dtype
+from distckpt.statedict import insert, references
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -146,7 +147,7 @@ class OptimizerAdapter:
             live, new = self._optimizer.state.get(p, {}), dict[str, Any]()
             lead = f"{self._prefix}.{fqn}."
             for name, value in values.get(fqn, {}).items():
-                for key in _flattened_names(value, lead + name) or tensors.references(value):
+                for key in _flattened_names(value, lead + name) or [*references(value)]:
                     self._made[key] = wanted[key] = _fresh(saved, key, torch.empty(0, device=p.device))
                 new[name] = value
             for key in by_parameter.get(fqn, []):
@@ -233,7 +234,7 @@ class OptimizerAdapter:
         if isinstance(value, dict) and _SUBCLASS in value:
             fqn = f"{self._prefix}.{self._names()[id(p)]}.{name}"
             return _unflatten(value, fqn, self._made, self._optimizer)
-        return value if isinstance(value, torch.Tensor) else tensors.insert(value, self._made)
+        return value if isinstance(value, torch.Tensor) else insert(value, self._made)
 
 
 def _check_form(value: Any, prefix: str) -> None:

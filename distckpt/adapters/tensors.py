@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch.distributed.tensor import DTensor
 
+from distckpt import statedict
 from distckpt.adapters import dtensor
 from distckpt.errors import FormatError, Mismatch, Unsupported
-from distckpt.format.objects import TensorRef
 from distckpt.format.partition import Copies
 from distckpt.state import GlobalTensor, State, plain, torch_dtype
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Iterable
 
     from distckpt.state import Saved
 
@@ -37,60 +36,27 @@ def empty_like(template: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtyp
     return torch.empty(shape, dtype=dtype, device=template.device)
 
 
+def kind_of(value: Any) -> str | None:
+    """What statedict asks: whether a value counts as a tensor, and of which kind. NumPy arrays count."""
+    if isinstance(value, torch.Tensor):
+        return "torch"
+    return "numpy" if isinstance(value, np.ndarray) and value.dtype != object else None
+
+
+def as_torch(value: Any, fqn: str) -> torch.Tensor:
+    """Tensor of a value that counts as one: a NumPy array shares its memory where it is contiguous."""
+    if isinstance(value, torch.Tensor):
+        return value
+    try:
+        return torch.from_numpy(np.ascontiguousarray(value).reshape(value.shape))
+    except TypeError as e:
+        raise Unsupported(f"{fqn}: a NumPy array of dtype {value.dtype} cannot be saved") from e
+
+
 def extract(tree: Any, prefix: str) -> tuple[Any, dict[str, torch.Tensor]]:
-    """Take the tensors out of nested dicts, lists and tuples: (tree with TensorRefs, fqn -> tensor).
-
-    NumPy arrays count as tensors. Fqns are `prefix` and the path, joined by dots.
-    """
-    found: dict[str, torch.Tensor] = {}
-
-    def visit(value: Any, path: str) -> Any:
-        if isinstance(value, torch.Tensor):
-            return keep(value, path, "torch")
-        if isinstance(value, np.ndarray) and value.dtype != object:
-            try:
-                return keep(torch.from_numpy(np.ascontiguousarray(value).reshape(value.shape)), path, "numpy")
-            except TypeError as e:
-                raise Unsupported(f"{path}: a NumPy array of dtype {value.dtype} cannot be saved") from e
-        return _rebuilt(value, lambda v, key: visit(v, f"{path}.{key}"))
-
-    def keep(tensor: torch.Tensor, path: str, kind: str) -> TensorRef:
-        while path in found:  # int and str keys of one dict can read alike
-            path += "'"
-        found[path] = tensor
-        return TensorRef(path, kind)
-
-    return visit(tree, prefix), found
-
-
-def insert(tree: Any, tensors: dict[str, torch.Tensor]) -> Any:
-    """Put tensors back where `extract` took them."""
-    if isinstance(tree, TensorRef):
-        tensor = tensors[tree.fqn]
-        return tensor.numpy() if tree.kind == "numpy" else tensor
-    return _rebuilt(tree, lambda v, _key: insert(v, tensors))
-
-
-def references(tree: Any) -> list[str]:
-    """Fqns that a tree refers to."""
-    found: list[str] = []
-
-    def visit(value: Any, _key: Any) -> Any:
-        if isinstance(value, TensorRef):
-            found.append(value.fqn)
-        return _rebuilt(value, visit)
-
-    visit(tree, None)
-    return found
-
-
-def _rebuilt(value: Any, visit: Callable[[Any, Any], Any]) -> Any:
-    """Copy of a container with each member visited; any other value as it is."""
-    if type(value) in {dict, OrderedDict}:
-        return type(value)((k, visit(v, k)) for k, v in value.items())
-    if type(value) in {list, tuple}:
-        return type(value)(visit(v, i) for i, v in enumerate(value))
-    return value
+    """Take the tensors out of nested dicts, lists and tuples: (tree with TensorRefs, fqn -> tensor)."""
+    rest, found = statedict.extract(tree, prefix, kind_of)
+    return rest, {fqn: as_torch(value, fqn) for fqn, value in found.items()}
 
 
 def refuse_own_values(lead: str, fqns: Iterable[str], saved: Saved) -> None:
@@ -117,7 +83,7 @@ def capture_tree(name: str, tree: Any, *, trusted: bool = False) -> State:
 def tree_targets(name: str, saved: Saved) -> dict[str, torch.Tensor]:
     """Fresh CPU tensors for all that the object `name` of a checkpoint refers to. FormatError for what is not there."""
     made = {}
-    for fqn in references(saved.objects.get(name)):
+    for fqn in statedict.references(saved.objects.get(name)):
         if fqn not in saved.tensors:
             raise FormatError(f"object {name} refers to tensor {fqn!r}, which the checkpoint does not have")
         made[fqn] = torch.empty(saved.tensors[fqn].shape, dtype=torch_dtype(saved.tensors[fqn].dtype))

@@ -171,27 +171,28 @@ class Span:
         return self.extent == self.box.numel
 
 
-def spans(within: Part, box: Box, *, limit: int, in_place: bool = False) -> Iterator[Span]:
+def spans(within: Part, box: Box, *, limit: int, in_place: bool = False, step: Shape | None = None) -> Iterator[Span]:
     """Cut `box` of a part into stretches of memory that span at most `limit` elements, holes included.
 
-    `in_place`: a contiguous box stays one span however long. A box is cut along its outermost dimension, so no span
-    reads a hole wider than `limit`. An empty box has none.
+    `in_place`: a contiguous box stays one span however long. A box is cut along the dimension with the longest step,
+    so no span reads a hole wider than `limit`. An empty box has none. `step`: strides of the part's memory, in
+    elements, where it is not row-major.
     """
     if not box.numel:
         return
-    if box == within.box and (in_place or box.numel <= limit):
+    if step is None and box == within.box and (in_place or box.numel <= limit):
         yield Span(within.start, box.numel, box)
         return
-    step = strides(within.box.sizes)
+    step = step or strides(within.box.sizes)
     start = within.start + sum(a * s for a, s in zip(box.relative_to(within.box).offsets, step, strict=True))
     extent = sum((n - 1) * s for n, s in zip(box.sizes, step, strict=True)) + 1
     if extent <= limit or box.numel == 1 or (in_place and extent == box.numel):
         yield Span(start, extent, box)
         return
-    d = next(d for d, n in enumerate(box.sizes) if n > 1)
-    count = max(1, limit // step[d])
+    d = max((d for d, n in enumerate(box.sizes) if n > 1), key=lambda d: step[d])
+    count = max(1, limit // max(1, step[d]))
     for first in range(0, box.sizes[d], count):
         offsets, sizes = list(box.offsets), list(box.sizes)
         offsets[d] += first
         sizes[d] = min(count, box.sizes[d] - first)
-        yield from spans(within, Box(tuple(offsets), tuple(sizes)), limit=limit, in_place=in_place)
+        yield from spans(within, Box(tuple(offsets), tuple(sizes)), limit=limit, in_place=in_place, step=step)

@@ -153,12 +153,16 @@ def file_digest(header: bytes | memoryview, table: bytes | memoryview) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """One entry of a header that was read: safetensors tag, stored shape, bytes [start, stop) of the file."""
+    """One entry of a header that was read: safetensors tag, stored shape, bytes [start, stop) of the file.
+
+    `strides` (in elements): of files of other tools, where the chunk's elements do not lie in row-major order.
+    """
 
     tag: str
     shape: tuple[int, ...]
     start: int
     stop: int
+    strides: tuple[int, ...] | None = None
 
 
 def decode_header(header: bytes, size: int) -> dict[str, Stored]:

@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING, Any
 
 from distckpt.comm import exchange, together
 from distckpt.errors import Mismatch
-from distckpt.format.objects import TensorRef
 from distckpt.load.plan import Options, Plan, listed, plan, refuse_unexpected
 from distckpt.load.read import read
 from distckpt.load.report import LoadReport
 from distckpt.state import Saved
+from distckpt.statedict import references
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
 
     from distckpt.comm import Comm
     from distckpt.load.open import Checkpoint
@@ -105,7 +105,7 @@ def _offered(checkpoint: Checkpoint, comm: Comm, options: Options) -> tuple[Save
                 )
     if refused:
         raise Mismatch(listed("per-rank values cannot be carried to another world size; nothing was changed", refused))
-    referred = set(_referred([*objects.values()]))  # by their saved names
+    referred = set(references([*objects.values()]))  # by their saved names
     names = {name if name in referred else options.renamed(name): name for name in content.tensors}
     if len(names) < len(content.tensors):
         raise Mismatch("rename gives two saved tensors the same name")
@@ -115,12 +115,3 @@ def _offered(checkpoint: Checkpoint, comm: Comm, options: Options) -> tuple[Save
         tensors, objects, content.world_size, comm.rank, comm.world_size, rank_object, rename, options.per_rank
     )
     return saved, names, aliases
-
-
-def _referred(value: Any) -> Iterator[str]:
-    """Fqns of the tensors that objects refer to."""
-    if isinstance(value, TensorRef):
-        yield value.fqn
-    elif isinstance(value, (dict, list, tuple)):
-        for member in value.values() if isinstance(value, dict) else value:
-            yield from _referred(member)

@@ -21,20 +21,31 @@ if TYPE_CHECKING:
     from distckpt.store.base import Store
 
 
+_PAGE = 4096
+
+
 @dataclass(frozen=True, slots=True)
 class DataFile:
-    """A data file whose header and checksum table have been verified."""
+    """A data file whose header and checksum table have been verified; or (sums None) a file of another tool.
+
+    `covered`: bytes that the table sums. `grain`: bytes that a read is rounded to: what can be verified alone.
+    """
 
     key: str
     chunks: dict[str, Stored]
-    sums: array[int]
+    sums: array[int] | None
     covered: int
-    """Bytes that the table sums."""
+
+    @property
+    def grain(self) -> int:
+        """Bytes that a read is rounded to."""
+        return BLOCK if self.sums is not None else _PAGE
 
     def verify(self, first: int, pieces: list[list[memoryview]]) -> None:
         """Check blocks `first`, `first + 1`, ..., each given as its pieces in order. Corrupt, with the fqns."""
-        for i, block in enumerate(pieces):
-            if crc_of(block) != self.sums[first + i]:
+        sums = self.sums
+        for i, block in enumerate(pieces) if sums is not None else ():
+            if crc_of(block) != sums[first + i]:
                 start, stop = (first + i) * BLOCK, min((first + i + 1) * BLOCK, self.covered)
                 raise Corrupt(
                     f"{self.key}: bytes {start} to {stop} do not match their checksum; they hold "

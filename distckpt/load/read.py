@@ -49,6 +49,8 @@ class Piece:
             self.memory[:] = as_bytes(data)
         elif self.source is not None:
             dtype, sizes, steps = self.source
+            if data.storage_offset() % dtype.itemsize:  # other tools align nothing
+                data = data.clone()
             self.target.copy_(data.view(dtype).as_strided(sizes, steps))
 
 
@@ -60,7 +62,9 @@ def read(checkpoint: Checkpoint, items: Iterable[Item]) -> None:
     jobs = [
         (checkpoint.data_file(file), run)
         for file, wanted in sorted(by_file.items())
-        for run in _runs(p for item in wanted for p in _pieces(checkpoint.data_file(file), item))
+        for run in _runs(
+            (p for i in wanted for p in _pieces(checkpoint.data_file(file), i)), checkpoint.data_file(file)
+        )
     ]
     with ThreadPoolExecutor(THREADS, "distckpt-read") as pool:
         futures = [pool.submit(_read_run, checkpoint, file, run) for file, run in jobs]
@@ -75,18 +79,21 @@ def _pieces(file: DataFile, item: Item) -> Iterator[Piece]:
     """Pieces of one chunk, as the shard's memory takes them."""
     size = item.dtype.itemsize
     chunk = file.chunks.get(item.name)
-    if chunk is None or chunk.stop - chunk.start != item.region.numel * size:
+    if chunk is None or (chunk.strides is None and chunk.stop - chunk.start != item.region.numel * size):
         raise Corrupt(f"{file.key}: chunk {item.name!r} of {fqn_of(item.name)} is not as the commit says")
     for overlap in overlaps(item.region, item.shard.region, item.shape):
         whole = part_of(item.shard, overlap.target, overlap.box)
-        plain = whole.dtype == item.dtype and is_plain_memory(whole)
-        found = spans(overlap.source, overlap.box, limit=max(1, HOLES // size), in_place=plain)
+        plain = whole.dtype == item.dtype and is_plain_memory(whole) and chunk.strides is None
+        limit = max(1, HOLES // size)
+        found = spans(overlap.source, overlap.box, limit=limit, in_place=plain, step=chunk.strides)
         for span in found:
             target = part_of(item.shard, overlap.target, span.box)
             start = chunk.start + span.start * size
             direct = span.contiguous and plain and is_plain_memory(target)
             memory = as_bytes(target) if direct else None
-            source = None if direct else (item.dtype, span.box.sizes, strides(overlap.source.box.sizes))
+            source = (
+                None if direct else (item.dtype, span.box.sizes, chunk.strides or strides(overlap.source.box.sizes))
+            )
             yield from _cut(Piece(start, start + span.extent * size, target, memory, source))
 
 
@@ -103,25 +110,26 @@ def _cut(piece: Piece) -> Iterator[Piece]:
         start = stop
 
 
-def _runs(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
-    """Pieces by the reads that bring them: the same window, their blocks adjacent or the same."""
+def _runs(pieces: Iterable[Piece], file: DataFile) -> Iterator[list[Piece]]:
+    """Pieces by the reads that bring them: the same window, their blocks (of `file.grain`) adjacent or the same."""
+    grain = file.grain
     run: list[Piece] = []
     last_block = -1
     for piece in sorted((p for p in pieces if p.stop > p.start), key=lambda p: (p.start, p.stop)):
         same_window = run and piece.start // WINDOW == run[0].start // WINDOW
-        if run and not (same_window and piece.start // BLOCK <= last_block + 1):
+        if run and not (same_window and piece.start // grain <= last_block + 1):
             yield run
             run, last_block = [], -1
         run.append(piece)
-        last_block = max(last_block, (piece.stop - 1) // BLOCK)
+        last_block = max(last_block, (piece.stop - 1) // grain)
     if run:
         yield run
 
 
 def _read_run(checkpoint: Checkpoint, file: DataFile, run: list[Piece]) -> None:
-    first = run[0].start // BLOCK
-    start = first * BLOCK
-    stop = min(-(-max(p.stop for p in run) // BLOCK) * BLOCK, file.covered)
+    first = run[0].start // file.grain
+    start = first * file.grain
+    stop = min(-(-max(p.stop for p in run) // file.grain) * file.grain, file.covered)
     buffers = _scatter(run, start, stop)
     scratch = None
     if buffers is None:

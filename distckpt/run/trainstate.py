@@ -25,6 +25,7 @@ from distckpt.format.layout import is_name
 from distckpt.run.dataloader import DataLoaderAdapter
 from distckpt.run.rng import RngAdapter
 from distckpt.state import Saved, State, plain
+from distckpt.statedict import insert
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -212,7 +213,7 @@ class ValueAdapter:
     def restore(self, saved: Saved) -> list[str]:
         """See Stateful.restore."""
         if self._name in saved.objects:
-            self._value.load_state_dict(tensors.insert(saved.objects[self._name], self._made))
+            self._value.load_state_dict(insert(saved.objects[self._name], self._made))
         self._made = {}
         return []
 
