@@ -43,9 +43,10 @@ class DataFile:
 
     def verify(self, first: int, pieces: list[list[memoryview]]) -> None:
         """Check blocks `first`, `first + 1`, ..., each given as its pieces in order. Corrupt, with the fqns."""
-        sums = self.sums
-        for i, block in enumerate(pieces) if sums is not None else ():
-            if crc_of(block) != sums[first + i]:
+        if self.sums is None:
+            return
+        for i, block in enumerate(pieces):
+            if crc_of(block) != self.sums[first + i]:
                 start, stop = (first + i) * BLOCK, min((first + i + 1) * BLOCK, self.covered)
                 raise Corrupt(
                     f"{self.key}: bytes {start} to {stop} do not match their checksum; they hold "
