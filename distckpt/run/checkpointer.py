@@ -2,35 +2,28 @@
 
 from __future__ import annotations
 
-import json
 import os
 import time
 import warnings
 from dataclasses import dataclass
-from datetime import datetime, timezone
 from operator import index
 from typing import TYPE_CHECKING, Any
 
 from distckpt import __version__, comm
-from distckpt.comm import Comm, exchange, together
+from distckpt.comm import Comm, together
 from distckpt.errors import (
-    Corrupt,
-    FormatError,
-    NewerFormat,
     NotACheckpoint,
     RunConflict,
     StateWarning,
-    StoreError,
     Unsupported,
 )
-from distckpt.format.layout import StepDir
-from distckpt.load.load import load
-from distckpt.load.open import Checkpoint, open_checkpoint
 from distckpt.load.plan import Options
 from distckpt.run.history import History
 from distckpt.run.launches import open_launch, read_launches
+from distckpt.run.loading import Search, load_newest
+from distckpt.run.saving import SaveReport, now, save_and_publish
 from distckpt.save.image import Arena
-from distckpt.save.save import Committed, Request, save
+from distckpt.save.save import Request
 from distckpt.store.local import LocalStore
 
 if TYPE_CHECKING:
@@ -45,17 +38,6 @@ if TYPE_CHECKING:
     from distckpt.store.base import Store
 
 _STEP = 8  # bytes of a step in a message
-
-
-@dataclass(frozen=True, slots=True)
-class SaveReport:
-    """What a save did: directory in the run, bytes of all ranks together, wall seconds."""
-
-    step: int
-    directory: str
-    nbytes: int
-    seconds: float
-    notes: list[str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,17 +123,13 @@ class Checkpointer:
         request = Request(
             step=number,
             launch=self._launch,
-            date=_now(),
+            date=now(),
             metrics=recorded,
             writer={"distckpt": __version__},
             generation=lambda: self._generation(number),
             check_replicas=check_replicas,
         )
-        try:
-            made = save(self._comm, self._store, capture, self._arena.view, request)
-        except RunConflict:  # a zombie took the directory between our look and our commit; there is a next generation
-            made = save(self._comm, self._store, capture, self._arena.view, request)
-        self._publish(made)
+        made = save_and_publish(self._comm, self._history, capture, self._arena.view, request)
         seconds = time.monotonic() - started
         return SaveReport(number, str(made.directory), made.nbytes, seconds, made.notes)
 
@@ -182,19 +160,6 @@ class Checkpointer:
                 "call init_process_group() first, then make the Checkpointer"
             )
 
-    def _publish(self, made: Committed) -> None:
-        """Switch pointers and registry, on rank 0. They are hints: failing at them does not unmake the checkpoint."""
-        if made.manifest is None:
-            return
-        try:
-            self._history.publish(Checkpoint(self._store, made.directory, made.manifest))
-        except (StoreError, FormatError) as e:
-            warnings.warn(
-                f"{made.directory} is committed, but last.json or meta.json could not be written: {e}",
-                StateWarning,
-                stacklevel=3,
-            )
-
     def _start_without_resume(self) -> None:
         """Open a launch for a job that saves without having resumed: only where there is nothing to resume from."""
 
@@ -205,7 +170,7 @@ class Checkpointer:
                 raise RunConflict(
                     f"{self._store} holds {newest.directory}: call resume() before save(), or use another directory"
                 )
-            return open_launch(self._store, None, self._comm.world_size, _now()).to_bytes(_STEP, "little")
+            return open_launch(self._store, None, self._comm.world_size, now()).to_bytes(_STEP, "little")
 
         self._launch = int.from_bytes(together(self._comm, "opening a launch", start)[0], "little")
 
@@ -230,12 +195,13 @@ class Checkpointer:
         self._check(state)
         options = Options(strict=strict, only=only, cast=cast, rename=rename, per_rank=dict(per_rank or {}))
         notes = together(self._comm, "looking for unfinished saves", self._settle)[0].decode()
-        report, directory = self._load_newest(state, step, options)
+        search = Search(self._comm, self._history, step)
+        report, directory = load_newest(search, state, options) or (None, None)
 
         def begin() -> bytes:
             if self._comm.rank:
                 return b""
-            return open_launch(self._store, directory, self._comm.world_size, _now()).to_bytes(_STEP, "little")
+            return open_launch(self._store, directory, self._comm.world_size, now()).to_bytes(_STEP, "little")
 
         self._launch = int.from_bytes(together(self._comm, "opening a launch", begin)[0], "little")
         if report and notes:
@@ -261,10 +227,10 @@ class Checkpointer:
         """
         self._check(state)
         options = Options(strict=strict, only=only, cast=cast, rename=rename, per_rank=dict(per_rank or {}))
-        report, _ = self._load_newest(state, step, options)
-        if report is None:
+        loaded = load_newest(Search(self._comm, self._history, step), state, options)
+        if loaded is None:
             raise NotACheckpoint(f"{self._store} holds no committed checkpoint: {self._history.why_nothing()}")
-        return report
+        return loaded[0]
 
     def steps(self) -> list[int]:
         """Steps of the checkpoints that count and can be opened, ascending. Not collective."""
@@ -275,83 +241,6 @@ class Checkpointer:
             return b""
         quiet = min(1.0, self._comm.timeout / 4)
         return "; ".join(self._history.settle(quiet=quiet, limit=self._comm.timeout / 2))[:100].encode()
-
-    def _load_newest(
-        self, state: TrainState, step: int | None, options: Options
-    ) -> tuple[LoadReport | None, StepDir | None]:
-        fell_back: dict[int, str] = {}
-        tried: set[StepDir] = set()
-        before = state.unusable
-        while True:
-            directory = self._choose(step, tried, fell_back)
-            if directory is None:
-                return None, None
-            tried.add(directory)
-            try:
-                report = load(self._comm, self._open(directory), state, options, about_to_change=lambda: _mark(state))
-            except NewerFormat:
-                raise
-            except (Corrupt, FormatError) as e:
-                fell_back[directory.step] = str(e)
-                if step is not None:
-                    raise
-                warnings.warn(f"{directory} is damaged, falling back: {e}", StateWarning, stacklevel=3)
-                continue
-            # a load of a part mends what it broke itself; what an earlier one left half-way takes a load of the whole
-            state.unusable = before if report.missing or options.only else None
-            report.fell_back_from = fell_back
-            return report, directory
-
-    def _open(self, directory: StepDir) -> Checkpoint:
-        opened: Checkpoint | None = None
-
-        def attempt() -> None:
-            nonlocal opened
-            opened = open_checkpoint(self._store, directory)
-
-        together(self._comm, f"opening {directory}", attempt)
-        assert opened is not None
-        return opened
-
-    def _choose(self, step: int | None, tried: set[StepDir], fell_back: dict[int, str]) -> StepDir | None:
-        """Step directory to load, the same on every rank: rank 0 looks, and tells what it passed over."""
-        passed_over = dict(fell_back)
-
-        def look() -> bytes:
-            found = self._look(step, tried, passed_over) if self._comm.rank == 0 else None
-            chosen = found.step.to_bytes(_STEP, "little") + found.generation.to_bytes(4, "little") if found else b""
-            return bytes([passed_over != fell_back]) + chosen
-
-        said = together(self._comm, "choosing a checkpoint", look)[0]
-        if said[0]:
-            told = exchange(self._comm, "telling what is damaged", json.dumps(passed_over).encode())[0]
-            fell_back.update({int(s): why for s, why in json.loads(told).items()})
-        chosen = said[1:]
-        return StepDir(*(int.from_bytes(n, "little") for n in (chosen[:_STEP], chosen[_STEP:]))) if chosen else None
-
-    def _look(self, step: int | None, tried: set[StepDir], broken: dict[int, str]) -> StepDir | None:
-        """Newest checkpoint that counts and has not been tried; damaged ones are entered in `broken`."""
-        for found in self._history.committed():
-            if found.superseded or found.directory in tried or (step is not None and found.directory.step != step):
-                continue
-            if found.checkpoint:
-                return found.directory
-            if found.directory.step not in broken:
-                broken[found.directory.step] = found.problem
-                warnings.warn(f"{found.directory} is damaged: {found.problem}", StateWarning, stacklevel=4)
-        if broken:
-            damage = "; ".join(f"step {s}: {why}" for s, why in sorted(broken.items()))
-            raise Corrupt(f"{self._store}: every checkpoint that could be loaded is damaged: {damage}")
-        if step is None and (left := self._history.superseded()):
-            warnings.warn(
-                f"{self._store}: {', '.join(map(str, left[:5]))} will not be resumed: a later launch began from an "
-                "earlier checkpoint, or from none, before they were committed (launches/ says which)",
-                StateWarning,
-                stacklevel=4,
-            )
-        if step is not None:
-            raise NotACheckpoint(f"{self._store} holds no committed checkpoint of step {step}; it has {self.steps()}")
-        return None
 
 
 def _plain(metrics: Mapping[str, Any]) -> dict[str, Any]:
@@ -368,10 +257,6 @@ def _plain(metrics: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
-def _mark(state: TrainState) -> None:
-    state.unusable = "a load failed half-way"
-
-
 def _default_comm(timeout: float) -> Comm:
     found = comm.default(timeout)
     told = os.environ.get("WORLD_SIZE", "1")
@@ -383,7 +268,3 @@ def _default_comm(timeout: float) -> Comm:
             stacklevel=3,
         )
     return found
-
-
-def _now() -> str:
-    return datetime.now(timezone.utc).isoformat(timespec="seconds")

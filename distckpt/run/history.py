@@ -47,23 +47,23 @@ class History:
     """Checkpoints of one run. Commits never change, so each is read once."""
 
     def __init__(self, store: Store) -> None:
-        self._store = store
+        self.store = store
         self._opened: dict[StepDir, Checkpoint] = {}
 
     def directories(self) -> list[StepDir]:
         """Every step directory, committed or not, newest first."""
-        found = (StepDir.parse(entry.name) for entry in self._store.list("") if entry.size is None)
+        found = (StepDir.parse(entry.name) for entry in self.store.list("") if entry.size is None)
         return sorted((d for d in found if d), reverse=True)
 
     def committed(self) -> Iterator[Found]:
         """Every committed checkpoint, newest first, read one at a time. NewerFormat is raised, not skipped."""
-        launches = read_launches(self._store)
+        launches = read_launches(self.store)
         for directory in self.directories():
             if directory not in self._opened:
-                if not is_committed(self._store, directory):
+                if not is_committed(self.store, directory):
                     continue
                 try:
-                    self._opened[directory] = open_checkpoint(self._store, directory)
+                    self._opened[directory] = open_checkpoint(self.store, directory)
                 except NewerFormat:
                     raise
                 except (Corrupt, FormatError) as e:
@@ -82,12 +82,11 @@ class History:
 
     def why_nothing(self) -> str:
         """Why there is no checkpoint that counts, for a message."""
-        names = [entry.name for entry in self._store.list("")]
+        names = [entry.name for entry in self.store.list("")]
         if COMMIT in names:
             return "it is the directory of one checkpoint; give its parent, that of the run"
         told = [
-            f"{directory} is "
-            + ("superseded" if is_committed(self._store, directory) else "a save that did not finish")
+            f"{directory} is " + ("superseded" if is_committed(self.store, directory) else "a save that did not finish")
             for directory in self.directories()
         ]
         if told:
@@ -116,9 +115,9 @@ class History:
                 for attempt in pending
                 if self._roll_forward(attempt)
             ]
-            pending = [a for a in pending if not is_committed(self._store, a.directory)]
+            pending = [a for a in pending if not is_committed(self.store, a.directory)]
             now = time.monotonic()
-            state = [self._store.list(str(a.directory)) for a in pending]
+            state = [self.store.list(str(a.directory)) for a in pending]
             if state != seen:
                 seen, changed = state, now
             if not pending or now - changed >= quiet or now - started >= limit:
@@ -132,28 +131,28 @@ class History:
         for directory in self.directories():
             if newest and directory <= newest.directory:
                 break
-            if is_committed(self._store, directory):
+            if is_committed(self.store, directory):
                 continue
-            names = (attempt_of(entry.name) for entry in self._store.list(str(directory)))
-            found += [found_attempt(self._store, directory, a) for a in sorted({n for n in names if n})]
+            names = (attempt_of(entry.name) for entry in self.store.list(str(directory)))
+            found += [found_attempt(self.store, directory, a) for a in sorted({n for n in names if n})]
         return found
 
     def _roll_forward(self, attempt: Attempt) -> bool:
         """Commit an attempt whose every rank has acked, and whose files are all there."""
-        if not attempt.world_size or not acked_ranks(self._store, attempt) >= set(range(attempt.world_size)):
+        if not attempt.world_size or not acked_ranks(self.store, attempt) >= set(range(attempt.world_size)):
             return False
         try:
-            whole = complete(self._store, attempt)
-            if whole and not counts(attempt.directory, whole.launch, read_launches(self._store)):
+            whole = complete(self.store, attempt)
+            if whole and not counts(attempt.directory, whole.launch, read_launches(self.store)):
                 return False  # of a superseded launch: committed, it would not count
-            if whole is None or any(self._store.head(attempt.key(f.name)) != f.size for f in whole.files):
+            if whole is None or any(self.store.head(attempt.key(f.name)) != f.size for f in whole.files):
                 return False
-            commit(self._store, attempt, whole)
+            commit(self.store, attempt, whole)
         except (KeyMissing, RunConflict):
             return False  # the job is alive after all, and was quicker
         except (Corrupt, FormatError):
             return False  # a damaged ack: what it acked cannot be trusted, and was never committed
-        remove_acks(self._store, attempt)
+        remove_acks(self.store, attempt)
         return True
 
     # -- what is written for people ----------------------------------------------------------------------------------
@@ -162,10 +161,10 @@ class History:
         """Point `last` at a checkpoint just committed, and enter it in the registry."""
         self._opened[newest.directory] = newest
         name = str(newest.directory)
-        write_all(self._store, pointer_file("last"), _json({"checkpoint": name, "step": newest.directory.step}))
-        if isinstance(self._store, LocalStore):
-            self._store.link_hint("last", name)
-        write_all(self._store, REGISTRY, _json({"checkpoints": self._registry()}))
+        write_all(self.store, pointer_file("last"), _json({"checkpoint": name, "step": newest.directory.step}))
+        if isinstance(self.store, LocalStore):
+            self.store.link_hint("last", name)
+        write_all(self.store, REGISTRY, _json({"checkpoints": self._registry()}))
 
     def _registry(self) -> list[dict[str, Any]]:
         return [_entry(found) for found in self.committed()]

@@ -1,0 +1,146 @@
+"""Loading the newest checkpoint that can be loaded, the same one on every rank. Collective.
+
+Rank 0 looks and all follow. A damaged checkpoint makes every rank fall back to the same previous one; the report says
+so.
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Protocol
+
+from distckpt.comm import exchange, together
+from distckpt.errors import Corrupt, FormatError, NewerFormat, NotACheckpoint, StateWarning
+from distckpt.format.layout import StepDir
+from distckpt.load.load import load
+from distckpt.load.open import Checkpoint, open_checkpoint
+from distckpt.state import Stateful
+
+if TYPE_CHECKING:
+    from distckpt.comm import Comm
+    from distckpt.errors import DistckptError
+    from distckpt.load.plan import Options
+    from distckpt.load.report import LoadReport
+    from distckpt.run.history import History
+
+_STEP = 8  # bytes of a step in a message
+
+
+class Loadable(Stateful, Protocol):
+    """A state that remembers whether a load has left it half-way."""
+
+    unusable: str | None
+
+
+@dataclass(slots=True)
+class Search:
+    """Where a load looks: a run, at one step or (None) at any, and what it has passed over so far."""
+
+    comm: Comm
+    history: History
+    step: int | None
+    tried: set[StepDir] = field(default_factory=set)
+    damaged: dict[int, str] = field(default_factory=dict)
+
+    def passed_over(self, directory: StepDir, why: str) -> bool:
+        """Note a damaged checkpoint. Whether it is news."""
+        known = self.damaged.get(directory.step, "")
+        if why in known:
+            return False
+        self.damaged[directory.step] = f"{known}; {why}" if known else why
+        return True
+
+
+def load_newest(search: Search, state: Loadable, options: Options) -> tuple[LoadReport, StepDir] | None:
+    """Load the newest checkpoint that counts and is whole; None where there is none at all.
+
+    What is damaged where nothing else is left; NotACheckpoint where there is none of the step asked for.
+    """
+    before = state.unusable
+    damage: DistckptError | None = None
+    while directory := choose(search):
+        if damage:
+            warnings.warn(f"falling back to {directory}: {damage}", StateWarning, stacklevel=3)
+        search.tried.add(directory)
+        try:
+            report = load(search.comm, _open(search, directory), state, options, about_to_change=lambda: _mark(state))
+        except NewerFormat:
+            raise
+        except (Corrupt, FormatError) as e:
+            search.passed_over(directory, str(e))
+            damage = e
+            continue
+        # a load of a part mends what it broke itself; what an earlier one left half-way takes a load of the whole
+        state.unusable = before if report.missing or options.only else None
+        report.fell_back_from = search.damaged
+        return report, directory
+    if damage:
+        raise damage
+    return None
+
+
+def _mark(state: Loadable) -> None:
+    state.unusable = "a load failed half-way"
+
+
+def _open(search: Search, directory: StepDir) -> Checkpoint:
+    opened: Checkpoint | None = None
+
+    def attempt() -> None:
+        nonlocal opened
+        opened = open_checkpoint(search.history.store, directory)
+
+    together(search.comm, f"opening {directory}", attempt)
+    assert opened is not None
+    return opened
+
+
+def choose(search: Search) -> StepDir | None:
+    """Step directory to load, the same on every rank: rank 0 looks, and tells what it passed over."""
+    known = dict(search.damaged)
+
+    def look() -> bytes:
+        found = look_for(search) if search.comm.rank == 0 else None
+        chosen = found.step.to_bytes(_STEP, "little") + found.generation.to_bytes(4, "little") if found else b""
+        return bytes([search.damaged != known]) + chosen
+
+    said = together(search.comm, "choosing a checkpoint", look)[0]
+    if said[0]:
+        told = exchange(search.comm, "telling what is damaged", json.dumps(search.damaged).encode())[0]
+        search.damaged.update({int(s): why for s, why in json.loads(told).items()})
+    chosen = said[1:]
+    return StepDir(*(int.from_bytes(n, "little") for n in (chosen[:_STEP], chosen[_STEP:]))) if chosen else None
+
+
+def look_for(search: Search) -> StepDir | None:
+    """Newest checkpoint that counts and has not been tried; damaged ones are noted, and warned of."""
+    store = search.history.store
+    for found in search.history.committed():
+        if found.superseded or found.directory in search.tried:
+            continue
+        if search.step is not None and found.directory.step != search.step:
+            continue
+        if found.checkpoint:
+            return found.directory
+        if search.passed_over(found.directory, found.problem):
+            warnings.warn(f"{found.directory} is damaged: {found.problem}", StateWarning, stacklevel=4)
+    if search.step is not None and search.tried:
+        return None
+    if search.damaged:
+        damage = "; ".join(f"step {s}: {why}" for s, why in sorted(search.damaged.items()))
+        raise Corrupt(f"{store}: every checkpoint that could be loaded is damaged: {damage}")
+    if search.step is not None:
+        steps = sorted({c.directory.step for c in search.history.valid()})
+        raise NotACheckpoint(
+            f"{search.history.store} holds no committed checkpoint of step {search.step}; it has {steps}"
+        )
+    if left := search.history.superseded():
+        warnings.warn(
+            f"{store}: {', '.join(map(str, left[:5]))} will not be resumed: a later launch began from an "
+            "earlier checkpoint, or from none, before they were committed (launches/ says which)",
+            StateWarning,
+            stacklevel=4,
+        )
+    return None

@@ -1,0 +1,60 @@
+"""Saving one checkpoint and making it known: what every way to save a run ends in. Collective."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from typing import TYPE_CHECKING
+
+from distckpt.errors import FormatError, RunConflict, StateWarning, StoreError
+from distckpt.load.open import Checkpoint
+from distckpt.save.save import Committed, Request, save
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from distckpt.comm import Comm
+    from distckpt.run.history import History
+    from distckpt.state import State
+
+
+@dataclass(frozen=True, slots=True)
+class SaveReport:
+    """What a save did: directory in the run, bytes of all ranks together, wall seconds."""
+
+    step: int
+    directory: str
+    nbytes: int
+    seconds: float
+    notes: list[str]
+
+
+def save_and_publish(
+    comm: Comm, history: History, capture: Callable[[], State], arena: memoryview, request: Request
+) -> Committed:
+    """Save a state, commit it, and point at it. Raises on every rank what fails on any; nothing is committed then."""
+    try:
+        made = save(comm, history.store, capture, arena, request)
+    except RunConflict:  # a zombie took the directory between our look and our commit; there is a next generation
+        made = save(comm, history.store, capture, arena, request)
+    if made.manifest is not None:
+        publish(history, Checkpoint(history.store, made.directory, made.manifest))
+    return made
+
+
+def publish(history: History, checkpoint: Checkpoint) -> None:
+    """Switch pointers and registry. They are hints: failing at them does not unmake the checkpoint."""
+    try:
+        history.publish(checkpoint)
+    except (StoreError, FormatError) as e:
+        warnings.warn(
+            f"{checkpoint.directory} is committed, but last.json or meta.json could not be written: {e}",
+            StateWarning,
+            stacklevel=4,
+        )
+
+
+def now() -> str:
+    """Time of day, as manifests and launch records have it."""
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
