@@ -1,8 +1,8 @@
 """State: fqn -> shards, plus objects. The only bridge between torch and the format.
 
 An adapter turns live objects into a State and takes one back; after that no code asks which backend a piece came from.
-A Layout says, in values equal on every rank, who holds which region of a tensor: `splits` as in a Grid partition over
-ranks in place of files, and `replicas`, the cuts along which ranks hold the same.
+A Layout says, in values equal on every rank, who holds which region of a tensor: `held`, a partition over ranks in
+place of files, and `replicas`, the cuts along which ranks hold the same.
 
 Invariant: a shard's tensor has exactly the elements of its region, in the region's row-major order (any strides).
 """
@@ -22,14 +22,14 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
 
     from distckpt.format.manifest import TensorInfo
-    from distckpt.format.partition import Grid, Pieces, Split
+    from distckpt.format.partition import FlatEven, Grid, Pieces, Split
 
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """Who holds what of one tensor: a grid over ranks, each cell held alike along `replicas`."""
+    """Who holds what of one tensor: a partition over ranks, each cell held alike along `replicas`."""
 
-    grid: Grid
+    held: Grid | FlatEven
     replicas: tuple[Split, ...] = ()
 
 
@@ -73,6 +73,17 @@ class RankObject:
 
     value: Any
     on_reshard: str = "refuse"
+
+
+@dataclass(frozen=True, slots=True)
+class JoinedObject:
+    """A value of which each rank may know a part: dicts are joined by key, and lists under the key `joins`.
+
+    What several ranks know must be the same.
+    """
+
+    value: Any
+    joins: str = ""
 
 
 @dataclass(frozen=True, slots=True)

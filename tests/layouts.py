@@ -10,8 +10,34 @@ from torch import nn
 
 from distckpt import Progress, TrainState
 from distckpt.adapters.dtensor import local_of
+from distckpt.format.box import Run
 
 SIZES = {"one": 1, "ddp2": 2, "fsdp2": 2, "fsdp3": 3, "fsdp4": 4, "hsdp2x2": 4, "tp2": 2, "tp2fsdp2": 4}
+FSDP1 = {
+    "fsdp1x2": 2,
+    "fsdp1x3": 3,
+    "fsdp1x4": 4,
+    "flat2": 2,  # use_orig_params=False
+    "flat3": 3,
+    "flat4": 4,
+    "hybrid2x2": 4,
+    "flathybrid2x2": 4,
+    "noshard2": 2,
+    "gradop2": 2,
+}
+"""FullyShardedDataParallel: use_orig_params=True unless it says flat."""
+ALL = SIZES | FSDP1
+
+
+class Holder(nn.Module):
+    """One parameter in a module of its own: FSDP1 keeps dtypes, and without original parameters frozen ones, apart."""
+
+    def __init__(self, value, *, requires_grad=True):
+        super().__init__()
+        self.value = nn.Parameter(value, requires_grad=requires_grad)
+
+    def forward(self):
+        return self.value * 1  # a view of what FSDP has gathered must not leave the module
 
 
 class Net(nn.Module):
@@ -27,13 +53,13 @@ class Net(nn.Module):
         self.head.weight = self.emb.weight
         self.wide = nn.Parameter(torch.zeros(3, 128, 64))  # large enough that replicas slice it
         self.one = nn.Parameter(torch.zeros(1, 5, 1))
-        self.frozen = nn.Parameter(torch.zeros(7, 3), requires_grad=False)
-        self.low = nn.Parameter(torch.zeros(5, 2, dtype=torch.bfloat16))
+        self.still = Holder(torch.zeros(7, 3), requires_grad=False)
+        self.low = Holder(torch.zeros(5, 2, dtype=torch.bfloat16))
         self.register_buffer("seen", torch.zeros(3, dtype=torch.int64))
 
     def forward(self, x):
         h = self.norm(self.down(torch.relu(self.up(self.emb(x)))))
-        return self.head(h) + self.wide.mean() + self.one.sum() + self.low.float().sum()
+        return self.head(h) + self.wide.mean() + self.one.sum() + self.low().float().sum()
 
 
 def build(layout, *, lr=1e-3, optimizer=torch.optim.AdamW):
@@ -41,9 +67,42 @@ def build(layout, *, lr=1e-3, optimizer=torch.optim.AdamW):
     torch.manual_seed(7)
     model = Net()
     wrapped = wrap(model, layout)
-    trained = [p for p in wrapped.parameters() if p.requires_grad]
-    groups = [{"params": trained[::2], "weight_decay": 0.1}, {"params": trained[1::2], "lr": 5e-4}]
+    trained = [(n.replace("_fsdp_wrapped_module.", ""), p) for n, p in wrapped.named_parameters() if p.requires_grad]
+    apart = [p for n, p in trained if n.removeprefix("module.").startswith(("up.", "low."))]
+    rest = [p for _, p in trained if not any(p is q for q in apart)]
+    groups = [{"params": apart, "weight_decay": 0.1}, {"params": rest, "lr": 5e-4}]
     return wrapped, optimizer(groups, lr=lr)
+
+
+def wrap_fsdp1(model, layout):
+    import warnings
+
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy
+
+    strategy, mesh = ShardingStrategy.FULL_SHARD, None
+    if layout.endswith("hybrid2x2"):
+        strategy = ShardingStrategy.HYBRID_SHARD
+        mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("rep", "shard"))
+    elif layout == "noshard2":
+        strategy = ShardingStrategy.NO_SHARD
+    elif layout == "gradop2":
+        strategy = ShardingStrategy.SHARD_GRAD_OP
+
+    def shard(module):
+        return FullyShardedDataParallel(
+            module,
+            sharding_strategy=strategy,
+            device_mesh=mesh,
+            use_orig_params=not layout.startswith("flat"),
+            device_id=torch.device("cpu"),
+        )
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # NO_SHARD is deprecated
+        for name in ("up", "still", "low"):
+            setattr(model, name, shard(getattr(model, name)))
+        return shard(model)
 
 
 def wrap(model, layout):
@@ -53,6 +112,8 @@ def wrap(model, layout):
 
     if layout == "one":
         return model
+    if layout in FSDP1:
+        return wrap_fsdp1(model, layout)
     if layout == "ddp2":
         return nn.parallel.DistributedDataParallel(model)
     plan = {"up": ColwiseParallel(), "down": RowwiseParallel()}
@@ -74,6 +135,8 @@ def wrap(model, layout):
 
 def expected(fqn, shape, dtype):
     """Value that the global tensor of this name has in every layout, by its name alone."""
+    if fqn.endswith(".step"):
+        fqn = "step"  # parameters of one flat parameter share it
     generator = torch.Generator().manual_seed(zlib.crc32(fqn.encode()))
     if dtype.is_floating_point:
         return torch.randn(shape, generator=generator).to(dtype)
@@ -100,6 +163,8 @@ def wrong(state, *, salt=""):
 
 
 def _region(whole, region):
+    if isinstance(region, Run):
+        return whole.flatten()[region.start : region.stop]
     for d, (start, size) in enumerate(zip(region.offsets, region.sizes, strict=True)):
         whole = whole.narrow(d, start, size)
     return whole
@@ -109,11 +174,18 @@ def make_moments(model, optimizer):
     """Adam's states for every trained parameter, as one step would make them, without a step."""
     for group in optimizer.param_groups:
         for p in group["params"]:
-            optimizer.state[p] = {
-                "step": torch.tensor(3.0),
-                "exp_avg": torch.zeros_like(p),
-                "exp_avg_sq": torch.zeros_like(p),
-            }
+            if p.numel() or not (p.dim() == 1 and model_is_fsdp1(model)):  # FSDP1: no element here, no state
+                optimizer.state[p] = {
+                    "step": torch.tensor(3.0),
+                    "exp_avg": torch.zeros_like(p),
+                    "exp_avg_sq": torch.zeros_like(p),
+                }
+
+
+def model_is_fsdp1(model):
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    return isinstance(model, FullyShardedDataParallel)
 
 
 def zero(model, optimizer):

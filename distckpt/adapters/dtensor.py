@@ -14,6 +14,7 @@ import itertools
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from torch.distributed.tensor.placement_types import _StridedShard
 
@@ -67,6 +68,24 @@ def like(template: DTensor, shape: Sequence[int], dtype: torch.dtype) -> DTensor
         return torch.empty_like(template, dtype=dtype)  # type: ignore[return-value]
     local = torch.empty(tuple(shape), dtype=dtype, device=local_of(template).device)
     return DTensor.from_local(local, template.device_mesh, [Replicate()] * template.device_mesh.ndim, run_check=False)
+
+
+def with_local(template: DTensor, local: torch.Tensor) -> DTensor:
+    """Return a DTensor over this local tensor, laid out like `template`."""
+    return DTensor.from_local(
+        local,
+        template.device_mesh,
+        template.placements,
+        run_check=False,
+        shape=template.shape,
+        stride=template.stride(),
+    )
+
+
+def reshard(module: Any) -> None:
+    """Have a module of FSDP2 hold only its shards, as it does between steps anyway."""
+    if isinstance(module, FSDPModule):
+        module.reshard()
 
 
 def local_of(tensor: DTensor) -> torch.Tensor:

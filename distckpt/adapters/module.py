@@ -1,4 +1,4 @@
-"""Models: plain modules, DDP, and modules whose parameters are DTensors (FSDP2, TP, HSDP).
+"""Models: their parameters (as slots), persistent buffers and extra state; and accumulated gradients.
 
 Fqns are those of the bare model: wrappers (DDP, torch.compile, activation checkpointing) leave no trace in them.
 Tied parameters are stored once, under the first name; the others are aliases.
@@ -6,63 +6,27 @@ Tied parameters are stored once, under the first name; the others are aliases.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
-from torch.nn.parallel import DistributedDataParallel
 
-from distckpt.adapters import tensors
+from distckpt.adapters import dtensor, tensors
 from distckpt.adapters.dtensor import private
+from distckpt.adapters.fsdp1 import FlatSlot
+from distckpt.adapters.slots import clean, gather_nothing, named_buffers, named_modules, named_slots
 from distckpt.errors import Mismatch, Unsupported
 from distckpt.state import State, plain
 from distckpt.statedict import insert
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Hashable, Iterator
 
     import torch
 
+    from distckpt.adapters.slots import Slot
     from distckpt.state import GlobalTensor, Saved
-
-_WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.")
-
-
-def bare(module: nn.Module) -> nn.Module:
-    """Module without the wrappers around it that change every name."""
-    while isinstance(module, DistributedDataParallel) or hasattr(module, "_orig_mod"):
-        module = module.module if isinstance(module, DistributedDataParallel) else module._orig_mod  # type: ignore[assignment]
-    return module
-
-
-def clean(name: str) -> str:
-    """Fqn for a name that torch gives: wrappers within the model stripped."""
-    for wrapper in _WRAPPERS:
-        name = name.replace(wrapper, "")
-    return name
-
-
-def named_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """(fqn, parameter) of a model, tied ones under each of their names, in the order of the modules."""
-    for name, parameter in bare(module).named_parameters(remove_duplicate=False):
-        yield clean(name), parameter
-
-
-def _named_buffers(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """(fqn, buffer) of every persistent buffer."""
-    for lead, owner in bare(module).named_modules(remove_duplicate=False):
-        for name, buffer in owner.named_buffers(recurse=False, remove_duplicate=False):
-            if name not in owner._non_persistent_buffers_set:
-                yield clean(f"{lead}.{name}" if lead else name), buffer
-
-
-def keeps_replicas_equal(module: nn.Module) -> bool:
-    """Whether DDP keeps plain parameters equal on all ranks.
-
-    Of others (local experts, a model that nobody wrapped) it is found out at each save: what differs, each rank keeps.
-    """
-    return any(isinstance(m, DistributedDataParallel) for m in module.modules())
 
 
 class ModuleAdapter:
@@ -77,35 +41,33 @@ class ModuleAdapter:
         """See Stateful.capture. FSDP modules are resharded first, as they are between steps anyway."""
         captured = self._tensors()
         extra = {
-            clean(name): owner.get_extra_state()
-            for name, owner in bare(self._module).named_modules()
+            name: owner.get_extra_state()
+            for name, owner in named_modules(self._module)
             if type(owner).get_extra_state is not nn.Module.get_extra_state
         }
         return State.merged([captured, tensors.capture_tree(self._extra, extra)] if extra else [captured])
 
     def _tensors(self) -> State:
         for owner in self._module.modules():
-            if isinstance(owner, FSDPModule):
-                owner.reshard()
-        state, first = State(), dict[int, str]()
+            dtensor.reshard(owner)
+        state, first = State(), dict[Any, str]()
 
-        def add(name: str, tensor: torch.Tensor, *, trusted: bool) -> None:
+        def add(name: str, key: Hashable, describe: Callable[[str], GlobalTensor]) -> None:
             fqn = f"{self._prefix}.{name}"
-            if id(tensor) in first:
-                state.aliases[fqn] = first[id(tensor)]
+            if key in first:
+                state.aliases[fqn] = first[key]
             else:
-                first[id(tensor)] = fqn
+                first[key] = fqn
                 if fqn in state.tensors:
                     raise Unsupported(
                         f"{fqn}: two tensors of the model have this name once wrappers are stripped from it"
                     )
-                state.tensors[fqn] = tensors.describe(tensor, fqn, trusted=trusted)
+                state.tensors[fqn] = describe(fqn)
 
-        equal = keeps_replicas_equal(self._module)
-        for name, parameter in named_parameters(self._module):
-            add(name, parameter, trusted=equal or isinstance(parameter, DTensor))
-        for name, buffer in _named_buffers(self._module):
-            add(name, buffer, trusted=False)
+        for name, slot in named_slots(self._module):
+            add(name, slot.key, slot.whole)
+        for name, buffer in named_buffers(self._module):
+            add(name, id(buffer), partial(tensors.describe, buffer, trusted=False))
         return state
 
     def targets(self, saved: Saved) -> State:
@@ -118,8 +80,9 @@ class ModuleAdapter:
         self._made = tensors.tree_targets(self._extra, saved)
         made: dict[str, GlobalTensor] = {fqn: plain(t, fqn, trusted=False) for fqn, t in self._made.items()}
         takes = {self._extra: True} if owners else {}
+        gather_nothing(self._module)
         live = self._tensors()
-        named = [f"{self._prefix}.{name}" for name, _ in named_parameters(self._module)]
+        named = [f"{self._prefix}.{name}" for name, _ in named_slots(self._module)]
         tensors.refuse_own_values(self._prefix, named, saved)
         if shared := [fqn for fqn, t in live.tensors.items() if any(_is_expanded(s.tensor) for s in t.shards)]:
             raise Mismatch(
@@ -129,9 +92,9 @@ class ModuleAdapter:
         return State.merged([live, State(made, objects=takes)])
 
     def _extra_owners(self) -> Iterator[tuple[str, nn.Module]]:
-        for name, owner in bare(self._module).named_modules():
+        for name, owner in named_modules(self._module):
             if type(owner).set_extra_state is not nn.Module.set_extra_state:
-                yield clean(name), owner
+                yield name, owner
 
     def restore(self, saved: Saved) -> list[str]:
         """See Stateful.restore."""
@@ -152,7 +115,7 @@ class GradientAdapter:
 
     def __init__(self, module: nn.Module, prefix: str) -> None:
         self._module, self._prefix = module, prefix
-        self._made: list[tuple[nn.Parameter, torch.Tensor | None]] = []
+        self._made: list[tuple[torch.Tensor, torch.Tensor | None]] = []
 
     def capture(self) -> State:
         """See Stateful.capture. Unsupported where FSDP keeps gradients that it has not reduced yet."""
@@ -163,22 +126,35 @@ class GradientAdapter:
             )
         return State(
             {
-                f"{self._prefix}.{name}": tensors.describe(p.grad, f"{self._prefix}.{name}", trusted=False)
-                for name, p in bare(self._module).named_parameters()
-                if p.grad is not None
-                for name in [clean(name)]
+                f"{self._prefix}.{name}": tensors.describe(slot.parameter.grad, f"{self._prefix}.{name}", trusted=False)
+                for name, slot in self._slots()
+                if slot.parameter.grad is not None
             }
         )
+
+    def _slots(self) -> Iterator[tuple[str, Slot]]:
+        """Slots, each once. Unsupported where FSDP1 keeps gradients: it makes them views of its own in each step."""
+        seen = set()
+        for name, slot in named_slots(self._module):
+            if slot.key not in seen:
+                seen.add(slot.key)
+                if slot.parameter.grad is not None and isinstance(slot, FlatSlot):
+                    raise Unsupported(
+                        f"{self._prefix}.{name}: accumulated gradients of FSDP1 cannot be saved: save right after "
+                        "zero_grad(), or use FSDP2 (fully_shard)"
+                    )
+                yield name, slot
 
     def targets(self, saved: Saved) -> State:
         """See Stateful.targets."""
         state = State()
         self._made = []
         tensors.refuse_own_values(self._prefix, [n for n in saved.tensors if n.startswith(self._prefix + ".")], saved)
-        for name, p in bare(self._module).named_parameters():
-            fqn = f"{self._prefix}.{clean(name)}"
-            info = saved.tensors.get(fqn)
-            grad = tensors.empty_like(p.detach(), tuple(p.shape), p.dtype) if info else None
+        for name, slot in self._slots():
+            fqn, p = f"{self._prefix}.{name}", slot.parameter
+            if isinstance(slot, FlatSlot) and fqn in saved.tensors:
+                raise Mismatch(f"{fqn}: FSDP1 cannot take over accumulated gradients; save right after zero_grad()")
+            grad = tensors.empty_like(p.detach(), tuple(p.shape), p.dtype) if fqn in saved.tensors else None
             if grad is not None:
                 state.tensors[fqn] = tensors.describe(grad, fqn, trusted=False)
             self._made.append((p, grad))
@@ -201,14 +177,3 @@ def _unreduced(module: nn.Module) -> Iterator[str]:
                     whole = getattr(p, "_unsharded_param", None)  # set by the first all-gather
                     if private(p, "unsharded_accumulated_grad") is not None or getattr(whole, "grad", None) is not None:
                         yield clean(private(p, "_param_fqn") or "a parameter")
-
-
-def parallelism(module: nn.Module) -> str:
-    """How a model is parallel, in words: recorded with a checkpoint and compared at a resume."""
-    if isinstance(module, DistributedDataParallel):
-        return "DistributedDataParallel"
-    sharded = next((p for p in module.parameters() if isinstance(p, DTensor)), None)
-    if sharded is None:
-        return "plain"
-    mesh = sharded.device_mesh
-    return f"DTensor on a mesh of {dict(zip(mesh.mesh_dim_names or (), mesh.shape, strict=False)) or tuple(mesh.shape)}"

@@ -1,8 +1,11 @@
-"""Optimizer state by fqn, for any torch optimizer over any parameters that the other adapters know.
+"""Optimizer state by fqn, for any torch optimizer over any parameters that slots know.
 
 Each state of a parameter that is a tensor is `prefix.<fqn>.<state>`; a tensor subclass (torchao's 8-bit state) is the
 tensors it flattens into. Everything else is one object: parameter groups as lists of fqns with their
 hyper-parameters, and the states that are not tensors.
+
+A state of a sharded parameter that is not laid out like the shard (Adafactor's factors, blocks of 8-bit states) cannot
+be resharded: each rank keeps its own, with the place of its shard, and only the same place can take it back.
 
 Invariant: `step()` is never called to make state exist. What a fresh optimizer lacks is made from the checkpoint's own
 description, and handed over only when it is filled.
@@ -10,33 +13,62 @@ description, and handed over only when it is filled.
 
 from __future__ import annotations
 
-import sys
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.distributed.tensor import DTensor
 
-from distckpt.adapters import dtensor, tensors
-from distckpt.adapters.module import keeps_replicas_equal, named_parameters
-from distckpt.errors import FormatError, Mismatch, Unsupported
-from distckpt.format.text import shown
-from distckpt.state import State, torch_dtype
+from distckpt import comm
+from distckpt.adapters import groups, subclasses, tensors
+from distckpt.adapters.slots import named_slots
+from distckpt.errors import Mismatch, Unsupported
+from distckpt.format.box import Box
+from distckpt.state import GlobalTensor, JoinedObject, RankObject, State, plain, torch_dtype
 from distckpt.statedict import insert, references
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Mapping
 
     from torch import nn
     from torch.optim import Optimizer
 
-    from distckpt.format.manifest import TensorInfo
+    from distckpt.adapters.groups import Named
+    from distckpt.adapters.slots import Slot
     from distckpt.state import Saved
-
-_OWN_FLAGS = {"params", "param_names", "foreach", "fused", "capturable", "differentiable"}
-"""Keys of a group that say how this process computes, not what: they stay the live optimizer's own."""
 
 _SCALARS = {"step", "eta", "mu", "mu_product"}
 """States of torch's optimizers that are 0-d whatever the parameter's shape."""
+
+
+@dataclass(slots=True)
+class _Loading:
+    """What `targets` prepares and `restore` hands over.
+
+    made: tensors that values refer to. states: new states by parameter. scalars: (fqn, its scalar state, that of the
+    flat parameter it is a part of), which must turn out equal.
+    """
+
+    saved: Saved
+    state: State
+    made: dict[str, torch.Tensor] = field(default_factory=dict)
+    states: dict[torch.Tensor, dict[str, Any]] = field(default_factory=dict)
+    scalars: list[tuple[str, torch.Tensor, torch.Tensor]] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+
+    def fresh(self, key: str, template: torch.Tensor) -> torch.Tensor:
+        """Return memory for a tensor that a value refers to."""
+        if key not in self.saved.tensors:
+            raise Mismatch(f"{key}: the optimizer's object names it, the checkpoint has no such tensor")
+        info = self.saved.tensors[key]
+        self.made[key] = tensors.empty_like(template, info.shape, torch_dtype(info.dtype))
+        return self.made[key]
+
+    def refuse(self, key: str, was: str) -> None:
+        """Enter the problem that a state cannot be resharded."""
+        self.problems.append(
+            f"{key}: is not laid out element by element like its parameter (it is {was}), so it cannot be resharded: "
+            'resume with the layout it was saved with, or load the model alone (only=("model",))'
+        )
 
 
 class OptimizerAdapter:
@@ -44,296 +76,259 @@ class OptimizerAdapter:
 
     def __init__(self, optimizer: Optimizer, models: Mapping[str, nn.Module], prefix: str) -> None:
         self._optimizer, self._models, self._prefix = optimizer, models, prefix
-        self._made: dict[str, torch.Tensor] = {}
-        self._states: dict[torch.Tensor, dict[str, Any]] = {}
+        self._of_rank = f"{prefix}.@rank"
+        """Object of the states that cannot be resharded, and lead (with the rank's number) of their tensors."""
+        self._loading: _Loading | None = None
 
-    # -- names -------------------------------------------------------------------------------------------------
-
-    def _names(self) -> dict[int, str]:
-        """Fqn of each parameter by identity, checked to name every parameter of every group."""
-        names: dict[int, str] = {}
+    def _slots(self) -> list[Named]:
+        """(fqn, slot, index of the group) of every parameter, each once, in the order of the groups."""
+        of_parameter: dict[int, dict[Any, tuple[str, Slot]]] = {}
         for lead, model in self._models.items():
-            for name, parameter in named_parameters(model):
-                names.setdefault(id(parameter), f"{lead}.{name}" if lead else name)
+            for name, slot in named_slots(model):
+                fqn = f"{lead}.{name}" if lead else name
+                of_parameter.setdefault(id(slot.parameter), {}).setdefault(slot.key, (fqn, slot))
+        found = []
         for g, group in enumerate(self._optimizer.param_groups):
             for i, p in enumerate(group["params"]):
-                if id(p) not in names:
+                if id(p) not in of_parameter:
                     raise Unsupported(
                         f"{self._prefix}: parameter {i} of group {g}, shape {tuple(p.shape)}, belongs to no "
                         "model of this state: pass its model too, and make the optimizer after wrapping the model"
                     )
-        return names
-
-    def _parameters(self) -> Iterator[tuple[str, torch.Tensor, dict[str, Any]]]:
-        """Yield (fqn, parameter, its group)."""
-        names = self._names()
-        for group in self._optimizer.param_groups:
-            for p in group["params"]:
-                yield names[id(p)], p, group
+                found += [(fqn, slot, g) for fqn, slot in of_parameter[id(p)].values()]
+        return found
 
     # -- save --------------------------------------------------------------------------------------------------
 
     def capture(self) -> State:
         """See Stateful.capture."""
-        captured = State()
+        captured, slots = State(), self._slots()
         values: dict[str, dict[str, Any]] = {}
-        equal = all(keeps_replicas_equal(model) for model in self._models.values())
-        for fqn, p, _ in self._parameters():
-            trusted = equal or isinstance(p, DTensor)
-            for name, value in self._optimizer.state.get(p, {}).items():
-                key = f"{self._prefix}.{fqn}.{name}"
-                found, rest = self._one_state(key, value, p)
-                captured.tensors.update({f: tensors.describe(t, f, trusted=trusted) for f, t in found.items()})
+        of_rank: dict[str, dict[str, Any]] = {}
+        schemas = self._schemas(slots)
+        for fqn, slot, g in slots:
+            state, lead = self._optimizer.state.get(slot.parameter, {}), f"{self._prefix}.{fqn}."
+            if not state and not slot.held:
+                captured.tensors.update(_absent(slot, lead, schemas.get(g, {})))
+            for name, value in state.items():
+                found, rest = self._one_state(lead + name, value, slot)
+                if found is None:
+                    kept = of_rank.setdefault(fqn, {"place": _place(slot), "states": {}})
+                    kept["states"][name] = self._keep(captured, f"{fqn}.{name}", value)
+                    continue
+                captured.tensors.update(found)
                 if rest is not None:
                     values.setdefault(fqn, {})[name] = rest[0]
-        names = self._names()
-        groups = [
-            {k: self._hyper(v, k) for k, v in group.items() if k not in {"params", "param_names"}}
-            | {"params": [names[id(p)] for p in group["params"]]}
-            for group in self._optimizer.param_groups
-        ]
-        captured.objects[self._prefix] = {
-            "optimizer": type(self._optimizer).__name__,
-            "groups": groups,
-            "values": values,
-        }
+        described = groups.described(self._optimizer, slots, self._prefix)
+        whole = {"optimizer": type(self._optimizer).__name__, "groups": described, "values": values}
+        captured.objects[self._prefix] = JoinedObject(whole, joins="params")
+        if of_rank:
+            captured.objects[self._of_rank] = RankObject(of_rank, "derive")
         return captured
 
-    @staticmethod
-    def _one_state(key: str, value: Any, p: torch.Tensor) -> tuple[dict[str, torch.Tensor], tuple[Any] | None]:
-        """Return (tensors by fqn, the value that goes into the object, if there is one)."""
-        if isinstance(value, DTensor):
-            if is_flattened(local := dtensor.local_of(value)):
-                raise Unsupported(
-                    f"{key}: a DTensor over {type(local).__qualname__} cannot be saved: its blocks are cut per rank, "
-                    "and another world size could not read them; use this optimizer on unsharded parameters"
-                )
-            return {key: value}, None
-        if isinstance(value, torch.Tensor) and is_flattened(value):
-            flat = _flatten(value, key)
-            return flat[0], (flat[1],)
-        if isinstance(value, torch.Tensor):
-            if isinstance(p, DTensor) and value.dim() > 0:
-                raise Unsupported(
-                    f"{key}: a plain tensor of shape {tuple(value.shape)} for a parameter that is a DTensor of shape "
-                    f"{tuple(p.shape)}: which part of a global state it is cannot be known"
-                )
-            return {key: value}, None
-        rest, found = tensors.extract(value, key)
-        return found, (rest,)
+    def _schemas(self, slots: list[Named]) -> dict[int, dict[str, tuple[bool, torch.dtype | None]]]:
+        """States of a parameter of each group: name -> (0-d, dtype where it is not the parameter's).
 
-    def _hyper(self, value: Any, name: str) -> Any:
-        if isinstance(value, torch.Tensor):
-            if value.dim():
-                raise Unsupported(f"{self._prefix}: hyper-parameter {name} is a tensor of shape {tuple(value.shape)}")
-            return value.item()
-        if isinstance(value, (list, tuple)):
-            return type(value)(self._hyper(v, name) for v in value)
-        return value
+        A rank without an element of a parameter has no state for it, but says what those with elements say of it, so
+        that all say the same.
+        """
+        found: dict[int, dict[str, tuple[bool, torch.dtype | None]]] = {}
+        for _, slot, g in slots:
+            if g not in found and (state := self._optimizer.state.get(slot.parameter)):
+                found[g] = {
+                    name: (value.dim() == 0, None if value.dtype == slot.parameter.dtype else value.dtype)
+                    for name, value in state.items()
+                    if isinstance(value, torch.Tensor) and not subclasses.is_flattened(value)
+                }
+        return found
+
+    def _one_state(self, key: str, value: Any, slot: Slot) -> tuple[dict[str, GlobalTensor] | None, tuple[Any] | None]:
+        """Return (tensors by fqn, the value that goes into the object, if any); no tensors: it is for `_keep`."""
+        rest: tuple[Any] | None = None
+        if subclasses.is_flattened(value):
+            flat, described = subclasses.flatten(value, key)
+            rest = (described,)
+        elif isinstance(value, torch.Tensor):
+            if value.dim() == 0:
+                return {key: slot.scalar(value, key)}, None
+            part = slot.part(value, key)
+            if part is not None:
+                return {key: part}, None
+            flat = {key: value}
+        else:
+            tree, flat = tensors.extract(value, key)
+            rest = (tree,)
+        if flat and slot.sharded:
+            return None, None
+        return {f: tensors.describe(t, f, trusted=slot.trusted) for f, t in flat.items()}, rest
+
+    def _keep(self, captured: State, key: str, value: Any) -> Any:
+        """Enter a state that only this rank, with this shard, can take back; return it with TensorRefs."""
+        lead = f"{self._of_rank}{comm.current().rank}.{key}"
+        if subclasses.is_flattened(value):
+            flat, rest = subclasses.flatten(value, lead)
+        else:
+            rest, flat = tensors.extract(value, lead)
+        captured.tensors.update({fqn: plain(t.detach(), fqn, trusted=True) for fqn, t in flat.items()})
+        return rest
 
     # -- load --------------------------------------------------------------------------------------------------
 
     def targets(self, saved: Saved) -> State:
         """See Stateful.targets. What the live optimizer holds is filled in place; the rest is made, uninitialised."""
-        self._made, self._states = {}, {}
+        self._loading = None
         if self._prefix not in saved.objects:
             return State(objects={self._prefix: True})
-        _check_form(saved.objects[self._prefix], self._prefix)
-        self._groups(saved)
-        by_parameter = self._saved_states(saved)
-        values = {saved.rename(fqn): v for fqn, v in saved.objects[self._prefix]["values"].items()}
-        wanted: dict[str, torch.Tensor] = {}
-        for fqn, p, group in self._parameters():
-            live, new = self._optimizer.state.get(p, {}), dict[str, Any]()
-            lead = f"{self._prefix}.{fqn}."
-            for name, value in values.get(fqn, {}).items():
-                for key in _flattened_names(value, lead + name) or [*references(value)]:
-                    self._made[key] = wanted[key] = _fresh(saved, key, torch.empty(0, device=p.device))
-                new[name] = value
-            for key in by_parameter.get(fqn, []):
-                name = key.removeprefix(lead)
-                if key not in wanted:
-                    new[name] = wanted[key] = _state_tensor(saved.tensors[key], name, p, group, live.get(name))
-            self._states[p] = new
-        tensors.refuse_own_values(self._prefix, wanted, saved)
-        found = {key: tensors.describe(t, key) for key, t in wanted.items()}
-        return State(found, objects={self._prefix: True})
+        content, slots = saved.objects[self._prefix], self._slots()
+        groups.check_form(content, self._prefix)
+        names = groups.names_of(content, slots, saved.rename, self._prefix)
+        groups.matched(self._optimizer, content, slots, names, self._prefix)
+        saved_name = {fqn: p for p, fqn in names.items()}
+        keys = self._saved_keys(saved, content)
+        loading = self._loading = _Loading(saved, State(objects={self._prefix: True}))
+        for key in references(content["groups"]):
+            loading.state.tensors[key] = plain(loading.fresh(key, torch.empty(0)), key, trusted=True)
+        for fqn, slot, g in slots:
+            loading.states.setdefault(slot.parameter, {})
+            was = saved_name.get(fqn, fqn)
+            for name, value in content["values"].get(was, {}).items():
+                _value_target(loading, f"{self._prefix}.{was}.", name, value, slot)
+            for name, key in keys.get(was, {}).items():
+                if key not in loading.state.tensors:
+                    self._tensor_target(loading, key, name, slot, self._optimizer.param_groups[g])
+        self._rank_targets(loading, {fqn: slot for fqn, slot, _ in slots})
+        if loading.problems:
+            raise Mismatch("\n".join(loading.problems))
+        tensors.refuse_own_values(self._prefix, loading.state.tensors, saved)
+        return loading.state
 
-    def _saved_states(self, saved: Saved) -> dict[str, list[str]]:
-        """Fqns of saved state tensors, by the parameter (of this optimizer) that they belong to."""
-        mine = {fqn for fqn, _, _ in self._parameters()}
+    def _saved_keys(self, saved: Saved, content: Any) -> dict[Any, dict[str, str]]:
+        """Saved state tensors, parameter -> state -> fqn."""
+        known = {str(p): p for group in content["groups"] for p in group["params"]}
+        known |= {saved.rename(p): p for p in known.values() if isinstance(p, str)}
         lead = self._prefix + "."
-        found: dict[str, list[str]] = {}
+        found: dict[Any, dict[str, str]] = {}
         for key in saved.tensors:
             if key.startswith(lead):
-                fqn = key.removeprefix(lead)
-                while (cut := fqn.rpartition(".")[0]) and fqn not in mine:
-                    fqn = cut
-                if fqn in mine:
-                    found.setdefault(fqn, []).append(key)
+                parameter = key.removeprefix(lead)
+                while (cut := parameter.rpartition(".")[0]) and parameter not in known:
+                    parameter = cut
+                if parameter in known:
+                    found.setdefault(known[parameter], {})[key.removeprefix(f"{lead}{parameter}.")] = key
         return found
 
-    def _groups(self, saved: Saved) -> list[dict[str, Any]]:
-        """Saved hyper-parameters for each live group, matched by fqn. Mismatch, with every problem."""
-        names = self._names()
-        of_parameter = {
-            saved.rename(fqn): group for group in saved.objects[self._prefix]["groups"] for fqn in group["params"]
-        }
-        found, problems = [], []
-        for g, group in enumerate(self._optimizer.param_groups):
-            fqns = [names[id(p)] for p in group["params"]]
-            if missing := [f for f in fqns if f not in of_parameter]:
-                problems.append(f"{self._prefix}: the saved optimizer did not have {_shown(missing)} (group {g})")
-                continue
-            hypers = {id(of_parameter[f]): of_parameter[f] for f in fqns}
-            if len({str({k: v for k, v in h.items() if k != "params"}) for h in hypers.values()}) > 1:
-                problems.append(f"{self._prefix}: group {g} joins parameters of {len(hypers)} saved groups that differ")
-            found.append(next(iter(hypers.values())) if hypers else {})
-        mine = {f for group in self._optimizer.param_groups for f in (names[id(p)] for p in group["params"])}
-        if extra := [f for f in of_parameter if f not in mine]:
-            problems.append(f"{self._prefix}: this optimizer does not have {_shown(extra)} of the saved one")
-        problems += self._other_kind(saved, of_parameter)
-        if problems:
-            raise Mismatch("\n".join(problems))
-        return found
+    def _tensor_target(self, loading: _Loading, key: str, name: str, slot: Slot, group: dict[str, Any]) -> None:
+        """Enter the memory that a saved state fills: the live tensor where there is one, else one made as the optimizer
+        would.
+        """  # noqa: D205
+        info = loading.saved.tensors[key]
+        dtype, shape = torch_dtype(info.dtype), slot.whole(key).shape
+        scalar = name in _SCALARS or (info.shape == () and shape != ())
+        if not slot.held:
+            loading.state.tensors[key] = slot.absent(dtype, key, scalar=scalar)
+            return
+        new, live = loading.states[slot.parameter], self._optimizer.state.get(slot.parameter, {}).get(name)
+        if scalar:
+            memory = live if name not in new and isinstance(live, torch.Tensor) and live.dim() == 0 else None
+            if memory is None:
+                on_device = group.get("capturable") or group.get("fused")
+                memory = torch.empty(info.shape, dtype=dtype, device=slot.parameter.device if on_device else "cpu")
+            if name in new:
+                loading.scalars.append((key, memory, new[name]))
+            new.setdefault(name, memory)
+            loading.state.tensors[key] = plain(memory, key, trusted=True)
+            return
+        for memory in (new.get(name), live, slot.empty(info.shape, dtype)):
+            if isinstance(memory, torch.Tensor) and not subclasses.is_flattened(memory):
+                part = slot.part(memory, key)
+                if part is not None and part.shape == info.shape:
+                    new[name], loading.state.tensors[key] = memory, part
+                    return
+        loading.refuse(key, f"a state of shape {list(info.shape)} of a parameter of shape {list(shape)}")
 
-    def _other_kind(self, saved: Saved, of_parameter: Mapping[str, dict[str, Any]]) -> list[str]:
-        """Why the saved state is that of another optimizer: one of another class, with other hyper-parameters."""
-        was, now = saved.objects[self._prefix]["optimizer"], type(self._optimizer).__name__
-        if was == now:
-            return []
-        known = {k for k, v in self._optimizer.defaults.items() if type(v) in {int, float, tuple}} - _OWN_FLAGS
-        lacking = {k for group in of_parameter.values() for k in known - group.keys()}
-        if not lacking:
-            return []
-        names = ", ".join(sorted(lacking))
-        text = f"{self._prefix}: saved from {was}, which has no {names}: {now} cannot go on from its state"
-        return [f'{text}; use {was}, or load the model alone (only=("model",))']
+    def _rank_targets(self, loading: _Loading, slots: Mapping[str, Slot]) -> None:
+        """Enter the states that cannot be resharded."""
+        saved = loading.saved
+        if self._of_rank not in saved.objects:
+            return
+        loading.state.objects[self._of_rank] = True
+        for fqn, kept in saved.objects[self._of_rank].items():
+            slot, place = slots.get(saved.rename(fqn)), kept["place"]
+            for name, value in kept["states"].items():
+                if saved.resharded or slot is None or place != _place(slot):
+                    was = f"a state beside {place['regions']} of {place['shape']} on one of {saved.world_size} ranks"
+                    loading.refuse(f"{self._prefix}.{fqn}.{name}", was)
+                    continue
+                for part in _inner(value, f"{self._of_rank}{saved.rank}.{fqn}.{name}"):
+                    memory = loading.fresh(part, torch.empty(0, device=slot.parameter.device))
+                    loading.state.tensors[part] = plain(memory, part, trusted=True)
+                loading.states[slot.parameter][name] = value
 
     def restore(self, saved: Saved) -> list[str]:
         """See Stateful.restore. A parameter without saved state has none afterwards, as with load_state_dict."""
-        if self._prefix not in saved.objects:
+        loading, self._loading = self._loading, None
+        if loading is None:
             return []
-        notes = []
-        saved_class = saved.objects[self._prefix]["optimizer"]
-        if saved_class != type(self._optimizer).__name__:
-            notes.append(f"{self._prefix}: saved from {saved_class}, loaded into {type(self._optimizer).__name__}")
-        for group, hyper in zip(self._optimizer.param_groups, self._groups(saved), strict=True):
-            for name, value in hyper.items():
-                if name not in _OWN_FLAGS:
-                    group[name] = _like_live(group.get(name), value)
-        for p, new in self._states.items():
+        if differing := [f"{key} is {a.item()}, not {b.item()}" for key, a, b in loading.scalars if a != b]:
+            raise Mismatch(
+                f"parameters of one flat parameter cannot have different states of this kind ({differing[0]}): use "
+                "FullyShardedDataParallel(use_orig_params=True)"
+            )
+        content, slots = saved.objects[self._prefix], self._slots()
+        names = groups.names_of(content, slots, saved.rename, self._prefix)
+        matching = groups.matched(self._optimizer, content, slots, names, self._prefix)
+        groups.take_over(self._optimizer, insert(matching, loading.made))
+        saved_name = {fqn: p for p, fqn in names.items()}
+        fqns = {id(slot.parameter): saved_name.get(fqn, fqn) for fqn, slot, _ in slots}
+        for p, new in loading.states.items():
             if new:
-                self._optimizer.state[p] = {name: self._finished(name, value, p) for name, value in new.items()}
+                finished = {name: self._finished(loading, f"{fqns[id(p)]}.{name}", v, p) for name, v in new.items()}
+                self._optimizer.state[p] = finished
             else:
                 self._optimizer.state.pop(p, None)
-        self._made, self._states = {}, {}
-        return notes
+        was, now = content["optimizer"], type(self._optimizer).__name__
+        return [f"{self._prefix}: saved from {was}, loaded into {now}"] if was not in {now, ""} else []
 
-    def _finished(self, name: str, value: Any, p: torch.Tensor) -> Any:
-        if isinstance(value, dict) and _SUBCLASS in value:
-            fqn = f"{self._prefix}.{self._names()[id(p)]}.{name}"
-            return _unflatten(value, fqn, self._made, self._optimizer)
-        return value if isinstance(value, torch.Tensor) else insert(value, self._made)
-
-
-def _check_form(value: Any, prefix: str) -> None:
-    """FormatError unless an object is one that `capture` makes."""
-    match value:
-        case {"optimizer": str(), "groups": [*groups], "values": dict(values)} if all(
-            isinstance(group, dict)
-            and isinstance(group.get("params"), list)
-            and all(isinstance(fqn, str) for fqn in group["params"])
-            for group in groups
-        ) and all(isinstance(state, dict) for state in values.values()):
-            return
-    raise FormatError(f"object {prefix} is not that of an optimizer: {shown(value)}")
+    def _finished(self, loading: _Loading, key: str, value: Any, p: torch.Tensor) -> Any:
+        if subclasses.is_description(value):
+            own = f"{self._of_rank}{loading.saved.rank}.{key}"
+            lead = own if f"{own}.{value['inner'][0]}" in loading.made else f"{self._prefix}.{key}"
+            return subclasses.unflatten(value, lead, loading.made, self._optimizer, p)
+        return value if isinstance(value, torch.Tensor) else insert(value, loading.made)
 
 
-def _shown(fqns: list[str]) -> str:
-    return ", ".join(fqns[:10]) + (f" and {len(fqns) - 10} more" if len(fqns) > 10 else "")
+def _inner(value: Any, key: str) -> list[str]:
+    """Names of the tensors that a state, saved under `key`, refers to."""
+    return subclasses.names_in(value, key) if subclasses.is_description(value) else [*references(value)]
 
 
-def _state_tensor(info: TensorInfo, name: str, p: torch.Tensor, group: dict[str, Any], live: Any) -> torch.Tensor:
-    """Memory for one saved state: the live tensor where there is one, else one made as the optimizer would."""
-    if isinstance(live, torch.Tensor) and tuple(live.shape) == info.shape and not is_flattened(live):
-        return live
-    if name in _SCALARS or (info.shape == () and p.dim()):
-        on_device = group.get("capturable") or group.get("fused")
-        return torch.empty(info.shape, dtype=torch_dtype(info.dtype), device=p.device if on_device else "cpu")
-    return tensors.empty_like(p.detach(), info.shape, torch_dtype(info.dtype))
-
-
-def _fresh(saved: Saved, key: str, template: torch.Tensor) -> torch.Tensor:
-    if key not in saved.tensors:
-        raise Mismatch(f"{key}: the optimizer's object names it, the checkpoint has no such tensor")
-    info = saved.tensors[key]
-    return tensors.empty_like(template, info.shape, torch_dtype(info.dtype))
-
-
-def _like_live(live: Any, value: Any) -> Any:
-    """Give the saved value in the live hyper-parameter's form: a tensor is filled in place, as graphs hold on to it."""
-    if isinstance(live, torch.Tensor):
-        return live.fill_(value)
-    return value
-
-
-# -- tensor subclasses (torchao's low-bit states), through __tensor_flatten__ ------------------------------------
-
-_SUBCLASS = "tensor_subclass"
-
-
-def is_flattened(tensor: torch.Tensor) -> bool:
-    """Whether a tensor is of a subclass that flattens into plain ones."""
-    return not isinstance(tensor, DTensor) and hasattr(tensor, "__tensor_flatten__")
-
-
-def _flatten(value: Any, key: str) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    names, context = value.__tensor_flatten__()
-    described = {
-        _SUBCLASS: type(value).__qualname__,
-        "module": type(value).__module__,
-        "inner": list(names),
-        "context": _context_to_values(context),
-        "shape": tuple(value.shape),
-        "stride": tuple(value.stride()),
-    }
-    return {f"{key}.{n}": getattr(value, n) for n in names}, described
-
-
-def _flattened_names(value: Any, key: str) -> list[str]:
-    return [f"{key}.{n}" for n in value["inner"]] if isinstance(value, dict) and _SUBCLASS in value else []
-
-
-def _unflatten(value: dict[str, Any], key: str, made: dict[str, torch.Tensor], optimizer: Optimizer) -> torch.Tensor:
-    """Tensor subclass from its parts. Its class must be of the optimizer's own package: a checkpoint picks no code."""
-    package = type(optimizer).__module__.partition(".")[0]
-    module = sys.modules.get(value["module"]) if value["module"].partition(".")[0] == package else None
-    found = getattr(module, value[_SUBCLASS], None)
-    if not (isinstance(found, type) and issubclass(found, torch.Tensor)):
-        raise Mismatch(
-            f"{key}: was a {value['module']}.{value[_SUBCLASS]}; a {type(optimizer).__module__}."
-            f"{type(optimizer).__qualname__} cannot take it over: use the optimizer it was saved from"
+def _value_target(loading: _Loading, lead: str, name: str, value: Any, slot: Slot) -> None:
+    """Enter a state that is no tensor, or one of several."""
+    new, key = loading.states[slot.parameter], lead + name
+    if (inner := _inner(value, key)) and slot.sharded:
+        loading.refuse(key, "a state of a parameter that was not sharded")
+        return
+    if name in new and new[name] != value:
+        loading.problems.append(
+            f"{key}: parameters of one flat parameter have different values of it ({new[name]!r}, {value!r}): use "
+            "FullyShardedDataParallel(use_orig_params=True)"
         )
-    inner = {n: made[f"{key}.{n}"] for n in value["inner"]}
-    whole: torch.Tensor = found.__tensor_unflatten__(  # type: ignore[attr-defined]
-        inner, _context_from_values(value["context"]), value["shape"], value["stride"]
-    )
-    return whole
+    new[name] = value
+    for part in inner:
+        made = loading.fresh(part, torch.empty(0, device=slot.parameter.device))
+        loading.state.tensors[part] = tensors.describe(made, part)
 
 
-def _context_to_values(context: Any) -> Any:
-    """Put what torch adds to a flattening context, dtypes and sizes, as values that the format has."""
-    if isinstance(context, torch.dtype):
-        return ("torch.dtype", str(context).removeprefix("torch."))
-    if isinstance(context, torch.Size):
-        return ("torch.Size", list(context))
-    return type(context)(map(_context_to_values, context)) if isinstance(context, (list, tuple)) else context
+def _absent(slot: Slot, lead: str, schema: Mapping[str, tuple[bool, torch.dtype | None]]) -> dict[str, GlobalTensor]:
+    return {
+        lead + name: slot.absent(dtype or slot.parameter.dtype, lead + name, scalar=scalar)
+        for name, (scalar, dtype) in schema.items()
+    }
 
 
-def _context_from_values(context: Any) -> Any:
-    if isinstance(context, tuple) and len(context) == 2 and context[0] == "torch.dtype":
-        return torch_dtype(context[1])
-    if isinstance(context, tuple) and len(context) == 2 and context[0] == "torch.Size":
-        return torch.Size(context[1])
-    return type(context)(map(_context_from_values, context)) if isinstance(context, (list, tuple)) else context
+def _place(slot: Slot) -> dict[str, Any]:
+    """What of a parameter this rank holds, as a value."""
+    found = slot.whole("a parameter")
+    regions = [shard.region for shard in found.shards]
+    told = [[[*r.offsets], [*r.sizes]] if isinstance(r, Box) else [r.start, r.stop] for r in regions]
+    return {"shape": list(found.shape), "regions": told}

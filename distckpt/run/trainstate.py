@@ -18,8 +18,9 @@ from torch import nn
 
 from distckpt import __version__, comm
 from distckpt.adapters import tensors
-from distckpt.adapters.module import GradientAdapter, ModuleAdapter, parallelism
+from distckpt.adapters.module import GradientAdapter, ModuleAdapter
 from distckpt.adapters.optimizer import OptimizerAdapter
+from distckpt.adapters.slots import parallelism
 from distckpt.errors import Mismatch, StateUnusable, StateWarning, Unsupported
 from distckpt.format.layout import is_name
 from distckpt.run.dataloader import DataLoaderAdapter

@@ -17,13 +17,15 @@ from typing import TYPE_CHECKING, Any
 
 from distckpt.comm import exchange, together
 from distckpt.errors import Mismatch, Unsupported
-from distckpt.format import objects, partition
+from distckpt.format import partition
+from distckpt.format.box import Run
 from distckpt.format.checksum import DIGEST_SIZE, crc_of, digest
-from distckpt.format.partition import Copies, Grid, Pieces, Split
+from distckpt.format.partition import Copies, FlatEven, Grid, Pieces, Split
+from distckpt.save.objects import encoded, of_rank, share
 from distckpt.state import Everywhere, Layout, Listed, RankObject, State, as_bytes
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
     import torch
 
@@ -85,10 +87,10 @@ def agree(
     def describe() -> bytes:
         nonlocal own
         state = capture()
-        own = _Own(state, _description(state), _encoded(state), _contents(state) if comm.world_size > 1 else {})
+        own = _Own(state, _description(state), encoded(state), _contents(state) if comm.world_size > 1 else {})
         parts = (
             own.description,
-            {k: digest(v) for k, v in own.encoded.items() if k not in _of_rank(state)},
+            {k: digest(v) for k, v in own.encoded.items() if k not in of_rank(state)},
             own.contents,
         )
         digests = b"".join(bytes.fromhex(digest(_dump(part))) for part in parts)
@@ -107,7 +109,11 @@ def agree(
     everyone = list(range(comm.world_size))
     distinct = [(everyone, own.description)] if same[0] else _distinct(comm, replies, cuts[0], own.description)
     _merge(agreement, distinct)
-    _divide_objects(comm, agreement, own, same=same[1])
+    if same[1]:
+        agreement.objects = {n: v for n, v in own.encoded.items() if n not in agreement.policies}
+    else:
+        agreement.objects = share(comm, own.state, own.encoded, agreement.policies, agreement.notes)
+    agreement.rank_objects = {n: v for n, v in own.encoded.items() if n in agreement.policies}
     if not same[2]:
         _tell_copies(comm, agreement, own, distinct)
     if check_replicas:
@@ -134,7 +140,7 @@ def _description(state: State) -> dict[str, Any]:
 
 def _layout_to_json(layout: Layout | Everywhere | Listed) -> Any:
     if isinstance(layout, Layout):
-        return [layout.grid.to_json(), [[s.count, s.stride] for s in layout.replicas]]
+        return [layout.held.to_json(), [[s.count, s.stride] for s in layout.replicas]]
     return layout.pieces.to_json() if isinstance(layout, Listed) else None
 
 
@@ -146,9 +152,9 @@ def _layout_from_json(data: Any, shape: Shape, first: int, steps: Split | None) 
         pieces = partition.from_json(data, shape)
         assert isinstance(pieces, Pieces)
         return Listed(pieces)
-    grid = partition.from_json(data[0], shape)
-    assert isinstance(grid, Grid)
-    return Layout(grid, tuple(Split(*s) for s in data[1]))
+    held = partition.from_json(data[0], shape)
+    assert isinstance(held, (Grid, FlatEven))
+    return Layout(held, tuple(Split(*s) for s in data[1]))
 
 
 def _steps(ranks: Sequence[int]) -> Split | None:
@@ -181,7 +187,10 @@ def _merge(agreement: Agreement, distinct: list[tuple[list[int], dict[str, Any]]
     world_size = sum(len(ranks) for ranks, _ in distinct)
     groups: dict[tuple[int, ...], list[int]] = {}
     steps: dict[tuple[int, ...], Split | None] = {}
-    for fqn, versions in sorted(holders.items()):
+    for fqn, said_by in sorted(holders.items()):
+        versions = _opinions(said_by, world_size)
+        if not versions:
+            continue
         shape, dtype, layout, _ = versions[0][1]
         if len({_dump(_placeless(said)) for _, said in versions}) > 1:
             told = "; ".join(
@@ -204,16 +213,48 @@ def _merge(agreement: Agreement, distinct: list[tuple[list[int], dict[str, Any]]
         raise Mismatch("ranks hold states that contradict each other:\n" + "\n".join(problems))
 
 
+def _opinions(said_by: list[tuple[list[int], list[Any]]], world_size: int) -> list[tuple[list[int], list[Any]]]:
+    """Descriptions of a tensor that count: by groups in which a rank, as they say, holds a part of it.
+
+    The others can but guess, from other tensors, whether it is there at all, and in which dtype.
+    """
+    if len(said_by) == 1 and len(said_by[0][0]) == world_size:
+        return said_by
+    return [
+        (ranks, said)
+        for ranks, said in said_by
+        if said[2] is None
+        or not _ranks_of(_layout_from_json(said[2], tuple(said[0]), ranks[0], None)).isdisjoint(ranks)
+    ]
+
+
+def _ranks_of(layout: Layout | Listed) -> set[int]:
+    """Ranks that hold a part of a tensor."""
+    if isinstance(layout, Listed):
+        return {rank for rank, _ in layout.pieces.pieces}
+    held = layout.held
+    if isinstance(held, FlatEven):
+        cells = [rank for rank, _ in held.overlapping(Run(0, prod(held.shape)))]
+    else:
+        cells = [held.first + sum(at) for at in _combined(s for splits in held.splits for s in splits)]
+    return {cell + sum(at) for cell in cells for at in _combined(layout.replicas)}
+
+
+def _combined(splits: Iterable[Split]) -> Iterator[tuple[int, ...]]:
+    """Rank offsets of every combination of chunks."""
+    return itertools.product(*(_offsets(s) for s in splits))
+
+
 def _held(layout: Layout | Listed, ranks: frozenset[int]) -> Layout | Listed:
     """Layout without the replicas that would lie on ranks which do not have the tensor at all.
 
     A mesh leaves out dimensions of its root mesh. Along some of them (data) ranks hold the same, along others
     (pipeline stages) different tensors: which it is, only the descriptions of all ranks together tell.
     """
-    if not isinstance(layout, Layout) or not layout.replicas:
+    if not isinstance(layout, Layout) or not layout.replicas or isinstance(layout.held, FlatEven):
         return layout
-    grid, replicas = layout.grid, layout.replicas
-    cells = [sum(at) for at in itertools.product(*(_offsets(s) for splits in grid.splits for s in splits))]
+    grid, replicas = layout.held, layout.replicas
+    cells = [sum(at) for at in _combined(s for splits in grid.splits for s in splits)]
     kept = {
         index
         for index in itertools.product(*(range(s.count) for s in replicas))
@@ -248,38 +289,7 @@ def _placeless(said: list[Any]) -> list[Any]:
 
 
 def _first_rank(layout: Layout | Listed) -> int:
-    return layout.grid.first if isinstance(layout, Layout) else min((r for r, _ in layout.pieces.pieces), default=0)
-
-
-# -- objects ---------------------------------------------------------------------------------------------------
-
-
-def _of_rank(state: State) -> set[str]:
-    return {name for name, value in state.objects.items() if isinstance(value, RankObject)}
-
-
-def _encoded(state: State) -> dict[str, bytes]:
-    return {
-        name: objects.encode(value.value if isinstance(value, RankObject) else value, name)
-        for name, value in state.objects.items()
-    }
-
-
-def _divide_objects(comm: Comm, agreement: Agreement, own: _Own, *, same: bool) -> None:
-    """Shared objects stay shared where all ranks that have one say the same; else each rank keeps its own."""
-    shared = {n: v for n, v in own.encoded.items() if n not in agreement.policies}
-    if not same:
-        told = exchange(comm, "comparing objects", _dump({name: digest(v) for name, v in shared.items()}))
-        versions: dict[str, set[str]] = {}
-        for reply in told:
-            for name, said in json.loads(reply).items():
-                versions.setdefault(name, set()).add(said)
-        for name, said in sorted(versions.items()):
-            if len(said) > 1 or not all(name in json.loads(reply) for reply in told):
-                agreement.policies[name] = "refuse"
-                agreement.notes.append(f"object {name} differs between ranks: each keeps its own")
-    agreement.objects = {n: v for n, v in shared.items() if n not in agreement.policies}
-    agreement.rank_objects = {n: v for n, v in own.encoded.items() if n in agreement.policies}
+    return layout.held.first if isinstance(layout, Layout) else min((r for r, _ in layout.pieces.pieces), default=0)
 
 
 # -- replicas that are not equal by construction ------------------------------------------------------------------

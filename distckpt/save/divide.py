@@ -1,17 +1,18 @@
 """Who writes what: a partition for each tensor, so that replicas write equal bytes. Deterministic; no communication.
 
-A cell that several ranks hold alike is sliced between them where it is large, else dealt to the one with least to
-write. The result stands in the manifest; no reader repeats the choice.
+A cell that several ranks hold alike is sliced between them where it is large, else (flat runs, too) dealt to the one
+with least to write. The result stands in the manifest; no reader repeats the choice.
 """
 
 from __future__ import annotations
 
 import heapq
+from dataclasses import replace
 from math import prod
 from typing import TYPE_CHECKING
 
 from distckpt.format.dtype import item_size
-from distckpt.format.partition import Copies, Grid, Partition, Split
+from distckpt.format.partition import Copies, FlatEven, Grid, Partition, Split
 from distckpt.state import Layout, Listed
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ def divide(tensors: Mapping[str, Agreed]) -> dict[str, Partition]:
             case Listed():
                 partitions[fqn] = tensor.layout.pieces
             case Layout():
-                partitions[fqn] = _divide_grid(tensor, tensor.layout, loads)
+                partitions[fqn] = _divide(tensor, tensor.layout, loads)
     return partitions
 
 
@@ -43,22 +44,25 @@ def _largest_first(item: tuple[str, Agreed]) -> tuple[int, str]:
     return -prod(tensor.shape) * item_size(tensor.dtype), fqn
 
 
-def _divide_grid(tensor: Agreed, layout: Layout, loads: dict[tuple[Split, ...], list[tuple[int, int]]]) -> Grid:
-    grid, replicas = layout.grid, layout.replicas
+def _divide(tensor: Agreed, layout: Layout, loads: dict[tuple[Split, ...], list[tuple[int, int]]]) -> Partition:
+    held, replicas = layout.held, layout.replicas
     if not replicas:
-        return grid
+        return held
     count = prod(s.count for s in replicas)
-    cell = grid.cell([[0] * len(splits) for splits in grid.splits])
-    nbytes = cell.numel * item_size(tensor.dtype)
-    longest = max(range(len(cell.sizes)), key=lambda d: cell.sizes[d], default=None)
-    if longest is not None and nbytes >= SLICE_BYTES * count and cell.sizes[longest] >= count:
-        splits = [list(s) for s in grid.splits]
-        splits[longest] += replicas
-        return Grid(grid.shape, tuple(map(tuple, splits)), grid.first)
+    if isinstance(held, FlatEven):
+        nbytes = min(prod(held.shape), held.period) * item_size(tensor.dtype)
+    else:
+        cell = held.cell([[0] * len(splits) for splits in held.splits])
+        nbytes = cell.numel * item_size(tensor.dtype)
+        longest = max(range(len(cell.sizes)), key=lambda d: cell.sizes[d], default=None)
+        if longest is not None and nbytes >= SLICE_BYTES * count and cell.sizes[longest] >= count:
+            splits = [list(s) for s in held.splits]
+            splits[longest] += replicas
+            return Grid(held.shape, tuple(map(tuple, splits)), held.first)
     heap = loads.setdefault(replicas, [(0, i) for i in range(count)])
     load, replica = heapq.heappop(heap)
     heapq.heappush(heap, (load + nbytes, replica))
-    return Grid(grid.shape, grid.splits, grid.first + _rank_offset(replicas, replica))
+    return replace(held, first=held.first + _rank_offset(replicas, replica))
 
 
 def _rank_offset(replicas: tuple[Split, ...], index: int) -> int:

@@ -339,7 +339,7 @@ def test_values_of_their_own_are_refused_at_another_world_size_unless_one_ranks_
 
 
 def test_replicas_that_should_be_equal_and_are_not_are_found_when_asked(monkeypatch):
-    monkeypatch.setattr("distckpt.adapters.module.keeps_replicas_equal", lambda model: True)  # as if DDP did
+    monkeypatch.setattr("distckpt.adapters.slots.keeps_replicas_equal", lambda model: True)  # as if DDP did
     store = MemoryStore()
 
     def save(comm):
