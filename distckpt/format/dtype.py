@@ -38,6 +38,9 @@ _UNTAGGED = {
 TAG_SIZE: dict[str, int] = {tag: size for size, tag in _TAGGED.values()}
 """Bytes of one element, by safetensors tag."""
 
+DTYPE_OF_TAG: dict[str, str] = {tag: name for name, (_, tag) in _TAGGED.items()}
+"""Torch's name of a dtype, by safetensors tag."""
+
 ITEM_SIZE: dict[str, int] = {name: size for name, (size, _) in _TAGGED.items()} | _UNTAGGED
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from distckpt.comm import exchange, together
 from distckpt.errors import Mismatch
 from distckpt.load.plan import Options, Plan, listed, plan, refuse_unexpected
-from distckpt.load.read import read
+from distckpt.load.read import read, refuse_damaged
 from distckpt.load.report import LoadReport
 from distckpt.state import Saved
 from distckpt.statedict import references
@@ -44,31 +44,39 @@ def load(
         nonlocal saved, made, targets
         saved, names, aliases = _offered(checkpoint, comm, options)
         targets = live.targets(saved)
-        made = plan(saved, names, aliases, targets, options)
-        for file in {item.file for item in made.items}:
-            checkpoint.data_file(file)
+        made = plan(saved, names, aliases, targets, options, unreadable=checkpoint.unreadable)
+        made.unexpected = [n for n in made.unexpected if not _is_tied(checkpoint, n, names, targets)]
+        refuse_damaged(checkpoint, made.items)
         return bytes([bool(made.unexpected)])
 
-    left_over = together(comm, f"planning the load of {checkpoint.directory}", prepare)
+    left_over = together(comm, f"planning the load of {checkpoint.name}", prepare)
     assert saved is not None
     assert made is not None
     assert targets is not None
     items, offered = made.items, saved
     if any(has_some != b"\0" for has_some in left_over):
         made.unexpected = _taken_by_none(comm, made.unexpected)
-        if options.strict:
-            refuse_unexpected(made.unexpected, targets)
+        refuse_unexpected(filter(options.strict_about, made.unexpected), targets)
+    if options.verify:
+        together(comm, f"verifying {checkpoint.name}", lambda: checkpoint.verify(items))
     about_to_change()
-    together(comm, f"reading {checkpoint.directory}", lambda: read(checkpoint, items))
+    together(comm, f"reading {checkpoint.name}", lambda: read(checkpoint, items))
     report = LoadReport(step, made.loaded, made.missing, made.unexpected, made.cast, made.notes)
+    report.unverified = checkpoint.unverified(items)
 
     def restore() -> None:
         report.notes += live.restore(offered)
 
-    together(comm, f"restoring {checkpoint.directory}", restore)
+    together(comm, f"restoring {checkpoint.name}", restore)
     report.bytes_read = checkpoint.bytes_read
     report.seconds = time.monotonic() - started
     return report
+
+
+def _is_tied(checkpoint: Checkpoint, name: str, names: dict[str, str], targets: State) -> bool:
+    """Whether a saved tensor that nobody takes is, bit for bit, the one that its name is tied to here."""
+    first = targets.aliases.get(name)
+    return first in names and name in names and checkpoint.same(names[name], names[first])
 
 
 def _taken_by_none(comm: Comm, unexpected: list[str]) -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import bisect
 import threading
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from distckpt.errors import Corrupt, FormatError, KeyMissing, KeyTruncated, NewerFormat, NotACheckpoint
 from distckpt.format import datafile, manifest, objects
@@ -15,9 +15,11 @@ from distckpt.store.base import read_all
 
 if TYPE_CHECKING:
     from array import array
+    from collections.abc import Iterable, Mapping, Sequence
 
     from distckpt.format.datafile import Stored
-    from distckpt.format.manifest import FileInfo, Manifest
+    from distckpt.format.manifest import Manifest
+    from distckpt.load.plan import Item
     from distckpt.store.base import Store
 
 
@@ -29,12 +31,14 @@ class DataFile:
     """A data file whose header and checksum table have been verified; or (sums None) a file of another tool.
 
     `covered`: bytes that the table sums. `grain`: bytes that a read is rounded to: what can be verified alone.
+    `sequential`: its reads are to come one at a time, in order.
     """
 
     key: str
-    chunks: dict[str, Stored]
+    chunks: Mapping[str, Stored]
     sums: array[int] | None
     covered: int
+    sequential: bool = False
 
     @property
     def grain(self) -> int:
@@ -58,22 +62,56 @@ class DataFile:
         return [fqn_of(n) for n, c in self.chunks.items() if c.start < stop and c.stop > start] or ["the header"]
 
 
-class Checkpoint:
-    """One committed checkpoint. `bytes_read` counts what has been read of it, in bytes."""
+class Readable(Protocol):
+    """What a checkpoint needs of a store. See Store."""
 
-    def __init__(self, store: Store, directory: StepDir, content: Manifest) -> None:
+    def head(self, key: str) -> int:
+        """Bytes of a key."""
+        ...
+
+    def read(self, key: str, start: int, buffers: Sequence[memoryview]) -> None:
+        """Fill the buffers in order from byte `start` on."""
+        ...
+
+
+class Checkpoint:
+    """One committed checkpoint; `name` is what messages call it."""
+
+    def __init__(self, store: Readable, directory: StepDir, content: Manifest) -> None:
         self.store, self.directory, self.manifest = store, directory, content
-        self.bytes_read = 0
+        self.name = str(directory)
+        self.foreign = False
+        """Whether it is of another tool: such a one has no values of ranks, environment or generators."""
+        self.unreadable: Mapping[str, str] = {}
+        """Objects that are there and cannot be read safely, with the reason. Not in the manifest."""
+        self._bytes_read = 0
         self._files: dict[int, DataFile] = {}
         self._lock = threading.Lock()
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes that have been read of it."""
+        return self._bytes_read
 
     def data_file(self, index: int) -> DataFile:
         """Data file of this index in the manifest's table. Corrupt unless header and table are as the commit says."""
         if index not in self._files:
-            self._files[index] = self._open(self.manifest.files[index])
+            self._files[index] = self._opened(index)
         return self._files[index]
 
-    def _open(self, info: FileInfo) -> DataFile:
+    def verify(self, items: Iterable[Item]) -> None:
+        """Check what holds these chunks before anything moves, where reading alone does not. Here it does."""
+
+    def unverified(self, items: Iterable[Item]) -> list[str]:  # noqa: ARG002
+        """Fqns whose bytes no checksum has borne out. Here there are none."""
+        return []
+
+    def same(self, a: str, b: str) -> bool:  # noqa: ARG002
+        """Whether two saved tensors are known to be equal. Here tied ones are one, and its aliases."""
+        return False
+
+    def _opened(self, index: int) -> DataFile:
+        info = self.manifest.files[index]
         key = info.name if "/" in info.name else f"{self.directory}/{info.name}"
         self._measure(key, info.size)
         header = memoryview(bytearray(info.header))
@@ -107,7 +145,7 @@ class Checkpoint:
         except (KeyMissing, KeyTruncated) as e:
             raise Corrupt(f"{self.directory} is committed, but {e}") from e
         with self._lock:
-            self.bytes_read += sum(map(len, buffers))
+            self._bytes_read += sum(map(len, buffers))
 
     def object(self, name: str) -> Any:
         """Rank-independent object of this name, verified."""

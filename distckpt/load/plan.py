@@ -16,7 +16,7 @@ from distckpt.format.partition import Copies
 from distckpt.state import torch_dtype
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Mapping
 
     import torch
 
@@ -32,9 +32,12 @@ class Options:
     strict: missing and unexpected names are errors; else they are reported. only: leads of the names to load
     (`("model",)`), all others being neither missing nor unexpected. cast: narrow dtypes too. rename: what to make of
     a saved fqn, without its lead. per_rank: object name -> "first", for per-rank objects at another world size.
+    verify: check what reading does not (other tools' files), before anything moves.
     """
 
     strict: bool = True
+    foreign: bool = False
+    verify: bool = False
     only: tuple[str, ...] | None = None
     cast: bool = False
     rename: Callable[[str], str] | None = None
@@ -51,6 +54,10 @@ class Options:
     def wants(self, name: str) -> bool:
         """Whether a name (of a tensor or an object) is to be loaded."""
         return self.only is None or _of(self.only, name)
+
+    def strict_about(self, name: str) -> bool:
+        """Whether it is an error if this name is missing, or nobody takes it."""
+        return self.strict and (not self.foreign or _of(("model", "optim"), name))
 
     def renamed(self, name: str) -> str:
         """Live name of a saved tensor: its lead (`model.`, `optim.`, `grad.`) stays, the rest is renamed."""
@@ -83,11 +90,19 @@ class Plan:
     notes: list[str] = field(default_factory=list)
 
 
-def plan(saved: Saved, saved_names: dict[str, str], aliases: dict[str, str], targets: State, options: Options) -> Plan:
+def plan(
+    saved: Saved,
+    saved_names: dict[str, str],
+    aliases: dict[str, str],
+    targets: State,
+    options: Options,
+    *,
+    unreadable: Mapping[str, str] | None = None,
+) -> Plan:
     """Plan the load of `targets` from `saved`; `saved_names` gives each live name its name in the checkpoint.
 
-    `aliases` are the checkpoint's, in live names. Mismatch, listing every problem. What is unexpected is a problem only
-    once no rank takes it (`refuse_unexpected`), or beside others.
+    `aliases` are the checkpoint's, in live names; `unreadable`: what it has and cannot give, and why. Mismatch, listing
+    every problem. What is unexpected is a problem only once no rank takes it (`refuse_unexpected`), or beside others.
     """
     made, used = Plan(), set[str]()
     problems = [text for lead, text in targets.problems.items() if options.wants(lead)]
@@ -120,10 +135,13 @@ def plan(saved: Saved, saved_names: dict[str, str], aliases: dict[str, str], tar
         for lead in options.only or ()
         if not any(_of((lead,), name) for name in known)
     ]
-    if options.strict:
-        problems += [f"{fqn}: missing from the checkpoint" for fqn in made.missing]
+    for fqn in made.missing:
+        if why := [text for name, text in (unreadable or {}).items() if _of((name,), fqn)]:
+            problems.append(f"{fqn}: cannot be read: {why[0]}")
+        elif options.strict_about(fqn):
+            problems.append(f"{fqn}: missing from the checkpoint")
     if problems:
-        problems += [_unexpected(fqn, targets) for fqn in made.unexpected if options.strict]
+        problems += [_unexpected(fqn, targets) for fqn in made.unexpected if options.strict_about(fqn)]
         raise Mismatch(listed(_MISFIT, problems))
     return made
 

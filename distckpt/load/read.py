@@ -22,6 +22,7 @@ from distckpt.state import as_bytes, is_plain_memory, part_of
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
+    from distckpt.format.datafile import Stored
     from distckpt.load.open import Checkpoint, DataFile
     from distckpt.load.plan import Item
 
@@ -59,15 +60,13 @@ def read(checkpoint: Checkpoint, items: Iterable[Item]) -> None:
     by_file: dict[int, list[Item]] = {}
     for item in items:
         by_file.setdefault(item.file, []).append(item)
-    jobs = [
-        (checkpoint.data_file(file), run)
-        for file, wanted in sorted(by_file.items())
-        for run in _runs(
-            (p for i in wanted for p in _pieces(checkpoint.data_file(file), i)), checkpoint.data_file(file)
-        )
-    ]
+    jobs: list[tuple[DataFile, list[list[Piece]]]] = []
+    for index, wanted in sorted(by_file.items()):
+        file = checkpoint.data_file(index)
+        runs = list(_runs((p for i in wanted for p in _pieces(file, i)), file))
+        jobs += [(file, runs)] if file.sequential else [(file, [run]) for run in runs]
     with ThreadPoolExecutor(THREADS, "distckpt-read") as pool:
-        futures = [pool.submit(_read_run, checkpoint, file, run) for file, run in jobs]
+        futures = [pool.submit(_read_runs, checkpoint, file, runs) for file, runs in jobs]
         done, pending = wait(futures, return_when=FIRST_EXCEPTION)
         for future in pending:
             future.cancel()
@@ -75,12 +74,23 @@ def read(checkpoint: Checkpoint, items: Iterable[Item]) -> None:
             future.result()
 
 
+def refuse_damaged(checkpoint: Checkpoint, items: Iterable[Item]) -> None:
+    """Corrupt unless the file of every item has its chunk, of the right length: asked before anything moves."""
+    for item in items:
+        _chunk(checkpoint.data_file(item.file), item)
+
+
+def _chunk(file: DataFile, item: Item) -> Stored:
+    chunk = file.chunks.get(item.name)
+    if chunk is None or (chunk.strides is None and chunk.stop - chunk.start != item.region.numel * item.dtype.itemsize):
+        raise Corrupt(f"{file.key}: chunk {item.name!r} of {fqn_of(item.name)} is not as the commit says")
+    return chunk
+
+
 def _pieces(file: DataFile, item: Item) -> Iterator[Piece]:
     """Pieces of one chunk, as the shard's memory takes them."""
     size = item.dtype.itemsize
-    chunk = file.chunks.get(item.name)
-    if chunk is None or (chunk.strides is None and chunk.stop - chunk.start != item.region.numel * size):
-        raise Corrupt(f"{file.key}: chunk {item.name!r} of {fqn_of(item.name)} is not as the commit says")
+    chunk = _chunk(file, item)
     for overlap in overlaps(item.region, item.shard.region, item.shape):
         whole = part_of(item.shard, overlap.target, overlap.box)
         plain = whole.dtype == item.dtype and is_plain_memory(whole) and chunk.strides is None
@@ -124,6 +134,11 @@ def _runs(pieces: Iterable[Piece], file: DataFile) -> Iterator[list[Piece]]:
         last_block = max(last_block, (piece.stop - 1) // grain)
     if run:
         yield run
+
+
+def _read_runs(checkpoint: Checkpoint, file: DataFile, runs: list[list[Piece]]) -> None:
+    for run in runs:
+        _read_run(checkpoint, file, run)
 
 
 def _read_run(checkpoint: Checkpoint, file: DataFile, run: list[Piece]) -> None:

@@ -10,7 +10,8 @@ class LoadReport:
     """What a load did. Names are fqns of the live state.
 
     `missing` and `unexpected` are empty unless asked for (strict=False, only=). `bytes_read` counts what this rank
-    read from the store, in bytes; `seconds` is wall time.
+    read from the store, in bytes; `seconds` is wall time. `unverified` tensors are of another tool's file, of which no
+    checksum covers a part; verify=True has them checked whole.
     """
 
     step: int
@@ -19,6 +20,7 @@ class LoadReport:
     unexpected: list[str] = field(default_factory=list)
     cast: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    unverified: list[str] = field(default_factory=list)
     fell_back_from: dict[int, str] = field(default_factory=dict)
     bytes_read: int = 0
     seconds: float = 0.0
@@ -31,5 +33,9 @@ class LoadReport:
         lines += [f"  missing (left as it was): {name}" for name in self.missing]
         lines += [f"  unexpected (not loaded): {name}" for name in self.unexpected]
         lines += [f"  cast: {name} {how}" for name, how in self.cast.items()]
+        if self.unverified:
+            lines.append(
+                f"  unverified: {len(self.unverified)} tensors, whose source has no checksum of a part of them"
+            )
         lines += [f"  {note}" for note in self.notes]
         return "\n".join(lines)

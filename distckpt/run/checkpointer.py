@@ -22,6 +22,7 @@ from distckpt.run.history import History
 from distckpt.run.launches import open_launch, read_launches
 from distckpt.run.loading import Search, load_newest
 from distckpt.run.saving import SaveReport, now, save_and_publish
+from distckpt.run.source import foreign_root, load_source
 from distckpt.save.image import Arena
 from distckpt.save.save import Request
 from distckpt.store.local import LocalStore
@@ -186,17 +187,24 @@ class Checkpointer:
         cast: bool = False,
         rename: Callable[[str], str] | None = None,
         per_rank: Mapping[str, str] | None = None,
+        names: Mapping[str, str] | None = None,
+        verify: bool = False,
     ) -> LoadReport | None:
         """Load the newest valid checkpoint and begin a new launch; None where there is nothing yet.
 
         A damaged checkpoint makes every rank fall back to the same previous one; the report says so. `step` asks for
-        that step and leaves later ones behind for good. Options as in `load`.
+        that step and leaves later ones behind for good. A directory that another tool saved in (DCP, safetensors), with
+        no checkpoint of ours yet, is resumed from what that tool saved. Options as in `load`.
         """
         self._check(state)
-        options = Options(strict=strict, only=only, cast=cast, rename=rename, per_rank=dict(per_rank or {}))
+        options = Options(
+            strict=strict, only=only, cast=cast, rename=rename, per_rank=dict(per_rank or {}), verify=verify
+        )
         notes = together(self._comm, "looking for unfinished saves", self._settle)[0].decode()
         search = Search(self._comm, self._history, step)
         report, directory = load_newest(search, state, options) or (None, None)
+        if report is None and (root := foreign_root(self._comm, self._store)):
+            report = load_source(self._comm, root, state, options, names=names)
 
         def begin() -> bytes:
             if self._comm.rank:
@@ -212,21 +220,32 @@ class Checkpointer:
         self,
         state: TrainState,
         *,
+        source: str | os.PathLike[str] | None = None,
         step: int | None = None,
         strict: bool = True,
         only: tuple[str, ...] | None = None,
         cast: bool = False,
         rename: Callable[[str], str] | None = None,
         per_rank: Mapping[str, str] | None = None,
+        names: Mapping[str, str] | None = None,
+        verify: bool = False,
     ) -> LoadReport:
         """Load the newest valid checkpoint, or that of `step`, and leave the run alone: for evaluation and export.
 
-        strict: whether missing and unexpected names are errors. only: leads of the names to load (`("model",)` reads
-        no optimizer bytes). cast: narrow dtypes, too. rename: live name of a saved fqn. per_rank: {"name": "first"}
-        gives every rank rank 0's per-rank object at another world size. NotACheckpoint where there is none.
+        source: load from there instead: another run, one of its step directories, a DCP directory, a torch.save file,
+        safetensors (docs/foreign.md). strict: whether missing and unexpected names are errors. only: leads of the names
+        to load (`("model",)` reads no optimizer bytes). cast: narrow dtypes, too. rename: live name of a saved fqn.
+        per_rank: {"name": "first"} gives every rank rank 0's per-rank object at another world size. names: entry of
+        another tool's state dict -> what it is here (`{"ema.model": "model"}`). verify: first check the records of
+        another tool's files against their CRC-32.
+        NotACheckpoint where there is none.
         """
         self._check(state)
-        options = Options(strict=strict, only=only, cast=cast, rename=rename, per_rank=dict(per_rank or {}))
+        options = Options(
+            strict=strict, only=only, cast=cast, rename=rename, per_rank=dict(per_rank or {}), verify=verify
+        )
+        if source is not None:
+            return load_source(self._comm, source, state, options, step=step, names=names)
         loaded = load_newest(Search(self._comm, self._history, step), state, options)
         if loaded is None:
             raise NotACheckpoint(f"{self._store} holds no committed checkpoint: {self._history.why_nothing()}")

@@ -65,15 +65,14 @@ def load_newest(search: Search, state: Loadable, options: Options) -> tuple[Load
             warnings.warn(f"falling back to {directory}: {damage}", StateWarning, stacklevel=3)
         search.tried.add(directory)
         try:
-            report = load(search.comm, _open(search, directory), state, options, about_to_change=lambda: _mark(state))
+            report = load(search.comm, _open(search, directory), state, options, about_to_change=lambda: mark(state))
         except NewerFormat:
             raise
         except (Corrupt, FormatError) as e:
             search.passed_over(directory, str(e))
             damage = e
             continue
-        # a load of a part mends what it broke itself; what an earlier one left half-way takes a load of the whole
-        state.unusable = before if report.missing or options.only else None
+        state.unusable = None if loaded_whole(report, options) else before
         report.fell_back_from = search.damaged
         return report, directory
     if damage:
@@ -81,7 +80,13 @@ def load_newest(search: Search, state: Loadable, options: Options) -> tuple[Load
     return None
 
 
-def _mark(state: Loadable) -> None:
+def loaded_whole(report: LoadReport, options: Options) -> bool:
+    """Whether a load left nothing as it was: a load of a part mends what it broke itself, and not what it found."""
+    return not report.missing and not options.only
+
+
+def mark(state: Loadable) -> None:
+    """Mark a state as half-loaded, until a load succeeds."""
     state.unusable = "a load failed half-way"
 
 

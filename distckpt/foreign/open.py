@@ -1,0 +1,71 @@
+"""What a path holds, and who reads it: the one place that tells the kinds of foreign files apart."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from distckpt.errors import DistckptError, FormatError, StoreError
+from distckpt.foreign.dcp import is_dcp, read_dcp
+from distckpt.foreign.described import Directory, describe, leaves
+from distckpt.foreign.files import PlainFile, read_bytes
+from distckpt.foreign.safetensors import INDEX, SUFFIX, read_safetensors
+from distckpt.foreign.torchfile import LEGACY, ZIP, parse, refuse_legacy
+
+if TYPE_CHECKING:
+    import os
+    from collections.abc import Callable, Mapping
+
+    from distckpt.foreign.described import Described
+
+KINDS = "a DCP directory, a torch.save file, or safetensors (a file, or a directory with or without index)"
+
+_TORCH_SUFFIXES = {".pt", ".pth", ".bin", ".ckpt", ".tar"}
+
+
+def open_foreign(path: str | os.PathLike[str], names: Mapping[str, str] | None = None) -> Described | None:
+    """Describe what another tool saved at `path`; None where there is nothing of a kind that is read.
+
+    `names`: entry of the state dict -> lead, where the entries are not called model, optimizer and so on. FormatError,
+    Corrupt, NotACheckpoint, Unsupported for what is of a known kind and cannot be read.
+    """
+    path = Path(path)
+    try:
+        reader = _reader(path)
+        found = reader(path) if reader else None
+    except OSError as e:
+        if isinstance(e, DistckptError):
+            raise
+        raise StoreError(f"cannot look at {path}: {e.strerror or e}") from e
+    return describe(found, names) if found else None
+
+
+def holds_foreign(path: Path) -> bool:
+    """Whether a path holds something of a kind that is read, by the names of its files."""
+    return _reader(path) is not None
+
+
+def _reader(path: Path) -> Callable[[Path], Directory] | None:
+    """Who reads a path."""
+    if path.is_dir():
+        if is_dcp(path):
+            return read_dcp
+        names = [p.name for p in path.iterdir()]
+        return read_safetensors if any(n.endswith((SUFFIX, INDEX)) for n in names) else None
+    if not path.is_file():
+        return None
+    if path.name.endswith(SUFFIX):
+        return read_safetensors
+    file = PlainFile(path)
+    head = read_bytes(file, 0, min(file.size, 64))
+    return _read_torch_file if path.suffix in _TORCH_SUFFIXES or head.startswith((ZIP, *LEGACY)) else None
+
+
+def _read_torch_file(path: Path) -> Directory:
+    """Describe what torch.save wrote: a state dict, or a dict of them and of plain values."""
+    file = PlainFile(path)
+    refuse_legacy(file)
+    tree: Any = leaves(parse(file, 0, file.size, file.name), 0)
+    if not isinstance(tree, dict):
+        raise FormatError(f"{file.name}: holds a {type(tree).__name__}; a state dict, or a dict of them, is expected")
+    return Directory(file.name, dict(tree), [file])

@@ -1,0 +1,128 @@
+"""Loading from somewhere else: another run, one of its step directories, or what another tool saved. Collective.
+
+Rank 0 says what the path holds, and all follow. Of another tool's files only model and optimizers are certain: other
+values of the state that they lack, or that they have besides, are told, and are no errors.
+"""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from distckpt.comm import together
+from distckpt.errors import Mismatch, NotACheckpoint, StateWarning
+from distckpt.foreign.open import KINDS, holds_foreign, open_foreign
+from distckpt.format.layout import COMMIT, StepDir
+from distckpt.load.load import load
+from distckpt.load.open import Checkpoint, open_checkpoint
+from distckpt.run.history import History
+from distckpt.run.loading import Search, load_newest, loaded_whole, mark
+from distckpt.store.local import LocalStore
+
+if TYPE_CHECKING:
+    import os
+    from collections.abc import Mapping
+
+    from distckpt.comm import Comm
+    from distckpt.load.plan import Options
+    from distckpt.load.report import LoadReport
+    from distckpt.run.loading import Loadable
+    from distckpt.store.base import Store
+
+_RUN, _STEP, _FOREIGN = b"run", b"step", b"foreign"
+
+
+def load_source(
+    comm: Comm,
+    source: str | os.PathLike[str],
+    state: Loadable,
+    options: Options,
+    *,
+    step: int | None = None,
+    names: Mapping[str, str] | None = None,
+) -> LoadReport:
+    """Load what lies at `source` into the state, and leave the source alone.
+
+    step: of a run. names: of another tool's state dict, entry -> lead (`{"ema.model": "model"}`), where they are not
+    the usual ones. NotACheckpoint where nothing is there that can be read.
+    """
+    path = Path(source)
+    kind = together(comm, f"looking at {path}", lambda: _kind(path) if comm.rank == 0 else b"")[0]
+    if names and kind != _FOREIGN:
+        raise Mismatch(f"names={dict(names)!r}: {path} is distckpt's own; rename= is what changes names there")
+    if kind == _RUN:
+        loaded = load_newest(Search(comm, History(LocalStore(path)), step), state, options)
+        if loaded is None:
+            raise NotACheckpoint(f"{path} holds no committed checkpoint: {History(LocalStore(path)).why_nothing()}")
+        return loaded[0]
+    if step is not None:
+        raise NotACheckpoint(f"step={step}: {path} is no run of several steps")
+    opened: Checkpoint | None = None
+
+    def attempt() -> None:
+        nonlocal opened
+        opened = _opened(path, kind, names)
+
+    together(comm, f"opening {path}", attempt)
+    assert opened is not None
+    return _load(comm, opened, state, replace(options, foreign=kind == _FOREIGN), path)
+
+
+def foreign_root(comm: Comm, store: Store) -> Path | None:
+    """Directory of the store if another tool saved there, too: what a run begins from that has no checkpoint yet."""
+    root = store.root if isinstance(store, LocalStore) else None
+    found = together(comm, "looking for another tool's checkpoint", lambda: _is_foreign(root) if not comm.rank else b"")
+    return root if found[0] else None
+
+
+def _is_foreign(root: Path | None) -> bytes:
+    return _FOREIGN if root and holds_foreign(root) else b""
+
+
+def _kind(path: Path) -> bytes:
+    """What a path holds. Asked on rank 0."""
+    if StepDir.parse(path.absolute().name) and (path / COMMIT).is_file():
+        return _STEP
+    if not path.exists():
+        raise NotACheckpoint(f"{path}: does not exist")
+    if path.is_dir() and History(LocalStore(path)).directories():
+        return _RUN
+    if holds_foreign(path):
+        return _FOREIGN
+    raise NotACheckpoint(f"{path}: neither a run of distckpt nor one of its steps, nor {KINDS}")
+
+
+def _opened(path: Path, kind: bytes, names: Mapping[str, str] | None) -> Checkpoint:
+    if kind == _STEP:
+        directory = StepDir.parse(path.absolute().name)
+        assert directory is not None
+        return open_checkpoint(LocalStore(path.absolute().parent), directory)
+    found = open_foreign(path, names)
+    if found is None:
+        raise NotACheckpoint(f"{path}: nothing is there that this rank can see; every rank must see the same files")
+    return found
+
+
+def _load(comm: Comm, checkpoint: Checkpoint, state: Loadable, options: Options, path: Path) -> LoadReport:
+    before = state.unusable
+    try:
+        report = load(comm, checkpoint, state, options, about_to_change=lambda: mark(state))
+    except Mismatch as e:
+        if not options.foreign:
+            raise
+        raise Mismatch(
+            f"{e}\n{path} is another tool's: only=('model',) loads its model alone, names={{'ENTRY': 'model'}} says "
+            "which of its entries is what, rename= changes the names of tensors"
+        ) from e
+    state.unusable = None if loaded_whole(report, options) else before
+    if options.foreign and (report.missing or report.unexpected):
+        lacking = f"; it has no {_some(report.missing)}, which stay as they were" if report.missing else ""
+        beside = f"; nothing takes its {_some(report.unexpected)}" if report.unexpected else ""
+        warnings.warn(f"loaded from {path}, which another tool saved{lacking}{beside}", StateWarning, stacklevel=4)
+    return report
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
