@@ -202,7 +202,8 @@ def as_bytes(tensor: torch.Tensor) -> memoryview:
     """Memory of a contiguous CPU tensor, writable, as bytes. No copy."""
     if not tensor.numel():
         return memoryview(bytearray())
-    flat: Any = tensor.detach().reshape(-1).view(torch.uint8).numpy()
+    # not reshape(-1): of dimensions of size 1 that keeps any stride, which view() does not take
+    flat: Any = tensor.detach().as_strided((tensor.numel(),), (1,)).view(torch.uint8).numpy()
     return memoryview(flat)
 
 

@@ -308,6 +308,8 @@ def _value_target(loading: _Loading, lead: str, name: str, value: Any, slot: Slo
     if (inner := _inner(value, key)) and slot.sharded:
         loading.refuse(key, "a state of a parameter that was not sharded")
         return
+    if not slot.held:
+        return
     if name in new and new[name] != value:
         loading.problems.append(
             f"{key}: parameters of one flat parameter have different values of it ({new[name]!r}, {value!r}): use "
