@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import threading
 import time
+import warnings
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
 
-from distckpt.errors import DistckptError, RankFailed, RanksMissing, by_name
+from distckpt.errors import DistckptError, RankFailed, RanksMissing, StateWarning, by_name
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -289,4 +291,14 @@ def current() -> Place:
 
 def default(timeout: float) -> Comm:
     """Comm of this job. Collective where torch.distributed is initialised: every rank makes it at the same point."""
-    return TorchComm(timeout) if current().world_size > 1 else SoloComm(timeout)
+    if current().world_size > 1:
+        return TorchComm(timeout)
+    told = os.environ.get("WORLD_SIZE", "1")
+    if told.isdigit() and int(told) > 1:
+        warnings.warn(
+            f"WORLD_SIZE={told}, but torch.distributed is not initialised: each process saves a run of its own. Call "
+            "init_process_group() first",
+            StateWarning,
+            stacklevel=4,
+        )
+    return SoloComm(timeout)

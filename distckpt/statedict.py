@@ -6,7 +6,8 @@ tensors and what a file of another tool describes. By entry of the state dict:
     a flat dict of tensors (a model)             tensors `<key>.<fqn>`, no object; extra state: `<key>.extra_state`
     {"state": ..., "param_groups": [...]}        tensors `<key>.<parameter>.<state>`; object `<key>`: groups and values
     the same, flattened ("state.<fqn>.<state>")  the same
-    a dict with such an optimizer in it          its entries, each led by `<key>.`
+    a dict with such an optimizer in it, or of
+    nothing but models                           its entries, each led by `<key>.`
     a tensor                                     a tensor `<key>`
     anything else                                object `<key>`, in which a TensorRef stands for each tensor
 
@@ -19,7 +20,7 @@ from collections import OrderedDict
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from distckpt.errors import Mismatch, Unsupported
+from distckpt.errors import Unsupported
 from distckpt.format.layout import is_name
 from distckpt.format.objects import TensorRef
 
@@ -40,12 +41,18 @@ class Named:
 
     tensors: dict[str, Any] = field(default_factory=dict)
     objects: dict[str, Any] = field(default_factory=dict)
+    models: list[dict[str, Any]] = field(default_factory=list)
+    """Of each model among the entries, its tensors by canonical name: those that may be tied."""
 
     def add(self, name: str, tensor: Any) -> None:
         """Enter a tensor. Unsupported if the name is taken."""
         if name in self.tensors:
             raise Unsupported(f"{name}: two entries of the state dict have this name")
         self.tensors[name] = tensor
+
+    def add_object(self, name: str, tree: Any, kind_of: KindOf) -> None:
+        """Enter a tree as an object, and its tensors."""
+        self.objects[name] = self.add_tree(tree, name, kind_of)
 
     def add_tree(self, tree: Any, prefix: str, kind_of: KindOf) -> Any:
         """Enter the tensors of a tree; return it with TensorRefs."""
@@ -55,44 +62,71 @@ class Named:
         return rest
 
 
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One entry of a state dict, in `holder` under `key` (None: all whose key cannot be a name), and what it is."""
+
+    holder: dict[Any, Any]
+    key: str | None
+    name: str
+    value: Any
+    kind: str
+
+
+def entries(tree: Mapping[Any, Any], kind_of: KindOf, lead: str = "") -> Iterator[Entry]:
+    """Yield the entries of a state dict. Kinds: tensor, model, optimizer, flattened (optimizer), tree."""
+    holder: Any = tree
+    left_over = {}
+    for key, value in tree.items():
+        name = f"{lead}{key}"
+        if type(key) is str and key and kind_of(value) == "torch":
+            yield Entry(holder, key, name, value, "tensor")
+        elif type(key) is not str or not is_name(key) or key == LEFT_OVER:
+            left_over[key] = value
+        elif is_model(value, kind_of):
+            yield Entry(holder, key, name, value, "model")
+        elif is_optimizer(value):
+            yield Entry(holder, key, name, value, "optimizer")
+        elif is_flattened_optimizer(value):
+            yield Entry(holder, key, name, value, "flattened")
+        elif has_parts(value, kind_of):
+            yield from entries(value, kind_of, f"{name}.")
+        else:
+            yield Entry(holder, key, name, value, "tree")
+    if left_over:
+        yield Entry(holder, None, f"{lead}{LEFT_OVER}", left_over, "tree")
+
+
 def canonical(tree: Mapping[Any, Any], kind_of: KindOf, lead: str = "") -> Named:
     """Name everything in a state dict. Unsupported where two entries would have the same name."""
     named = Named()
-    _name_entries(tree, lead, named, kind_of)
+    for entry in entries(tree, kind_of, lead):
+        match entry.kind:
+            case "tensor":
+                named.add(entry.name, entry.value)
+            case "model":
+                _name_model(entry.value, entry.name, named, kind_of)
+            case "optimizer":
+                _name_optimizer(entry.value["state"], entry.value["param_groups"], entry.name, named, kind_of)
+            case "flattened":
+                _name_optimizer(*nested_optimizer(entry.value), entry.name, named, kind_of)
+            case _:
+                named.add_object(entry.name, entry.value, kind_of)
     return named
 
 
-def _name_entries(tree: Mapping[Any, Any], lead: str, named: Named, kind_of: KindOf) -> None:
-    left_over = {}
-    for key, value in tree.items():
-        if type(key) is str and kind_of(value) == "torch":
-            named.add(lead + key, value)
-        elif type(key) is str and is_name(key) and lead + key != LEFT_OVER:
-            _name_entry(value, lead + key, named, kind_of)
-        else:
-            left_over[key] = value
-    if left_over:
-        named.objects[lead + LEFT_OVER] = named.add_tree(left_over, (lead + LEFT_OVER), kind_of)
+def _name_model(value: Mapping[str, Any], name: str, named: Named, kind_of: KindOf) -> None:
+    tensors = {f"{name}.{key}": member for key, member in value.items() if not is_extra_state(key)}
+    for fqn, tensor in tensors.items():
+        named.add(fqn, tensor)
+    named.models.append(tensors)
+    if extra := {owner_of(key): member for key, member in value.items() if is_extra_state(key)}:
+        named.add_object(f"{name}.extra_state", extra, kind_of)
 
 
-def _name_entry(value: Any, name: str, named: Named, kind_of: KindOf) -> None:
-    if is_model(value, kind_of):
-        extra = {}
-        for key, member in value.items():
-            if is_extra_state(key):
-                extra[key.removesuffix(_EXTRA).removesuffix(".")] = member
-            else:
-                named.add(f"{name}.{key}", member)
-        if extra:
-            named.objects[f"{name}.extra_state"] = named.add_tree(extra, f"{name}.extra_state", kind_of)
-    elif is_optimizer(value):
-        _name_optimizer(value["state"], value["param_groups"], name, named, kind_of)
-    elif is_flattened_optimizer(value):
-        _name_optimizer(*nested_optimizer(value), name, named, kind_of)
-    elif has_optimizer(value):
-        _name_entries(value, name + ".", named, kind_of)
-    else:
-        named.objects[name] = named.add_tree(value, name, kind_of)
+def owner_of(key: str) -> str:
+    """Module of a key of extra state."""
+    return key.removesuffix(_EXTRA).removesuffix(".")
 
 
 def is_extra_state(key: str) -> bool:
@@ -132,9 +166,13 @@ def is_flattened_optimizer(value: Any) -> bool:
     )
 
 
-def has_optimizer(value: Any) -> bool:
-    """Whether a dict has an optimizer's state dict among its entries, so that it is a state dict of its own."""
-    return isinstance(value, dict) and any(is_optimizer(v) or is_flattened_optimizer(v) for v in value.values())
+def has_parts(value: Any, kind_of: KindOf) -> bool:
+    """Whether a dict is a state dict of its own: it has an optimizer among its entries, or nothing but models."""
+    if not isinstance(value, dict) or not value:
+        return False
+    if any(is_optimizer(v) or is_flattened_optimizer(v) for v in value.values()):
+        return True
+    return all(type(key) is str and is_name(key) and is_model(v, kind_of) for key, v in value.items())
 
 
 def nested_optimizer(value: Mapping[str, Any]) -> tuple[dict[str, dict[str, Any]], list[dict[str, Any]]]:
@@ -157,6 +195,7 @@ def nested_optimizer(value: Mapping[str, Any]) -> tuple[dict[str, dict[str, Any]
 def _name_optimizer(
     state: Mapping[Any, Mapping[str, Any]], groups: list[dict[str, Any]], name: str, named: Named, kind_of: KindOf
 ) -> None:
+    parameters = parameters_of(groups)
     values: dict[Any, dict[str, Any]] = {}
     for parameter, members in state.items():
         for key, member in members.items():
@@ -164,8 +203,9 @@ def _name_optimizer(
             if kind_of(member) == "torch":
                 named.add(of_state, member)
             else:
-                values.setdefault(parameter, {})[key] = named.add_tree(member, of_state, kind_of)
-    kept = [{k: v for k, v in group.items() if k != "param_names"} for group in groups]
+                owner = parameters.get(str(parameter), parameter)
+                values.setdefault(owner, {})[key] = named.add_tree(member, of_state, kind_of)
+    kept = [{k: _number(v, kind_of) for k, v in group.items() if k != "param_names"} for group in groups]
     named.objects[name] = {
         "optimizer": "",
         "groups": named.add_tree(kept, f"{name}.param_groups", kind_of),
@@ -173,77 +213,38 @@ def _name_optimizer(
     }
 
 
+def parameters_of(groups: list[dict[str, Any]]) -> dict[str, Any]:
+    """Parameters of an optimizer's groups, fqns or positions, by their text: as it stands in the names of states."""
+    return {str(parameter): parameter for group in groups for parameter in group["params"]}
+
+
+def _number(value: Any, kind_of: KindOf) -> Any:
+    """Hyper-parameter as a value: a live tensor of no dimensions is its number."""
+    if kind_of(value) == "torch" and hasattr(value, "item") and not tuple(value.shape):
+        return value.item()
+    return rebuilt(value, lambda v, _key: _number(v, kind_of)) if type(value) in {list, tuple} else value
+
+
 def is_optimizer_object(value: Any) -> bool:
     """Whether an object is that of an optimizer: its groups, each a list of parameters, and its values."""
-    return isinstance(value, dict) and value.keys() == {"optimizer", "groups", "values"}
+    return (
+        isinstance(value, dict)
+        and value.keys() == {"optimizer", "groups", "values"}
+        and isinstance(value["groups"], list)
+        and all(isinstance(group, dict) and isinstance(group.get("params"), list) for group in value["groups"])
+        and isinstance(value["values"], dict)
+        and all(isinstance(state, dict) for state in value["values"].values())
+    )
 
 
-# -- back into a state dict --------------------------------------------------------------------------------------
-
-
-def refill(tree: Any, objects: Mapping[str, Any], tensors: Mapping[str, Any], kind_of: KindOf, lead: str = "") -> None:
-    """Put the values of a checkpoint's objects into a state dict, in place; its tensors have been filled already.
-
-    `tensors` are those that TensorRefs stand for. Keys that only the checkpoint has are added. Mismatch, with the
-    path, where the checkpoint has another kind of thing.
-    """
-    for key, value in list(tree.items()):
-        name = f"{lead}{key}"
-        if type(key) is str and kind_of(value) == "torch":
-            continue
-        if not (type(key) is str and is_name(key)) or name == LEFT_OVER:
-            kept = objects.get(lead + LEFT_OVER, {})
-            if key in kept:
-                tree[key] = _updated(value, kept[key], tensors, f"{lead}{LEFT_OVER}.{key}", kind_of)
-        elif is_model(value, kind_of):
-            extra = objects.get(f"{name}.extra_state", {})
-            for member in filter(is_extra_state, list(value)):
-                owner = member.removesuffix(_EXTRA).removesuffix(".")
-                if owner in extra:
-                    value[member] = insert(extra[owner], tensors)
-        elif is_optimizer(value) or is_flattened_optimizer(value):
-            if name in objects:
-                _refill_optimizer(value, objects[name], tensors, name)
-        elif has_optimizer(value):
-            refill(value, objects, tensors, kind_of, name + ".")
-        elif name in objects:
-            tree[key] = _updated(value, objects[name], tensors, name, kind_of)
-
-
-def _refill_optimizer(tree: dict[str, Any], saved: Any, tensors: Mapping[str, Any], name: str) -> None:
-    if not is_optimizer_object(saved):
-        raise Mismatch(f"{name}: an optimizer's state dict is expected, the checkpoint has something else under it")
-    groups, values = insert(saved["groups"], tensors), insert(saved["values"], tensors)
-    if is_optimizer(tree):
-        tree["param_groups"][:] = groups
-        for parameter, members in values.items():
-            tree["state"].setdefault(parameter, {}).update(members)
-        return
-    of_parameter = {fqn: group for group in groups for fqn in group["params"]}
-    for key in tree:
-        kind, _, rest = key.partition(".")
-        fqn, _, member = rest.rpartition(".")
-        found = of_parameter.get(fqn, {}) if kind == "param_groups" else values.get(fqn, {})
-        if member in found:
-            tree[key] = found[member]
-
-
-def _updated(live: Any, saved: Any, tensors: Mapping[str, Any], path: str, kind_of: KindOf) -> Any:
-    """Return `live` with the saved values: tensors it holds stay (they have been filled), all else is replaced."""
-    if kind_of(live) is not None:
-        if not isinstance(saved, TensorRef):
-            raise Mismatch(f"{path}: a tensor is expected, the checkpoint has a {type(saved).__name__}")
-        return live if kind_of(live) == saved.kind == "torch" else insert(saved, tensors)
-    if isinstance(live, dict) and isinstance(saved, dict):
-        for key, value in saved.items():
-            live[key] = (
-                _updated(live[key], value, tensors, f"{path}.{key}", kind_of) if key in live else insert(value, tensors)
-            )
-        return live
-    if isinstance(live, (list, tuple)) and type(live) is type(saved) and len(live) == len(saved):
-        pairs = enumerate(zip(live, saved, strict=True))
-        return type(live)(_updated(a, b, tensors, f"{path}[{i}]", kind_of) for i, (a, b) in pairs)
-    return insert(saved, tensors)
+def state_of(fqn: str, name: str, parameters: Mapping[str, Any]) -> tuple[Any, str] | None:
+    """(parameter, state) of a tensor of the optimizer `name`; None where it is of none of these parameters."""
+    found = fqn.removeprefix(name + ".")
+    while "." in found:
+        found = found.rpartition(".")[0]
+        if found in parameters:
+            return parameters[found], fqn.removeprefix(f"{name}.{found}.")
+    return None
 
 
 # -- trees of values with tensors in them --------------------------------------------------------------------------

@@ -6,16 +6,17 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from torch.distributed._shard.sharded_tensor.api import ShardedTensor
 from torch.distributed.tensor import DTensor
 
 from distckpt import statedict
-from distckpt.adapters import dtensor
+from distckpt.adapters import dtensor, sharded
 from distckpt.errors import FormatError, Mismatch, Unsupported
 from distckpt.format.partition import Copies
 from distckpt.state import GlobalTensor, State, plain, torch_dtype
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Mapping
 
     from distckpt.state import Saved
 
@@ -24,6 +25,8 @@ def describe(tensor: torch.Tensor, fqn: str, *, trusted: bool = True) -> GlobalT
     """Describe any tensor. Unsupported, with the fqn, for a kind that cannot be saved."""
     if isinstance(tensor, DTensor):
         return dtensor.describe(tensor, fqn)
+    if isinstance(tensor, ShardedTensor):
+        return sharded.describe(tensor, fqn)
     return plain(tensor, fqn, trusted=trusted)
 
 
@@ -72,6 +75,27 @@ def refuse_own_values(lead: str, fqns: Iterable[str], saved: Saved) -> None:
             f"{saved.target_world_size} ranks cannot share out: resume on {saved.world_size} ranks, or take rank 0's "
             f"on every rank with per_rank={{{lead!r}: 'first'}}"
         )
+
+
+def ties(models: Iterable[Mapping[str, torch.Tensor]]) -> dict[str, str]:
+    """Tied tensors of models (each fqn -> tensor): fqn -> the fqn that names the same memory first."""
+    found = {}
+    for model in models:
+        first: dict[Any, str] = {}
+        for fqn, tensor in model.items():
+            local = dtensor.local_of(tensor) if isinstance(tensor, DTensor) else tensor
+            if type(local) not in {torch.Tensor, torch.nn.Parameter, torch.nn.Buffer}:
+                continue
+            storage = local.untyped_storage()._cdata  # tells memory apart where there are no elements, too
+            memory = (storage, local.storage_offset(), local.dtype, local.shape, local.stride(), tensor.shape)
+            if first.setdefault(memory, fqn) != fqn:
+                found[fqn] = first[memory]
+    return found
+
+
+def is_expanded(tensor: torch.Tensor) -> bool:
+    """Whether elements of a tensor share memory."""
+    return any(n > 1 and step == 0 for n, step in zip(tensor.shape, tensor.stride(), strict=True))
 
 
 def capture_tree(name: str, tree: Any, *, trusted: bool = False) -> State:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import time
-import warnings
 from dataclasses import dataclass
 from operator import index
 from typing import TYPE_CHECKING, Any
@@ -14,7 +13,6 @@ from distckpt.comm import Comm, together
 from distckpt.errors import (
     NotACheckpoint,
     RunConflict,
-    StateWarning,
     Unsupported,
 )
 from distckpt.load.plan import Options
@@ -277,13 +275,4 @@ def _plain(metrics: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _default_comm(timeout: float) -> Comm:
-    found = comm.default(timeout)
-    told = os.environ.get("WORLD_SIZE", "1")
-    if found.world_size == 1 and told.isdigit() and int(told) > 1:
-        warnings.warn(
-            f"WORLD_SIZE={told}, but torch.distributed is not initialised: each process saves a run of its own. Call "
-            "init_process_group() before making a Checkpointer",
-            StateWarning,
-            stacklevel=3,
-        )
-    return found
+    return comm.default(timeout)  # where `comm` is also the name of an argument

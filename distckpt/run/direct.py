@@ -1,0 +1,113 @@
+"""`distckpt.save` and `distckpt.load`: a state dict to a path and back, in one call each.
+
+The same save and load as Checkpointer's: no planner, no gather of what ranks hold. What is written is an ordinary run.
+"""
+
+from __future__ import annotations
+
+import time
+from contextlib import closing, contextmanager
+from typing import TYPE_CHECKING, Any
+
+from distckpt import __version__
+from distckpt import comm as comms
+from distckpt.adapters.statedict import StateDictAdapter
+from distckpt.comm import together
+from distckpt.errors import NotACheckpoint
+from distckpt.load.plan import Options
+from distckpt.run.loading import Search, load_newest
+from distckpt.run.place import place
+from distckpt.run.saving import SaveReport, now, save_and_publish
+from distckpt.save.image import Arena
+from distckpt.save.save import Request
+
+if TYPE_CHECKING:
+    import os
+    from collections.abc import Iterator, Mapping
+
+    from distckpt.comm import Comm
+    from distckpt.load.report import LoadReport
+    from distckpt.store.base import Store
+
+_ARENA = 8 << 20
+
+
+def save(
+    path: str | os.PathLike[str] | Store,
+    state_dict: dict[Any, Any],
+    *,
+    metrics: Mapping[str, Any] | None = None,
+    check_replicas: bool = False,
+    timeout: float = 600.0,
+    comm: Comm | None = None,
+) -> SaveReport:
+    """Save a state dict, and return once it is committed and durable. Collective.
+
+    path: a directory of its own, or one step of a run (`RUN/step-00001000`). Saved again, the new state replaces the
+    old one as a whole; the one before is kept beside it. state_dict: nested dicts of tensors (DTensor, ShardedTensor,
+    plain), NumPy arrays, Python values; at the top also objects with state_dict() and load_state_dict(). A value that
+    differs between ranks is kept for each. metrics, check_replicas: as in Checkpointer.save. timeout: seconds that any
+    wait for other ranks lasts at most.
+    Raises on every rank what fails on any, with rank and cause; what the path held before is untouched then.
+    """
+    started = time.monotonic()
+    live = StateDictAdapter(state_dict)
+    where = place(path)
+    with _ranks(comm, timeout) as ranks, closing(Arena(_ARENA)) as arena:
+        said = together(ranks, "reading the run's launches", lambda: _number(where.launch() if not ranks.rank else 0))
+        request = Request(
+            step=where.step or 0,
+            launch=int.from_bytes(said[0], "little"),
+            date=now(),
+            metrics=dict(metrics or {}),
+            writer={"distckpt": __version__},
+            generation=where.generation_to_save,
+            check_replicas=check_replicas,
+        )
+        made = save_and_publish(ranks, where.history, live.capture, arena.view, request)
+        if ranks.rank == 0:
+            where.remove_older()
+    seconds = time.monotonic() - started
+    return SaveReport(made.directory.step, str(made.directory), made.nbytes, seconds, made.notes)
+
+
+def load(
+    path: str | os.PathLike[str] | Store,
+    into: dict[Any, Any],
+    *,
+    strict: bool = True,
+    only: tuple[str, ...] | None = None,
+    cast: bool = False,
+    per_rank: Mapping[str, str] | None = None,
+    timeout: float = 600.0,
+    comm: Comm | None = None,
+) -> LoadReport:
+    """Load into a state dict, in place. Collective.
+
+    path: as in `save`; of a run's directory, the newest checkpoint. Tensors are filled where they lie, at any world
+    size and in any layout; other values are replaced. What dicts and optimizers of the checkpoint have besides is
+    added. Options as in Checkpointer.load. A damaged checkpoint makes every rank fall back to the one before.
+    NotACheckpoint where there is none. After another error than it, Mismatch or Unsupported, `into` may be a mix.
+    """
+    options = Options(strict=strict, only=only, cast=cast, per_rank=dict(per_rank or {}))
+    live = StateDictAdapter(into, only)
+    where = place(path)
+    with _ranks(comm, timeout) as ranks:
+        loaded = load_newest(Search(ranks, where.history, where.step), live, options)
+        if loaded is None:
+            raise NotACheckpoint(f"{where.store} holds no committed checkpoint: {where.history.why_nothing()}")
+        return loaded[0]
+
+
+@contextmanager
+def _ranks(given: Comm | None, timeout: float) -> Iterator[Comm]:
+    """The caller's comm, or one for this call."""
+    if given:
+        yield given
+        return
+    with closing(comms.default(timeout)) as made:
+        yield made
+
+
+def _number(value: int) -> bytes:
+    return value.to_bytes(8, "little")

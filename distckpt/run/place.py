@@ -1,0 +1,96 @@
+"""What the path of a direct save means: a run's directory, or one step of a run; and how much of its past is kept.
+
+A path whose last component is a step directory's name (`step-00001000`) is that step of the run above it. Any other is
+a run of its own, whose checkpoint is step 0. Saved again, a path gets the next generation of its step: the one before
+stays whole until the new one is committed, and one more is kept.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from distckpt.errors import RunConflict, StateWarning, StoreError, Unsupported
+from distckpt.format.layout import COMMIT, StepDir
+from distckpt.run.history import History
+from distckpt.run.launches import read_launches
+from distckpt.save.commit import is_committed
+from distckpt.store.local import LocalStore
+
+if TYPE_CHECKING:
+    from distckpt.store.base import Store
+
+_KEPT = 2
+"""Generations of a step that are kept when it is saved again."""
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """A run, and the step of it that the path names (None: the path is the run's own)."""
+
+    history: History
+    step: int | None
+
+    @property
+    def store(self) -> Store:
+        """Where the run lies."""
+        return self.history.store
+
+    def generation_to_save(self) -> int:
+        """Generation that a save here makes. RunConflict where the path is that of a run with other steps.
+
+        Loaded from the run's path, its newest step would come back, not what was saved.
+        """
+        if self.step is None and (others := [d for d in self.history.directories() if d.step]):
+            raise RunConflict(
+                f"{self.store} is the directory of a run with steps of its own, such as {others[0]}: give the path "
+                f"of one step ({self.store}/{StepDir(others[0].step + 1)}), or another directory"
+            )
+        return self.history.next_generation(self.step or 0)
+
+    def launch(self) -> int:
+        """Number of the newest launch of the run, 0 where there is none: what saves here counts as its own."""
+        return max((launch.number for launch in read_launches(self.store)), default=0)
+
+    def remove_older(self) -> None:
+        """Remove generations of the step older than the two newest that count. Failing at it is only warned of."""
+        try:
+            for directory in self._older():
+                _remove(self.store, directory)
+        except StoreError as e:
+            warnings.warn(f"older generations could not be removed: {e}", StateWarning, stacklevel=4)
+
+    def _older(self) -> list[StepDir]:
+        step = self.step or 0
+        valid = [c.directory for c in self.history.valid() if c.directory.step == step]
+        if len(valid) <= _KEPT:
+            return []
+        shared = {f.name.partition("/")[0] for c in self.history.valid() for f in c.manifest.files if "/" in f.name}
+        old = (d for d in self.history.directories() if d.step == step and d < valid[_KEPT - 1])
+        return [directory for directory in old if str(directory) not in shared]
+
+
+def place(path: str | os.PathLike[str] | Store) -> Place:
+    """Place that a path (or a run's store) means. Unsupported for a path that names a generation."""
+    if not isinstance(path, (str, os.PathLike)):
+        return Place(History(path), None)
+    whole = Path(path).absolute()
+    named = StepDir.parse(whole.name)
+    if named is None:
+        return Place(History(LocalStore(whole)), None)
+    if named.generation > 1:
+        raise Unsupported(
+            f"{whole} names one generation of a step: give {StepDir(named.step)}; it means the newest that is whole"
+        )
+    return Place(History(LocalStore(whole.parent)), named.step)
+
+
+def _remove(store: Store, directory: StepDir) -> None:
+    """Remove a step directory, its commit first: what is left half-way is no checkpoint."""
+    if is_committed(store, directory):
+        store.delete(f"{directory}/{COMMIT}")
+    for entry in store.list(str(directory)):
+        store.delete(f"{directory}/{entry.name}")
