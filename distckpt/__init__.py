@@ -18,13 +18,15 @@ _HOMES = {
     "LoadReport": "distckpt.load.report",
     "Progress": "distckpt.run.trainstate",
     "TrainState": "distckpt.run.trainstate",
+    "full_state_dict": "distckpt.run.full",
 }
-__all__ = ["Checkpointer", "ElasticSampler", "LoadReport", "Progress", "TrainState", "load", "save"]
+__all__ = ["Checkpointer", "ElasticSampler", "LoadReport", "Progress", "TrainState", "full_state_dict", "load", "save"]
 
 if TYPE_CHECKING:
     from distckpt.load.report import LoadReport
     from distckpt.run.checkpointer import Checkpointer
     from distckpt.run.direct import load, save
+    from distckpt.run.full import full_state_dict
     from distckpt.run.sampler import ElasticSampler
     from distckpt.run.trainstate import Progress, TrainState
 

@@ -1,8 +1,9 @@
-"""Ranks talking. Three verbs above one primitive, so that no collective stands bare anywhere else.
+"""Ranks talking. Few verbs above few primitives, so that no collective stands bare anywhere else.
 
-`Comm.all_gather` moves a small fixed-size message; `together` runs a function on every rank and lets every rank learn
-every failure; `exchange` moves messages of any length, for the exceptions. Every wait ends: RanksMissing names who
-did not answer. A comm that failed once stays failed: its ranks no longer agree on where they are.
+`Comm.all_gather` moves a small fixed-size message, `send` and `receive` bulk from rank to rank; `together` runs a
+function on every rank and lets every rank learn every failure; `exchange` moves messages of any length, for the
+exceptions. Every wait ends: RanksMissing names who did not answer. A comm that failed once stays failed: its ranks no
+longer agree on where they are.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import queue
 import threading
 import time
 import warnings
@@ -39,6 +41,14 @@ class Comm(Protocol):
 
     def all_gather(self, what: str, payload: bytes) -> list[bytes]:
         """Every rank's payload, by rank. Payloads have the same length on all ranks. RanksMissing, saying `what`."""
+        ...
+
+    def send(self, what: str, data: memoryview, to: int) -> None:
+        """Hand bytes to another rank, which receives as many. Returns once they may change. RanksMissing."""
+        ...
+
+    def receive(self, what: str, buffer: memoryview, source: int) -> None:
+        """Fill a buffer with what another rank sends. RanksMissing."""
         ...
 
     def close(self) -> None:
@@ -136,6 +146,12 @@ class SoloComm:
         """See Comm.all_gather."""
         return [payload]
 
+    def send(self, what: str, data: memoryview, to: int) -> None:
+        """See Comm.send. There is nobody to send to."""
+        raise NotImplementedError(what)
+
+    receive = send
+
     def close(self) -> None:
         """See Comm.close."""
 
@@ -156,7 +172,8 @@ class TorchComm:
         self.rank = dist.get_rank()
         self.world_size = dist.get_world_size()
         self.timeout = timeout
-        self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout))
+        self._patience = timedelta(seconds=timeout)
+        self._group = dist.new_group(backend="gloo", timeout=self._patience)
         self._store = PrefixStore(f"distckpt/{self._group.group_name}", _get_default_store())
         self._store.set_timeout(timedelta(seconds=min(timeout, 10.0)))
         self._broken: str | None = None
@@ -166,16 +183,40 @@ class TorchComm:
         import torch
         import torch.distributed as dist
 
-        if self._broken:
-            raise RanksMissing(f"{what}: ranks were lost earlier ({self._broken}); restart the job")
         mine = torch.frombuffer(bytearray(payload), dtype=torch.uint8)
         replies = [torch.empty_like(mine) for _ in range(self.world_size)]
+        self._do(what, lambda: self._wait(dist.all_gather(replies, mine, group=self._group, async_op=True)))
+        return [bytes(reply.numpy()) for reply in replies]
+
+    def send(self, what: str, data: memoryview, to: int) -> None:
+        """See Comm.send."""
+        import torch
+        import torch.distributed as dist
+
+        tensor = torch.frombuffer(data, dtype=torch.uint8)
+        self._do(what, lambda: self._finish(dist.isend(tensor, to, group=self._group)))
+
+    def receive(self, what: str, buffer: memoryview, source: int) -> None:
+        """See Comm.receive."""
+        import torch
+        import torch.distributed as dist
+
+        tensor = torch.frombuffer(buffer, dtype=torch.uint8)
+        self._do(what, lambda: self._finish(dist.irecv(tensor, source, group=self._group)))
+
+    def _do(self, what: str, operation: Callable[[], Any]) -> None:
+        """Do an operation of torch.distributed. RanksMissing names who did not take part."""
+        if self._broken:
+            raise RanksMissing(f"{what}: ranks were lost earlier ({self._broken}); restart the job")
         try:
-            self._wait(dist.all_gather(replies, mine, group=self._group, async_op=True))
+            operation()
         except RuntimeError as e:
             self._broken = f"{what}: {self._who_is_missing()}"
             raise RanksMissing(self._broken) from e
-        return [bytes(reply.numpy()) for reply in replies]
+
+    def _finish(self, work: Any) -> None:
+        """Wait for a transfer: gloo does not tell of one, before the wait, that it is completed."""
+        work.wait(self._patience)
 
     def _wait(self, work: Any) -> None:
         """Wait for a collective; give up when it times out or another rank has found it broken."""
@@ -249,6 +290,17 @@ class ThreadComm:
             raise RanksMissing(f"{what}: {_ranks(missing, self.world_size)} did not answer within {self.timeout:g} s")
         return [now.payloads[r] for r in range(self.world_size)]
 
+    def send(self, what: str, data: memoryview, to: int) -> None:  # noqa: ARG002
+        """See Comm.send."""
+        self._rounds.mailbox(self.rank, to).put(bytes(data))
+
+    def receive(self, what: str, buffer: memoryview, source: int) -> None:
+        """See Comm.receive."""
+        try:
+            buffer[:] = self._rounds.mailbox(source, self.rank).get(timeout=self.timeout)
+        except queue.Empty:
+            raise RanksMissing(f"{what}: rank {source} sent nothing within {self.timeout:g} s") from None
+
     def close(self) -> None:
         """See Comm.close."""
 
@@ -259,7 +311,13 @@ class ThreadRounds:
     def __init__(self, world_size: int) -> None:
         self.world_size = world_size
         self._rounds: dict[int, _Round] = {}
+        self._mailboxes: dict[tuple[int, int], queue.Queue[bytes]] = {}
         self._lock = threading.Lock()
+
+    def mailbox(self, source: int, to: int) -> queue.Queue[bytes]:
+        """What one rank has sent to another."""
+        with self._lock:
+            return self._mailboxes.setdefault((source, to), queue.Queue())
 
     def join(self, number: int, what: str, rank: int, payload: bytes) -> _Round:
         """Give a rank's payload to its n-th round."""

@@ -123,4 +123,4 @@ def expect_error(fn, kind):
         fn()
     except kind as e:
         return str(e)
-    raise AssertionError(f"no {kind.__name__} was raised")
+    raise AssertionError(f"no {kind} was raised")

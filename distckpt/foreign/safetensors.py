@@ -14,16 +14,21 @@ from distckpt.errors import Corrupt, FormatError, KeyMissing, NotACheckpoint
 from distckpt.foreign.described import Chunk, Directory, Tensor
 from distckpt.foreign.files import PlainFile, inside, read_bytes
 from distckpt.foreign.located import Located
+from distckpt.format import objects
 from distckpt.format.box import Box, Shape
 from distckpt.format.datafile import MAX_HEADER
 from distckpt.format.dtype import DTYPE_OF_TAG
 from distckpt.format.layout import CHECKSUMS_CHUNK
 from distckpt.format.manifest import MAX_DIMS
 from distckpt.format.text import read_json, shown
+from distckpt.statedict import insert
 
 if TYPE_CHECKING:
     from pathlib import Path
 
+STATE_DICT = "distckpt.state_dict"
+"""Entry of a file's metadata that full_state_dict writes: the nested state dict, a TensorRef for each tensor, as tagged
+JSON."""
 SUFFIX = ".safetensors"
 INDEX = ".safetensors.index.json"
 
@@ -90,7 +95,7 @@ def _described(name: str, paths: list[Path]) -> Directory:
     files = [PlainFile(path) for path in paths]
     chunks: dict[str, list[tuple[Chunk, str]]] = {}
     for index, file in enumerate(files):
-        entries, offsets = _header(file)
+        entries, offsets, nested = _header(file)
         for tensor, located in entries.items():
             if tensor in chunks and not offsets:
                 other = files[chunks[tensor][0][0].file].name
@@ -101,6 +106,11 @@ def _described(name: str, paths: list[Path]) -> Directory:
             chunk = Chunk(index, Box(at, located.shape), located.start, lambda located=located: located)  # type: ignore[misc]
             chunks.setdefault(tensor, []).append((chunk, located.dtype))
     tree: dict[str, Any] = {tensor: _whole(tensor, parts) for tensor, parts in chunks.items()}
+    if nested is not None and len(files) == 1:
+        try:
+            return Directory(name, insert(nested, tree), files, has_sums=False)
+        except KeyError as e:
+            raise FormatError(f"{name}: its state dict refers to tensor {e}, which it has not") from e
     return Directory(name, {"model": tree}, files, has_sums=False)
 
 
@@ -115,8 +125,8 @@ def _whole(name: str, parts: list[tuple[Chunk, str]]) -> Tensor:
     return Tensor(dtypes.pop(), shape, tuple(chunk for chunk, _ in {c.box: (c, d) for c, d in parts}.values()))
 
 
-def _header(file: PlainFile) -> tuple[dict[str, Located], dict[str, Shape]]:
-    """(tensors of a file, where each begins in its whole as DCP says). FormatError, Corrupt."""
+def _header(file: PlainFile) -> tuple[dict[str, Located], dict[str, Shape], dict[str, Any] | None]:
+    """(tensors of a file, where each begins in its whole as DCP says, its nested state dict). FormatError, Corrupt."""
     try:
         (length,) = _LENGTH.unpack(read_bytes(file, 0, _LENGTH.size))
         if length > min(MAX_HEADER, file.size - _LENGTH.size):
@@ -128,7 +138,11 @@ def _header(file: PlainFile) -> tuple[dict[str, Located], dict[str, Shape]]:
             raise FormatError("a data file of a distckpt checkpoint: give the run's directory, or that of its step")
         notes = raw.pop("__metadata__", {})
         entries = {name: _entry(name, item, _LENGTH.size + length) for name, item in raw.items()}
-        offsets = _offsets(notes.get("DCP_SHARDING_INFO")) if isinstance(notes, dict) else {}
+        notes = notes if isinstance(notes, dict) else {}
+        offsets = _offsets(notes.get("DCP_SHARDING_INFO"))
+        nested = objects.decode(str(notes[STATE_DICT]).encode()) if STATE_DICT in notes else None
+        if not isinstance(nested, dict | None):
+            raise FormatError("its nested state dict is none")
     except (FormatError, KeyMissing) as e:
         raise type(e)(f"{file.name}: not a safetensors file: {e}") from e
     except EOFError as e:
@@ -139,7 +153,7 @@ def _header(file: PlainFile) -> tuple[dict[str, Located], dict[str, Shape]]:
                 f"{file.name}: has {file.size} bytes; {name} is at {entry.start} to {entry.start + entry.nbytes}: the "
                 "file was cut short"
             )
-    return entries, offsets
+    return entries, offsets, nested
 
 
 def _entry(name: str, item: Any, start: int) -> Located:
