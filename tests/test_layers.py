@@ -21,10 +21,14 @@ LAYERS = [
     {"save", "load"},
     {"foreign"},
     {"run"},
+    {"drop-ins"},
     {"tools"},
     {"cli", "reshard", "__main__"},
 ]
 """Lowest first. `distckpt/__init__.py` stands above all: it only tells where the public names live."""
+
+DROP_INS = ("distckpt.adapters.dcp",)
+"""What another framework calls, and what calls ours: so they stand above run, though they live beside the adapters."""
 
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 
@@ -44,6 +48,8 @@ def module_of(path: Path) -> str:
 
 def layer_of(module: str) -> str:
     """First name below `distckpt`; the package itself is `__init__`."""
+    if any(below(module, drop_in) for drop_in in DROP_INS):
+        return "drop-ins"
     return (module.split(".") + ["__init__"])[1]
 
 
@@ -107,7 +113,7 @@ def faults(source: str, module: str) -> list[str]:
                 f"{where}: {layer} imports neither torch nor numpy: the writer process and the command line must "
                 "start without them"
             )
-        if below(use.name, "torch.distributed") and layer not in {"comm", "adapters"}:
+        if below(use.name, "torch.distributed") and layer not in {"comm", "adapters", "drop-ins"}:
             wrong.append(
                 f"{where}: torch.distributed is named only in comm.py and adapters/. Elsewhere ranks talk through a "
                 "Comm, so that solo runs and tests with threads take the same path"
@@ -149,6 +155,7 @@ def test_every_layer_that_stands_below_the_others_has_files():
         ("distckpt.load.plan", "from distckpt.save import plan", "do not know each other"),
         ("distckpt.load.plan", "from distckpt import Checkpointer", "the module it lives in"),
         ("distckpt.run.checkpointer", "from distckpt import cli", "run is below cli"),
+        ("distckpt.run.direct", "from distckpt.adapters.dcp import StorageWriter", "run is below drop-ins"),
         ("distckpt.state", "import torch.distributed as dist", "named only in comm"),
         ("distckpt.state", "from torch import distributed", "named only in comm"),
         ("distckpt.run.checkpointer", "import torch\ntorch.distributed.barrier()", "named only in comm"),
@@ -172,6 +179,7 @@ def test_a_planted_fault_is_found(module, source, reason):
         ("distckpt.foreign.torchfile", "import torch\ntorch.load(path, weights_only=True)"),
         ("distckpt.format.box", "from distckpt.format import text\nfrom . import layout"),
         ("distckpt.tools.copy", "from distckpt import __version__\nfrom distckpt.run import history"),
+        ("distckpt.adapters.dcp.writer", "import torch.distributed.checkpoint\nfrom distckpt.run.place import place"),
         ("distckpt", "from distckpt.run.checkpointer import Checkpointer"),
     ],
 )

@@ -24,7 +24,7 @@ from distckpt.format.box import Box, Region, Run, Shape, flat_extent, overlap_nu
 from distckpt.format.text import shown
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
 
 
 _MOST_CUTS = 64
@@ -276,6 +276,21 @@ class Copies:
 
 
 Partition: TypeAlias = Grid | FlatEven | Pieces | Copies
+
+
+def divided(shape: Shape, pieces: Iterable[tuple[int, Region]]) -> Grid | Pieces:
+    """Partition with these (file, chunk): a Grid where they are the whole, or an even cut of one dimension."""
+    held = tuple(sorted((p for p in pieces if p[1].numel), key=lambda p: p[0]))
+    boxes = [piece for _, piece in held if isinstance(piece, Box) and len(piece.sizes) == len(shape)]
+    cut = sorted({d for box in boxes for d, n in enumerate(shape) if box.sizes[d] != n})
+    if len(boxes) == len(held) and len({file for file, _ in held}) == len(held) and len(cut) <= 1:
+        first = held[0][0] if held else 0
+        stride = held[1][0] - first if len(held) > 1 else 0
+        splits = tuple((Split(len(held), stride),) if d in cut else () for d in range(len(shape)))
+        grid = Grid(shape, splits, first)
+        if all(list(grid.of_file(file)) == [box] for file, box in held) and sum(b.numel for b in boxes) == prod(shape):
+            return grid
+    return Pieces(shape, held)
 
 
 def from_json(data: Any, shape: Shape) -> Partition:

@@ -28,6 +28,8 @@ from distckpt.format.sealed import seal, unseal
 from distckpt.store.base import read_all, write_all
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from distckpt.store.base import Store
 
 _MOST_ACK = 1 << 30
@@ -140,6 +142,17 @@ def may_be_committed(store: Store, attempt: Attempt) -> bool:
     except (StoreError, Corrupt, FormatError):
         return True
     return not isinstance(found, dict) or found.get("attempt") == attempt.id
+
+
+def abandon(store: Store, attempt: Attempt, files: Iterable[str]) -> None:
+    """Remove files of an attempt that failed, acks first in the list: on a full disk they would block the next.
+
+    A create that raised may have made the commit all the same: then everything stays.
+    """
+    if not may_be_committed(store, attempt):
+        for name in files:
+            with contextlib.suppress(StoreError):  # the failure that led here is the one to raise; gc finds leftovers
+                store.delete(attempt.key(name))
 
 
 def is_committed(store: Store, directory: StepDir) -> bool:

@@ -19,8 +19,8 @@ from distckpt.format.manifest import FileInfo, Manifest, ObjectInfo, TensorInfo
 from distckpt.save.agree import agree
 from distckpt.save.commit import (
     Attempt,
+    abandon,
     commit_when_acked,
-    may_be_committed,
     remove_acks,
     write_ack,
     write_refusal,
@@ -163,17 +163,12 @@ def _draft(job: _Job, objects: dict[str, ObjectInfo]) -> Manifest:
 
 
 def _abandon(job: _Job) -> None:
-    """Remove what this rank wrote for an attempt that failed: on a full disk it would block the next.
+    """Remove what this rank wrote for an attempt that failed.
 
-    The ack goes first, so that nobody finds the attempt complete while it is taken away. A create that raised may have
-    made the commit all the same: then everything stays.
+    The ack goes first, so that nobody finds the attempt complete while it is taken away.
     """
     rank, attempt = job.comm.rank, job.attempt
-    if may_be_committed(job.store, attempt):
-        return
     names = [ack_file(rank, attempt.id), data_file(rank, attempt.id)]
     if rank == 0:
         names += [object_file(name, attempt.id) for name in job.agreement.objects]
-    for name in names:
-        with contextlib.suppress(StoreError):  # the failure that led here is the one to raise; gc finds leftovers
-            job.store.delete(attempt.key(name))
+    abandon(job.store, attempt, names)
