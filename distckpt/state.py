@@ -79,11 +79,12 @@ class RankObject:
 class JoinedObject:
     """A value of which each rank may know a part: dicts are joined by key, and lists under the key `joins`.
 
-    What several ranks know must be the same.
+    Where ranks contradict each other each keeps its own, and `on_reshard` says what another world size means for it.
     """
 
     value: Any
     joins: str = ""
+    on_reshard: str = "refuse"
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,7 +25,7 @@ from distckpt.errors import Mismatch, StateUnusable, StateWarning, Unsupported
 from distckpt.format.layout import is_name
 from distckpt.run.dataloader import DataLoaderAdapter
 from distckpt.run.rng import RngAdapter
-from distckpt.state import Saved, State, plain
+from distckpt.state import JoinedObject, Saved, State, plain
 from distckpt.statedict import insert
 
 if TYPE_CHECKING:
@@ -232,7 +232,7 @@ class EnvironmentAdapter:
 
     def capture(self) -> State:
         """See Stateful.capture."""
-        return State(objects={self.NAME: self._now()})
+        return State(objects={self.NAME: JoinedObject(self._now(), joins="precision", on_reshard="first")})
 
     def _now(self) -> dict[str, Any]:
         precision = sorted({str(p.dtype).removeprefix("torch.") for m in self._models.values() for p in m.parameters()})

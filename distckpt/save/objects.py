@@ -43,27 +43,30 @@ def share(
     digests = _dump({name: digest(v) for name, v in shared.items()})
     told = [json.loads(reply) for reply in exchange(comm, "comparing objects", digests)]
     differing = sorted(name for name in set().union(*told) if len({said.get(name) for said in told}) > 1)
-    joined = _joined(comm, state, mine, differing)
+    joined, contradicted = _joined(comm, state, mine, differing)
     for name in differing:
         if name not in joined:
-            policies[name] = "refuse"
+            policies[name] = contradicted.get(name, "refuse")
             notes.append(f"object {name} differs between ranks: each keeps its own")
     return {n: v for n, v in (shared | joined).items() if n not in policies}
 
 
-def _joined(comm: Comm, state: State, mine: Mapping[str, bytes], names: list[str]) -> dict[str, bytes]:
-    """Objects of which each rank knows a part, put together; those on which ranks contradict each other left out."""
+def _joined(
+    comm: Comm, state: State, mine: Mapping[str, bytes], names: list[str]
+) -> tuple[dict[str, bytes], dict[str, str]]:
+    """(objects of which each rank knows a part, put together; the policies of those on which ranks disagree)."""
     known = {n: v for n, v in state.objects.items() if n in names and isinstance(v, JoinedObject)}
-    parts = _dump({n: [v.joins, json.loads(mine[n])] for n, v in known.items()})
+    parts = _dump({n: [v.joins, v.on_reshard, json.loads(mine[n])] for n, v in known.items()})
     found: dict[str, Any] = {}
-    contradicted = set()
+    contradicted = dict[str, str]()
     for reply in exchange(comm, "joining objects", parts):
-        for name, (joins, value) in json.loads(reply).items():
+        for name, (joins, policy, value) in json.loads(reply).items():
             try:
                 found[name] = _join(found[name], value, joins) if name in found else value
             except ValueError:  # noqa: PERF203  of what ranks contradict each other on, each keeps its own
-                contradicted.add(name)
-    return {n: json.dumps(v, separators=(",", ":")).encode() for n, v in found.items() if n not in contradicted}
+                contradicted[name] = policy
+    whole = {n: json.dumps(v, separators=(",", ":")).encode() for n, v in found.items() if n not in contradicted}
+    return whole, contradicted
 
 
 def _join(a: Any, b: Any, joins: str, key: str = "") -> Any:

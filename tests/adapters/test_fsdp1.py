@@ -459,3 +459,137 @@ def _gradients():
 
 def test_accumulated_gradients_are_refused_by_name():
     assert "accumulated gradients of FSDP1" in ranks.run(2, _gradients)[0]
+
+
+# -- what a rank without elements cannot know ---------------------------------------------------------------------------
+
+
+class Some(torch.optim.Optimizer):
+    """Keeps state for every other parameter only: one rank's guess from its own parameters is wrong for others."""
+
+    def __init__(self, params):
+        super().__init__(params, {"lr": 0.1})
+
+    def step(self):
+        for group in self.param_groups:
+            for i, p in enumerate(group["params"]):
+                if i % 2 and p.numel():
+                    self.state[p] = {"seen": torch.full_like(p, i), "count": torch.tensor(float(i))}
+
+
+def _some(root):
+    model = net()
+    optimizer = Some(model.parameters())
+    optimizer.step()
+    with Checkpointer(root, timeout=20) as checkpointer:
+        checkpointer.save(1, TrainState(model=model, optimizer=optimizer, rng=False))
+
+
+def _some_elsewhere(root):
+    model = net(seed=3)
+    optimizer = Some(model.parameters())
+    with Checkpointer(root, timeout=20) as checkpointer, quiet():
+        checkpointer.resume(TrainState(model=model, optimizer=optimizer, rng=False))
+    for i, p in enumerate(optimizer.param_groups[0]["params"]):
+        state = optimizer.state.get(p, {})
+        assert bool(state) == bool(i % 2 and p.numel())
+        assert not state or bool((state["seen"] == i).all() and state["count"] == i)
+
+
+@pytest.mark.parametrize(("saved", "wanted"), [(4, 2), (3, 4)])
+def test_a_wrong_guess_of_a_rank_without_elements_does_no_harm(tmp_path, saved, wanted):
+    ranks.run(saved, _some, str(tmp_path))
+    ranks.run(wanted, _some_elsewhere, str(tmp_path))
+
+
+def _irregular(root):
+    import torch.distributed as dist
+
+    group = dist.new_group([0, 1, 3])
+    state = TrainState(rng=False)
+    if dist.get_rank() != 2:
+        model = net(process_group=group)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+        step(model, optimizer, 0)
+        state = TrainState(model=model, optimizer=optimizer, rng=False)
+    with Checkpointer(root, timeout=20) as checkpointer:
+        checkpointer.save(1, state)
+        if dist.get_rank() != 2:
+            held = {f: [s.tensor.clone() for s in t.shards] for f, t in state.capture().tensors.items()}
+            step(model, optimizer, 1)
+        checkpointer.resume(state)
+    if dist.get_rank() != 2:
+        now = state.capture().tensors
+        assert all(torch.equal(a, s.tensor) for f in held for a, s in zip(held[f], now[f].shards, strict=True))
+
+
+def _whole(root):
+    model = Net()
+    optimizer = torch.optim.AdamW(model.parameters())
+    with Checkpointer(root, timeout=20) as checkpointer, quiet():
+        checkpointer.load(TrainState(model=model, optimizer=optimizer, rng=False))
+    return len(optimizer.state)
+
+
+def test_ranks_in_no_regular_order_are_listed(tmp_path):
+    ranks.run(4, _irregular, str(tmp_path))
+    assert ranks.run(1, _whole, str(tmp_path)) == [5]
+
+
+def _two_groups(root):
+    import torch.distributed as dist
+
+    groups = [dist.new_group([0, 2]), dist.new_group([1, 3])]
+    model = net(process_group=groups[dist.get_rank() % 2])
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    step(model, optimizer, 0)
+    with Checkpointer(root, timeout=20) as checkpointer:
+        checkpointer.save(1, TrainState(model=model, optimizer=optimizer, rng=False))
+
+
+def test_groups_that_each_shard_the_same_model_are_replicas(tmp_path):
+    ranks.run(4, _two_groups, str(tmp_path))
+    assert ranks.run(1, _whole, str(tmp_path)) == [5]
+
+
+# -- every kind of optimizer state that torch names by position ----------------------------------------------------------
+
+
+def test_torch_s_own_state_dict_with_parameters_named_by_position_is_resumed_from(tmp_path):
+    model = Net()
+    optimizer = torch.optim.AdamW([{"params": [*model.inner.parameters()]}, {"params": [model.emb.weight], "lr": 0.5}])
+    model(torch.arange(4)).sum().backward()
+    optimizer.step()
+    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, tmp_path / "last.pt")
+    ranks.run(2, _from_positions, str(tmp_path))
+    assert "named by position" in ranks.run(2, _from_positions_into_flat, str(tmp_path))[0]
+
+
+def _positions(orig):
+    model = net(use_orig_params=orig)
+    inner = [*model.inner.parameters()]
+    rest = [p for p in model.parameters() if not any(p is q for q in inner)]
+    optimizer = torch.optim.AdamW([{"params": inner}, {"params": rest}], lr=0.1)
+    return model, optimizer
+
+
+def _from_positions(root):
+    model, optimizer = _positions(True)
+    state = TrainState(model=model, optimizer=optimizer, rng=False)
+    with Checkpointer(f"{root}/run", timeout=20) as checkpointer, quiet():
+        checkpointer.load(state, source=f"{root}/last.pt")
+    assert optimizer.param_groups[1]["lr"] == 0.5
+    saved = torch.load(f"{root}/last.pt")
+    names = ["inner.0.weight", "inner.0.bias", "inner.2.weight", "inner.2.bias", "emb.weight"]
+    for i, name in enumerate(names):
+        tensor = state.capture().tensors[f"optim.{name}.exp_avg"]
+        for held in tensor.shards:
+            whole = saved["optimizer"]["state"][i]["exp_avg"].flatten()
+            assert torch.equal(held.tensor, whole[held.region.start : held.region.stop])
+
+
+def _from_positions_into_flat(root):
+    model, optimizer = _positions(False)
+    with Checkpointer(f"{root}/run", timeout=20) as checkpointer, quiet():
+        state = TrainState(model=model, optimizer=optimizer, rng=False)
+        return ranks.expect_error(lambda: checkpointer.load(state, source=f"{root}/last.pt"), Mismatch)

@@ -375,3 +375,56 @@ def test_copies_of_a_value_stand_in_each_rank_that_has_one(tmp_path):
             found.append(file.get_tensor("model.norm.running_mean").tolist())
     assert found[0] != found[1]
     assert Copies((4,), 0, 2).copy_of(1) == 1
+
+
+# -- objects of which each rank knows a part ------------------------------------------------------------------------
+
+
+def _stages(root, mine):
+    model = nn.ModuleDict({str(i): nn.Linear(3, 3) for i in mine})
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.25)
+    layouts.make_moments(model, optimizer)
+    state = TrainState(model=model, optimizer=optimizer, rng=False)
+    layouts.fill(state.capture())
+    return state, optimizer
+
+
+def _save_stages(root):
+    state, _ = _stages(root, [torch.distributed.get_rank()])
+    with Checkpointer(root, timeout=20) as checkpointer:
+        return checkpointer.save(1, state).notes
+
+
+def _load_stages(root, mine):
+    state, optimizer = _stages(root, mine)
+    layouts.fill(state.capture(), salt="other")
+    optimizer.param_groups[0]["lr"] = 0.0
+    with Checkpointer(root, timeout=20) as checkpointer, layouts.quiet():
+        checkpointer.resume(state)
+    return layouts.wrong(state.capture()), optimizer.param_groups[0]["lr"]
+
+
+def test_pipeline_stages_resume_on_fewer_ranks(tmp_path):
+    """The groups of the stages' optimizers are joined by fqn; so is what the environment says of their models."""
+    assert ranks.run(2, _save_stages, str(tmp_path)) == [[], []]
+    assert ranks.run(1, _load_stages, str(tmp_path), [0, 1]) == [([], 0.25)]
+
+
+def _contradicting_stages(root):
+    state, optimizer = _stages(root, [torch.distributed.get_rank()])
+    optimizer.param_groups[0]["lr"] = float(torch.distributed.get_rank())
+    with Checkpointer(root, timeout=20) as checkpointer:
+        return checkpointer.save(1, state).notes
+
+
+def _load_contradicting(root):
+    state, _ = _stages(root, [0, 1])
+    with Checkpointer(root, timeout=20) as checkpointer, layouts.quiet():
+        return ranks.expect_error(lambda: checkpointer.load(state), Mismatch)
+
+
+def test_groups_that_contradict_each_other_are_not_joined(tmp_path):
+    assert ranks.run(2, _contradicting_stages, str(tmp_path))[0] == [
+        "object optim differs between ranks: each keeps its own"
+    ]
+    assert "optim: each of the 2 ranks saved its own" in ranks.run(1, _load_contradicting, str(tmp_path))[0]
