@@ -14,7 +14,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from distckpt.adapters import dtensor, tensors
 from distckpt.adapters.dtensor import private
-from distckpt.adapters.fsdp1 import FlatSlot
+from distckpt.adapters.flat import FlatSlot
 from distckpt.adapters.slots import clean, gather_nothing, named_buffers, named_modules, named_slots
 from distckpt.errors import Mismatch, Unsupported
 from distckpt.state import State, plain

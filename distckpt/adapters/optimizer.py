@@ -20,16 +20,14 @@ import torch
 
 from distckpt import comm
 from distckpt.adapters import groups, subclasses, tensors
-from distckpt.adapters.slots import named_slots
 from distckpt.errors import Mismatch, Unsupported
 from distckpt.format.box import Box
 from distckpt.state import GlobalTensor, JoinedObject, RankObject, State, plain, torch_dtype
 from distckpt.statedict import insert, references
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Iterable, Mapping
 
-    from torch import nn
     from torch.optim import Optimizer
 
     from distckpt.adapters.groups import Named
@@ -72,10 +70,10 @@ class _Loading:
 
 
 class OptimizerAdapter:
-    """One optimizer, over parameters of `models` (prefix of the names -> model)."""
+    """One optimizer, over parameters among `slots` (called when asked for: fqns and slots, tied ones under each)."""
 
-    def __init__(self, optimizer: Optimizer, models: Mapping[str, nn.Module], prefix: str) -> None:
-        self._optimizer, self._models, self._prefix = optimizer, models, prefix
+    def __init__(self, optimizer: Optimizer, slots: Callable[[], Iterable[tuple[str, Slot]]], prefix: str) -> None:
+        self._optimizer, self._known, self._prefix = optimizer, slots, prefix
         self._of_rank = f"{prefix}.@rank"
         """Object of the states that cannot be resharded, and lead (with the rank's number) of their tensors."""
         self._loading: _Loading | None = None
@@ -83,10 +81,8 @@ class OptimizerAdapter:
     def _slots(self) -> list[Named]:
         """(fqn, slot, index of the group) of every parameter, each once, in the order of the groups."""
         of_parameter: dict[int, dict[Any, tuple[str, Slot]]] = {}
-        for lead, model in self._models.items():
-            for name, slot in named_slots(model):
-                fqn = f"{lead}.{name}" if lead else name
-                of_parameter.setdefault(id(slot.parameter), {}).setdefault(slot.key, (fqn, slot))
+        for fqn, slot in self._known():
+            of_parameter.setdefault(id(slot.parameter), {}).setdefault(slot.key, (fqn, slot))
         found = []
         for g, group in enumerate(self._optimizer.param_groups):
             for i, p in enumerate(group["params"]):

@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from distckpt.adapters import dtensor, fsdp1, tensors
 
 if TYPE_CHECKING:
-    from collections.abc import Hashable, Iterator
+    from collections.abc import Hashable, Iterator, Mapping
 
     from torch import nn
 
@@ -139,6 +139,13 @@ def named_slots(module: nn.Module) -> Iterator[tuple[str, Slot]]:
     for name, parameter in bare(module).named_parameters(remove_duplicate=False):
         if id(parameter) not in flat:
             yield clean(name), OwnSlot(parameter, trusted=trusted)
+
+
+def slots_of(models: Mapping[str, nn.Module]) -> Iterator[tuple[str, Slot]]:
+    """(fqn, slot) of every parameter of several models, each name led by its model's."""
+    for lead, model in models.items():
+        for name, slot in named_slots(model):
+            yield f"{lead}.{name}" if lead else name, slot
 
 
 def named_buffers(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:

@@ -20,6 +20,7 @@ import torch
 from distckpt import comm as comms
 from distckpt.adapters.module import ModuleAdapter
 from distckpt.adapters.optimizer import OptimizerAdapter
+from distckpt.adapters.slots import named_slots
 from distckpt.adapters.subclasses import is_description
 from distckpt.comm import together
 from distckpt.errors import StateWarning, Unsupported
@@ -80,7 +81,7 @@ def full_state_dict(
 
 def _gather(comm: Comm, model: nn.Module, optimizer: Optimizer | None, file: Path | None) -> dict[str, Any]:
     parts: list[ModuleAdapter | OptimizerAdapter] = [ModuleAdapter(model, "model")]
-    parts += [OptimizerAdapter(optimizer, {"": model}, "optim")] if optimizer is not None else []
+    parts += [OptimizerAdapter(optimizer, lambda: named_slots(model), "optim")] if optimizer is not None else []
     state, agreed = agree(comm, lambda: State.merged(p.capture() for p in parts), step=0, generation=lambda: 0)
     _refuse_own_states(agreed)
     whole = _Whole(comm, state, agreed)

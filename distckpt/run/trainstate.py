@@ -11,6 +11,7 @@ import json
 import platform
 import warnings
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -20,7 +21,7 @@ from distckpt import __version__, comm
 from distckpt.adapters import tensors
 from distckpt.adapters.module import GradientAdapter, ModuleAdapter
 from distckpt.adapters.optimizer import OptimizerAdapter
-from distckpt.adapters.slots import parallelism
+from distckpt.adapters.slots import parallelism, slots_of
 from distckpt.errors import Mismatch, StateUnusable, StateWarning, Unsupported
 from distckpt.format.layout import is_name
 from distckpt.run.dataloader import DataLoaderAdapter
@@ -111,7 +112,7 @@ class TrainState:
         _check_names(extra, taken=(*values, *_PARTS))
         values |= extra
         parts: dict[str, Stateful] = {lead: ModuleAdapter(m, lead) for lead, m in models.items()}
-        parts |= {lead: OptimizerAdapter(o, of_models, lead) for lead, o in optimizers.items()}
+        parts |= {lead: OptimizerAdapter(o, partial(slots_of, of_models), lead) for lead, o in optimizers.items()}
         if gradients:
             of_gradients = {"grad" + lead.removeprefix("model"): m for lead, m in models.items()}
             parts |= {lead: GradientAdapter(m, lead) for lead, m in of_gradients.items()}
