@@ -40,7 +40,7 @@ def read_dcp(folder: Path) -> Directory:
     leaf: dict[str, Any] = {fqn: files.tensor(fqn, entry) for fqn, entry in index.tensors.items()}
     leaf |= {fqn: files.value(fqn, place) for fqn, place in index.values.items()} | own
     tree = nested({index.paths[fqn]: value for fqn, value in leaf.items()}, str(folder))
-    return Directory(str(folder), tree, files.sources)
+    return Directory(str(folder), tree, files.sources, homes=files.homes)
 
 
 class _Opened:
@@ -48,6 +48,7 @@ class _Opened:
 
     def __init__(self) -> None:
         self.sources: list[Readable] = []
+        self.homes: list[int] = []
         self._index: dict[Any, int] = {}
 
     def _file(self, place: Place, fqn: str) -> int:
@@ -57,7 +58,7 @@ class _Opened:
                 found = PlainFile(place.path)
             except KeyMissing as e:
                 raise Corrupt(f"{fqn}: {e}, though the index names it") from e
-            self._add(place.path, found)
+            self._add(place.path, found, len(set(self.homes)))
         index = self._index[place.path]
         if place.start + place.length > self.sources[index].size:
             raise Corrupt(
@@ -66,7 +67,8 @@ class _Opened:
             )
         return index
 
-    def _add(self, key: Any, file: Readable) -> None:
+    def _add(self, key: Any, file: Readable, home: int) -> None:
+        self.homes.append(home)
         self._index[key] = len(self.sources)
         self.sources.append(file)
 
@@ -78,7 +80,7 @@ class _Opened:
         if place not in self._index:
             what = f"{place.path}[{fqn} at {place.start}]"
             zstd.check(place.transforms, what)
-            self._add(place, zstd.Inflated(self.sources[raw], place.start, place.length, what))
+            self._add(place, zstd.Inflated(self.sources[raw], place.start, place.length, what), self.homes[raw])
         index = self._index[place]
         return index, 0, self.sources[index].size
 

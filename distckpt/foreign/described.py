@@ -17,7 +17,7 @@ from distckpt.foreign.files import Files
 from distckpt.foreign.leads import arranged
 from distckpt.foreign.located import Located, Undecodable
 from distckpt.format.box import Box
-from distckpt.format.layout import StepDir, chunk_name
+from distckpt.format.layout import StepDir, chunk_name, fqn_of
 from distckpt.format.manifest import Manifest, ObjectInfo, TensorInfo
 from distckpt.format.partition import Pieces
 from distckpt.load.open import Checkpoint, DataFile
@@ -74,6 +74,8 @@ class Directory:
     tree: dict[Any, Any]
     files: Sequence[Readable]
     has_sums: bool = True
+    homes: Sequence[int] = ()
+    """Which of several files each belongs to, where some are no files of their own."""
 
 
 def describe(found: Directory, names: Mapping[str, str] | None = None) -> Described:
@@ -109,7 +111,7 @@ def describe(found: Directory, names: Mapping[str, str] | None = None) -> Descri
         launch=0,
         attempt="",
         date="",
-        world_size=max(1, len(found.files)),
+        world_size=max(1, len(set(found.homes) or found.files)),
         tensors=tensors,
         files=(),
         objects={name: ObjectInfo("", 0, "") for name in objects},
@@ -184,7 +186,7 @@ class Described(Checkpoint):
         self.name = found.path
         self.unreadable = unreadable
         self.foreign = True
-        self._has_sums = found.has_sums
+        self._has_sums, self._homes = found.has_sums, found.homes
         self._entries = [_Entries(c) for c in chunks]
         self._sources = found.files
         self._objects = objects
@@ -215,7 +217,7 @@ class Described(Checkpoint):
         """See Checkpoint.rank_objects: there are none."""
         return {}
 
-    def verify(self, items: Iterable[Item]) -> None:
+    def verify(self, chunks: Iterable[tuple[int, str]]) -> None:
         """Read the records that hold these chunks whole, once, and compare each one's CRC-32. Corrupt."""
         if not self._has_sums:
             raise Unsupported(
@@ -223,22 +225,27 @@ class Described(Checkpoint):
                 "without verify=True"
             )
         checked = set()
-        for item in items:
-            record = self._entries[item.file].located(item.name).record
-            self._verified.add((item.file, item.name))
-            if record is None or (item.file, record) in checked:
+        for file, name in chunks:
+            record = self._entries[file].located(name).record
+            self._verified.add((file, name))
+            if record is None or (file, record) in checked:
                 continue
-            checked.add((item.file, record))
-            source = self._sources[item.file]
+            checked.add((file, record))
+            source = self._sources[file]
+            stop = record.start + record.nbytes
             if _crc(source, record.start, record.nbytes) != record.crc:
                 raise Corrupt(
-                    f"{source.name}: {item.fqn}: bytes {record.start} to {record.start + record.nbytes} do not match "
-                    "the CRC-32 of their record"
+                    f"{source.name}: {fqn_of(name)}: bytes {record.start} to {stop} do not match the CRC-32 of their "
+                    "record"
                 )
 
     def unverified(self, items: Iterable[Item]) -> list[str]:
         """See Checkpoint.unverified."""
         return sorted({item.fqn for item in items if (item.file, item.name) not in self._verified})
+
+    def home(self, file: int) -> int:
+        """See Checkpoint.home."""
+        return self._homes[file] if self._homes else file
 
     def same(self, a: str, b: str) -> bool:
         """See Checkpoint.same: told by the CRC-32 of equal chunks, else by their bytes."""

@@ -152,7 +152,7 @@ class _StorageAt:
         self.record, self.dtype = record, dtype
 
 
-_STORAGES = {
+STORAGES = {
     "DoubleStorage": "float64",
     "FloatStorage": "float32",
     "HalfStorage": "float16",
@@ -216,7 +216,7 @@ def _values() -> dict[tuple[str, str], Any]:
         ("torch._utils", "_rebuild_parameter_with_state"): Function(_parameter),
         ("torch._tensor", "_rebuild_from_type_v2"): Function(_of_type),
     }
-    known |= {("torch", name): _StorageKind(dtype) for name, dtype in _STORAGES.items()}
+    known |= {("torch", name): _StorageKind(dtype) for name, dtype in STORAGES.items()}
     known |= {(module, "UntypedStorage"): _StorageKind("") for module in ("torch", "torch.storage")}
     known |= {tuple(name.rsplit(".", 1)): name for name in _TENSOR_CLASSES}  # type: ignore[misc]
     known |= {(f"numpy.{core}.multiarray", "scalar"): Function(_numpy_scalar) for core in ("core", "_core")}

@@ -58,7 +58,7 @@ def load(
         made.unexpected = _taken_by_none(comm, made.unexpected)
         refuse_unexpected(filter(options.strict_about, made.unexpected), targets)
     if options.verify:
-        together(comm, f"verifying {checkpoint.name}", lambda: checkpoint.verify(items))
+        together(comm, f"verifying {checkpoint.name}", lambda: checkpoint.verify((i.file, i.name) for i in items))
     about_to_change()
     together(comm, f"reading {checkpoint.name}", lambda: read(checkpoint, items))
     report = LoadReport(step, made.loaded, made.missing, made.unexpected, made.cast, made.notes)

@@ -43,7 +43,9 @@ class DataFile:
     @property
     def grain(self) -> int:
         """Bytes that a read is rounded to."""
-        return BLOCK if self.sums is not None else _PAGE
+        if self.sums is not None:
+            return BLOCK
+        return 1 if self.sequential else _PAGE  # a stream must not be asked again for the end of a page
 
     def verify(self, first: int, pieces: list[list[memoryview]]) -> None:
         """Check blocks `first`, `first + 1`, ..., each given as its pieces in order. Corrupt, with the fqns."""
@@ -99,12 +101,16 @@ class Checkpoint:
             self._files[index] = self._opened(index)
         return self._files[index]
 
-    def verify(self, items: Iterable[Item]) -> None:
-        """Check what holds these chunks before anything moves, where reading alone does not. Here it does."""
+    def verify(self, chunks: Iterable[tuple[int, str]]) -> None:
+        """Check what holds these chunks (file, name) before anything moves, where reading does not. Here it does."""
 
     def unverified(self, items: Iterable[Item]) -> list[str]:  # noqa: ARG002
         """Fqns whose bytes no checksum has borne out. Here there are none."""
         return []
+
+    def home(self, file: int) -> int:
+        """File that a copy is to put the chunks of this one in."""
+        return file
 
     def same(self, a: str, b: str) -> bool:  # noqa: ARG002
         """Whether two saved tensors are known to be equal. Here tied ones are one, and its aliases."""

@@ -70,6 +70,21 @@ def load_source(
     return _load(comm, opened, state, replace(options, foreign=kind == _FOREIGN), path)
 
 
+def open_source(
+    source: str | os.PathLike[str], *, step: int | None = None, names: Mapping[str, str] | None = None
+) -> Checkpoint:
+    """Open what lies at `source`, by one process: of a run the newest checkpoint that counts, or that of `step`."""
+    path = Path(source)
+    kind = _kind(path)
+    if kind != _RUN:
+        return _opened(path, kind, names)
+    history = History(LocalStore(path))
+    found = next((c for c in history.valid() if step in {None, c.directory.step}), None)
+    if found is None:
+        raise NotACheckpoint(f"{path} holds no such checkpoint: {history.why_nothing()}")
+    return found
+
+
 def foreign_root(comm: Comm, store: Store) -> Path | None:
     """Directory of the store if another tool saved there, too: what a run begins from that has no checkpoint yet."""
     root = store.root if isinstance(store, LocalStore) else None

@@ -17,7 +17,7 @@ from distckpt.format.layout import chunk_name
 from distckpt.state import as_bytes, cut, is_plain_memory
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterable, Iterator, Mapping
 
     import torch
 
@@ -72,13 +72,23 @@ def build(chunks: Mapping[str, tuple[str, torch.Tensor]], objects: bytes) -> dat
     )
 
 
-class ImageStream:
-    """Bytes of an image in order, as pieces for Store.write. `digest` is the file's, once all have been taken."""
+def live(image: datafile.Image, chunks: Mapping[str, tuple[str, torch.Tensor]]) -> Iterator[memoryview]:
+    """Content of an image's segments; a tensor that is not plain memory is copied, one at a time."""
+    for segment in image.segments:
+        tensor = chunks[segment.name][1]
+        if not is_plain_memory(tensor):
+            tensor = tensor.resolve_conj().resolve_neg().cpu().contiguous()
+        yield as_bytes(tensor)
 
-    def __init__(
-        self, image: datafile.Image, chunks: Mapping[str, tuple[str, torch.Tensor]], arena: memoryview
-    ) -> None:
-        self._image, self._chunks, self._arena = image, chunks, arena
+
+class ImageStream:
+    """Bytes of an image in order, as pieces for Store.write. `digest` is the file's, once all have been taken.
+
+    `content`: the bytes of its segments in order, in pieces of any length, each good until the next is asked for.
+    """
+
+    def __init__(self, image: datafile.Image, content: Iterable[memoryview], arena: memoryview) -> None:
+        self._image, self._content, self._arena = image, content, arena
         self.digest = ""
 
     def __iter__(self) -> Iterator[memoryview]:
@@ -109,11 +119,7 @@ class ImageStream:
             yield self._arena[:filled]
 
     def _contents(self) -> Iterator[memoryview]:
-        """Content of each stretch of the file, in order; a tensor that is not plain memory is copied, one at a time."""
+        """Content of the file up to its table, in order."""
         yield memoryview(self._image.header)
-        for segment in self._image.segments:
-            tensor = self._chunks[segment.name][1]
-            if not is_plain_memory(tensor):
-                tensor = tensor.resolve_conj().resolve_neg().cpu().contiguous()
-            yield as_bytes(tensor)
+        yield from self._content
         yield memoryview(self._image.objects)

@@ -26,7 +26,7 @@ from distckpt.save.commit import (
     write_refusal,
 )
 from distckpt.save.divide import divide
-from distckpt.save.image import ImageStream, build, own_chunks
+from distckpt.save.image import ImageStream, build, live, own_chunks
 from distckpt.store.base import write_all
 
 if TYPE_CHECKING:
@@ -115,7 +115,7 @@ def _write(job: _Job, state: State, arena: memoryview) -> int:
     try:
         chunks = own_chunks(state, job.partitions, rank)
         image = build(chunks, _rank_objects(job.agreement))
-        stream = ImageStream(image, chunks, arena)
+        stream = ImageStream(image, live(image, chunks), arena)
         name = data_file(rank, attempt.id)
         job.store.write(attempt.key(name), stream, size=image.size)
         file = FileInfo(name, image.size, len(image.header), stream.digest)

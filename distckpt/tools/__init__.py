@@ -1,0 +1,1 @@
+"""What is done with checkpoints offline, by one process, in bounded memory."""
