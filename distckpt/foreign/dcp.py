@@ -19,7 +19,7 @@ from distckpt.format.dtype import item_size
 from distckpt.format.objects import MAX_DEPTH
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
     from pathlib import Path
 
     from distckpt.foreign.files import Readable
@@ -39,7 +39,7 @@ def read_dcp(folder: Path) -> Directory:
     index, own = merged(indexes, files)
     leaf: dict[str, Any] = {fqn: files.tensor(fqn, entry) for fqn, entry in index.tensors.items()}
     leaf |= {fqn: files.value(fqn, place) for fqn, place in index.values.items()} | own
-    tree = nested({index.paths[fqn]: value for fqn, value in leaf.items()}, str(folder))
+    tree = nested(((index.paths[fqn], value) for fqn, value in leaf.items()), str(folder))
     return Directory(str(folder), tree, files.sources, homes=files.homes)
 
 
@@ -172,10 +172,10 @@ class _Node(dict[str | int, Any]):
     """A dict or list that is being put together: told from the values, which may be dicts themselves."""
 
 
-def nested(leaves: dict[tuple[str | int, ...], Any], where: str) -> dict[Any, Any]:
+def nested(leaves: Iterable[tuple[tuple[str | int, ...], Any]], where: str) -> dict[Any, Any]:
     """Nested dicts and lists with these values at these paths; an int is the index in a list."""
     root = _Node()
-    for path, value in leaves.items():
+    for path, value in leaves:
         at = root
         for key in path[:-1]:
             at = at.setdefault(key, _Node())

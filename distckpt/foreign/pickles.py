@@ -308,6 +308,8 @@ class _Plain:
 
 
 def _name(value: Any) -> str:
+    if isinstance(value, type) and issubclass(value, Unknown):
+        return f"the global {value.name}"
     return f"an object of {value.name}" if isinstance(value, Unknown) else f"a {type(value).__name__}"
 
 
