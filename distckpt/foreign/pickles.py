@@ -278,15 +278,15 @@ def plain(value: Any, where: str) -> Any:
 
     FormatError for one that unfolds without end: of members that it shares, or that contain it.
     """
-    return _Plain(where).visit(value, where, 0)
+    return _Plain(where).visit(value, 0)
 
 
 class _Plain:
     def __init__(self, where: str) -> None:
         self._where, self._left = where, _MOST_VALUES
 
-    def visit(self, value: Any, path: str, depth: int) -> Any:
-        """One value, at `path`."""
+    def visit(self, value: Any, depth: int) -> Any:
+        """One value, `depth` levels down."""
         self._left -= 1
         if self._left < 0 or depth > _MOST_DEPTH:
             raise FormatError(f"{self._where}: unfolds to more than {_MOST_VALUES} values, or {_MOST_DEPTH} levels")
@@ -296,15 +296,14 @@ class _Plain:
         if value is None or kind in {bool, int, float, complex, str, bytes, Located, Undecodable}:
             return value
         if kind in {dict, OrderedDict, Counter}:
-            keys = [self.visit(key, path, depth + 1) for key in value]
-            for key, was in zip(keys, value, strict=True):
-                if type(key) in {Located, Undecodable}:
-                    return Undecodable(f"{path}: a dict with {_name(was)} as a key")
-            members = (self.visit(member, f"{path}.{key}", depth + 1) for key, member in value.items())
+            keys = [self.visit(key, depth + 1) for key in value]
+            if odd := [key for key in keys if type(key) in {Located, Undecodable}]:
+                return Undecodable(f"{self._where}: a dict with a {type(odd[0]).__name__} as a key")
+            members = [self.visit(member, depth + 1) for member in value.values()]
             return kind(dict(zip(keys, members, strict=True)))
         if kind in {list, tuple, set, frozenset}:
-            return kind(self.visit(member, f"{path}[{i}]", depth + 1) for i, member in enumerate(value))
-        return Undecodable(f"{path}: {_name(value)}, which is no plain value: it was neither imported nor called")
+            return kind([self.visit(member, depth + 1) for member in value])
+        return Undecodable(f"{self._where}: {_name(value)}, which is no plain value: neither imported nor called")
 
 
 def _name(value: Any) -> str:
@@ -313,7 +312,7 @@ def _name(value: Any) -> str:
     return f"an object of {value.name}" if isinstance(value, Unknown) else f"a {type(value).__name__}"
 
 
-_MOST_DEPTH, _MOST_VALUES = 100, 5_000_000
+_MOST_DEPTH, _MOST_VALUES = 100, 2_000_000
 
 
 # -- the index of a DCP directory ----------------------------------------------------------------------------------
