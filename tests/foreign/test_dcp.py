@@ -45,6 +45,8 @@ def state_dict_of(model, optimizer):
     return {"model": get_model_state_dict(model), "optim": get_optimizer_state_dict(model, optimizer)}
 
 
+SIZES = layouts.SIZES | layouts.FSDP1
+
 # -- what torch saved in any layout, in any other ----------------------------------------------------------------
 
 
@@ -56,9 +58,7 @@ def _save(layout, folder):
     optimizer.param_groups[0]["lr"] = 0.123
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        dcp.save(
-            state_dict_of(model, optimizer) | {"epoch": 3}, checkpoint_id=folder, no_dist=layouts.SIZES[layout] == 1
-        )
+        dcp.save(state_dict_of(model, optimizer) | {"epoch": 3}, checkpoint_id=folder, no_dist=SIZES[layout] == 1)
 
 
 def _resume_and_save(layout, folder):
@@ -96,18 +96,26 @@ def _resume_and_save(layout, folder):
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
     root = tmp_path_factory.mktemp("dcp")
-    for layout in ("one", "fsdp2", "fsdp3"):
-        ranks.run(layouts.SIZES[layout], _save, layout, str(root / layout))
+    for layout in ("one", "fsdp2", "fsdp3", "fsdp1x2"):
+        ranks.run(SIZES[layout], _save, layout, str(root / layout))
     return root
 
 
 @pytest.mark.parametrize(
-    ("layout", "source"), [("one", "fsdp3"), ("fsdp2", "fsdp3"), ("fsdp3", "one"), ("one", "one"), ("tp2", "fsdp2")]
+    ("layout", "source"),
+    [
+        ("one", "fsdp3"),
+        ("fsdp2", "fsdp3"),
+        ("fsdp3", "one"),
+        ("tp2", "fsdp2"),
+        ("fsdp1x2", "fsdp3"),
+        ("fsdp2", "fsdp1x2"),
+    ],
 )
 def test_a_run_resumes_from_what_dcp_saved_and_saves_beside_it(saved, layout, source, tmp_path):
     shutil.copytree(saved / source, tmp_path / "run-original")
     folder = shutil.copytree(saved / source, tmp_path / "run")
-    wrong = ranks.run(layouts.SIZES[layout], _resume_and_save, layout, str(folder))
+    wrong = ranks.run(SIZES[layout], _resume_and_save, layout, str(folder))
     assert not [fault for rank in wrong for fault in rank]
 
 

@@ -80,7 +80,8 @@ def test_what_is_no_pickle_is_one_error(data):
         values(data)
 
 
-def test_a_pickle_that_unfolds_without_end_is_refused():
+def test_a_pickle_that_unfolds_without_end_is_refused(monkeypatch):
+    monkeypatch.setattr(pickles, "_MOST_VALUES", 20_000)
     doubled = b"(l" + b"".join(b"p%d\n(lg%d\nag%d\na" % (i, i, i) for i in range(60)) + b"."
     with pytest.raises(FormatError, match="unfolds to more than"):
         values(doubled)
