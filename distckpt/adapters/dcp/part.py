@@ -16,7 +16,7 @@ from distckpt.format.box import Box
 from distckpt.format.checksum import crc_of, digest
 from distckpt.format.layout import chunk_name, data_file
 from distckpt.format.manifest import FileInfo
-from distckpt.save.image import Arena, ImageStream, build
+from distckpt.save.image import Arena, ImageStream, build, live
 from distckpt.state import as_bytes, plain
 from distckpt.statedict import extract, is_extra_state
 
@@ -76,7 +76,7 @@ def write(store: Store, ticket: Ticket, plan: SavePlan, planner: SavePlanner) ->
     image = build(own.pieces, b"{}")
     name = data_file(ticket.rank, ticket.attempt.id)
     with contextlib.closing(Arena(_ARENA)) as arena:
-        stream = ImageStream(image, own.pieces, arena.view)
+        stream = ImageStream(image, live(image, own.pieces), arena.view)
         store.write(ticket.attempt.key(name), stream, size=image.size)
     file = FileInfo(name, image.size, len(image.header), stream.digest)
     chunks = {fqn: (shape, dtype, tuple(boxes)) for fqn, (shape, dtype, boxes) in own.chunks.items()}
