@@ -30,6 +30,12 @@ if TYPE_CHECKING:
     from distckpt.statedict import Entry, KindOf
 
 
+_BY_POSITION = (
+    ": parameters are named by position here. torch.distributed.checkpoint.state_dict.get_optimizer_state_dict names "
+    "them by fqn, and TrainState does"
+)
+
+
 @dataclass(slots=True)
 class Match:
     """How live objects take saved ones, both with TensorRefs."""
@@ -55,8 +61,9 @@ class Match:
             return
         known = {str(p): group for group in saved["groups"] for p in group["params"]}
         for g, group in enumerate(live["groups"]):
-            if lacking := [str(p) for p in group["params"] if str(p) not in known]:
-                self.problems.append(f"{name}: the saved optimizer did not have {shown(lacking)} (group {g})")
+            if lacking := [p for p in group["params"] if str(p) not in known]:
+                how = _BY_POSITION if type(lacking[0]) is int else ""
+                self.problems.append(f"{name}: the saved optimizer did not have {shown(lacking)} (group {g}){how}")
             of_group = {id(found): found for p in group["params"] if (found := known.get(str(p)))}
             if len({repr({k: v for k, v in h.items() if k != "params"}) for h in of_group.values()}) > 1:
                 self.problems.append(f"{name}: group {g} joins parameters of {len(of_group)} saved groups that differ")
@@ -150,7 +157,10 @@ def _hypers(tree: dict[str, Any], *, flat: bool) -> list[tuple[dict[str, Any], s
 
 def _like_live(live: Any, saved: Any, kind_of: KindOf) -> Any:
     """Give a hyper-parameter in the live one's form: a tensor is filled in place, as graphs hold on to it."""
-    return live.fill_(saved) if kind_of(live) == "torch" and isinstance(saved, (int, float)) else saved
+    plain = saved.item() if kind_of(saved) == "torch" and not tuple(saved.shape) else saved
+    if kind_of(live) == "torch" and isinstance(plain, (int, float)):
+        return live.fill_(plain)
+    return plain
 
 
 def _merged(live: Any, saved: Any, tensors: Mapping[str, Any], kind_of: KindOf) -> Any:

@@ -17,7 +17,7 @@ from distckpt.adapters import tensors
 from distckpt.adapters.refill import Match, refill
 from distckpt.errors import FormatError, Mismatch, Unsupported
 from distckpt.format.layout import is_name
-from distckpt.state import GlobalTensor, State, torch_dtype
+from distckpt.state import GlobalTensor, JoinedObject, State, torch_dtype
 from distckpt.statedict import LEFT_OVER, canonical, is_optimizer_object, parameters_of, references, state_of
 
 if TYPE_CHECKING:
@@ -46,7 +46,8 @@ class StateDictAdapter:
         """See Stateful.capture."""
         named = canonical(_taken(self._live), tensors.kind_of)
         aliases = tensors.ties(named.models)
-        return State(_described(named, named.tensors.keys() - aliases.keys()), aliases, named.objects)
+        objects = {name: _joinable(value) for name, value in named.objects.items()}
+        return State(_described(named, named.tensors.keys() - aliases.keys()), aliases, objects)
 
     def targets(self, saved: Saved) -> State:
         """See Stateful.targets. What trees and optimizers of the checkpoint have besides is made, uninitialised."""
@@ -105,6 +106,12 @@ def _is_stateful(value: Any) -> bool:
 def _taken(state_dict: Mapping[Any, Any]) -> dict[Any, Any]:
     """State dict with the state of each object in the object's place."""
     return {key: value.state_dict() if _is_stateful(value) else value for key, value in state_dict.items()}
+
+
+def _joinable(value: Any) -> Any:
+    """Optimizer of whose parameters each rank (a pipeline stage) may have some: they must have names of their own."""
+    named = is_optimizer_object(value) and all(type(p) is str for group in value["groups"] for p in group["params"])
+    return JoinedObject(value, joins="params") if named else value
 
 
 def _described(named: Named, fqns: Iterable[str]) -> dict[str, GlobalTensor]:

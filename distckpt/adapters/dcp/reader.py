@@ -126,32 +126,27 @@ class StorageReader(storage.StorageReader):
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
         """See torch's StorageReader. Corrupt where a block does not match its checksum; the state is a mix then."""
-        rank, world_size = plan.storage_data
+        ranks = plan.storage_data
         items: list[Item] = []
         tensors: list[tuple[ReadItem, torch.Tensor]] = []
         values: list[tuple[ReadItem, Any, dict[str, torch.Tensor]]] = []
         for wanted in plan.items:
             found = self._offer.find(wanted.storage_index.fqn)
             if wanted.type == LoadItemType.BYTE_IO:
-                self._refuse_of_rank(wanted.storage_index.fqn, found, rank, world_size)
+                self._refuse_of_rank(wanted.storage_index.fqn, ranks)
                 made = {fqn: self._empty(fqn) for fqn in references(found)}
                 for fqn, tensor in made.items():
-                    items += self._items(fqn, Box.whole(tensor.shape), tensor, rank, world_size)
+                    items += self._items(fqn, Box.whole(tensor.shape), tensor, ranks)
                 values.append((wanted, found, made))
             else:
                 target = planner.resolve_tensor(wanted).detach()
-                start = wanted.storage_index.offset or torch.Size([0] * target.dim())
-                offsets = tuple(a + b for a, b in zip(start, wanted.storage_offsets, strict=True))
-                items += self._items(found.fqn, Box(offsets, tuple(wanted.lengths)), target, rank, world_size)
+                items += self._items(found.fqn, _box(wanted), target, ranks)
                 tensors.append((wanted, target))
         read(self._opened, items)
         for wanted, target in tensors:
             planner.commit_tensor(wanted, target)
         for wanted, found, made in values:
-            pickled = io.BytesIO()
-            torch.save(insert(found, made), pickled)
-            pickled.seek(0)
-            planner.load_bytes(wanted, pickled)
+            planner.load_bytes(wanted, _pickled(insert(found, made)))
         done: Future[None] = Future()
         done.set_result(None)
         return done
@@ -160,9 +155,9 @@ class StorageReader(storage.StorageReader):
         info = self._opened.manifest.tensors[fqn]
         return torch.empty(info.shape, dtype=torch_dtype(info.dtype))
 
-    def _items(self, fqn: str, box: Box, target: torch.Tensor, rank: int, world_size: int) -> Iterator[Item]:
+    def _items(self, fqn: str, box: Box, target: torch.Tensor, ranks: tuple[int, int]) -> Iterator[Item]:
         """What to read of a tensor, to fill `target` with this box of it."""
-        info = self._opened.manifest.tensors[fqn]
+        info, (rank, world_size) = self._opened.manifest.tensors[fqn], ranks
         own = None
         if isinstance(info.partition, Copies):
             own = info.partition.copy_of(rank) if world_size == self._opened.manifest.world_size else None
@@ -175,9 +170,9 @@ class StorageReader(storage.StorageReader):
             name = chunk_name(fqn, region, info.shape)
             yield Item(fqn, file if own is None else own, name, region, info.shape, dtype, Shard(box, target))
 
-    def _refuse_of_rank(self, fqn: str, found: Any, rank: int, world_size: int) -> None:  # noqa: ARG002
+    def _refuse_of_rank(self, fqn: str, ranks: tuple[int, int]) -> None:
         """Mismatch for a value that each rank saved its own of, where the ranks are others now."""
-        content = self._opened.manifest
+        content, (rank, world_size) = self._opened.manifest, ranks
         name = next((n for n in self._of_rank if fqn == n or fqn.startswith(n + ".")), None)
         if name and (world_size != content.world_size or rank != comm.current().rank):
             raise Mismatch(_OF_RANK.format(fqn, content.world_size, world_size, self._path, name))
@@ -187,6 +182,21 @@ _OF_RANK = (
     "{}: each of the {} ranks saved its own, which {} ranks cannot share out; take rank 0's on every rank with "
     "distckpt.load({!r}, ..., per_rank={{{!r}: 'first'}})"
 )
+
+
+def _box(wanted: ReadItem) -> Box:
+    """Region of the global tensor that is wanted."""
+    start = wanted.storage_index.offset or (0,) * len(wanted.lengths)
+    offsets = tuple(a + b for a, b in zip(start, wanted.storage_offsets, strict=True))
+    return Box(offsets, tuple(wanted.lengths))
+
+
+def _pickled(value: Any) -> io.BytesIO:
+    """What DCP's planner unpickles."""
+    made = io.BytesIO()
+    torch.save(value, made)
+    made.seek(0)
+    return made
 
 
 class _Offered(dict[str, "TensorStorageMetadata | BytesStorageMetadata"]):

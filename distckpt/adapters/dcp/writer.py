@@ -29,7 +29,7 @@ from distckpt.format.manifest import Manifest, ObjectInfo
 from distckpt.load.open import Checkpoint
 from distckpt.run.place import Place, place
 from distckpt.run.saving import now, publish
-from distckpt.save.commit import Attempt, abandon, commit_when_acked, remove_acks, write_ack, write_refusal
+from distckpt.save.commit import Attempt, abandon, commit_when_acked, remove_acks, write_ack
 from distckpt.store.base import write_all
 
 if TYPE_CHECKING:
@@ -112,10 +112,9 @@ class StorageWriter(storage.StorageWriter):
             part = write(store, ticket, plan, planner)
             if ticket.rank:  # the coordinator's ack carries the manifest
                 write_ack(store, ticket.attempt, ticket.rank, part.file, None)
-        except Exception as e:
-            with contextlib.suppress(StoreError):  # DCP tells the ranks; this tells later launches
-                write_refusal(store, ticket.attempt, ticket.rank, e)
-            abandon(store, ticket.attempt, [data_file(ticket.rank, ticket.attempt.id)])
+        except Exception:  # DCP tells the other ranks; without this one's ack nobody takes the attempt for complete
+            own = [ack_file(ticket.rank, ticket.attempt.id), data_file(ticket.rank, ticket.attempt.id)]
+            abandon(store, ticket.attempt, own)
             raise
         done: Future[list[WriteResult]] = Future()
         done.set_result([WriteResult(MetadataIndex("distckpt"), part.file.size, part)])
