@@ -32,10 +32,6 @@ class StateDictAdapter:
     """One state dict. `only`: leads of the names to load; the entries of others are not touched."""
 
     def __init__(self, state_dict: dict[Any, Any], only: tuple[str, ...] | None = None) -> None:
-        if not isinstance(state_dict, dict):
-            raise Unsupported(
-                f"a {type(state_dict).__qualname__} is no state dict; give a dict, such as {{'model': model}}"
-            )
         self._live, self._only = state_dict, only
         self._view: dict[Any, Any] = {}
         self._filled: dict[str, torch.Tensor] = {}
@@ -44,6 +40,7 @@ class StateDictAdapter:
 
     def capture(self) -> State:
         """See Stateful.capture."""
+        self._check()
         named = canonical(_taken(self._live), tensors.kind_of)
         aliases = tensors.ties(named.models)
         objects = {name: _joinable(value) for name, value in named.objects.items()}
@@ -51,6 +48,7 @@ class StateDictAdapter:
 
     def targets(self, saved: Saved) -> State:
         """See Stateful.targets. What trees and optimizers of the checkpoint have besides is made, uninitialised."""
+        self._check()
         self._view = _taken({key: value for key, value in self._live.items() if self._wants(key)})
         named = canonical(self._view, tensors.kind_of)
         aliases = tensors.ties(named.models)
@@ -63,6 +61,12 @@ class StateDictAdapter:
         state.tensors.update({fqn: tensors.describe(t, fqn, trusted=False) for fqn, t in self._filled.items()})
         _refuse(state.tensors, saved)
         return state
+
+    def _check(self) -> None:
+        if not isinstance(self._live, dict):
+            raise Unsupported(
+                f"a {type(self._live).__qualname__} is no state dict; give a dict, such as {{'model': model}}"
+            )
 
     def _match(self, name: str, live: Any, named: Named, saved: Saved, state: State) -> None:
         """Find memory for the tensors of one object."""

@@ -19,7 +19,7 @@ from distckpt.load.plan import Options
 from distckpt.run.history import History
 from distckpt.run.launches import open_launch, read_launches
 from distckpt.run.loading import Search, load_newest
-from distckpt.run.saving import SaveReport, now, save_and_publish
+from distckpt.run.saving import SaveReport, now, plain_metrics, save_and_publish
 from distckpt.run.source import foreign_root, load_source
 from distckpt.save.image import Arena
 from distckpt.save.save import Request
@@ -116,7 +116,7 @@ class Checkpointer:
         recorded = dict[str, Any]()
 
         def capture() -> State:
-            recorded.update(_plain(metrics or {}))  # here, so that every rank learns if one rank's cannot be recorded
+            recorded.update(plain_metrics(metrics or {}))  # here, so that every rank learns if one rank's cannot be
             return state.capture()
 
         request = Request(
@@ -258,20 +258,6 @@ class Checkpointer:
             return b""
         quiet = min(1.0, self._comm.timeout / 4)
         return "; ".join(self._history.settle(quiet=quiet, limit=self._comm.timeout / 2))[:100].encode()
-
-
-def _plain(metrics: Mapping[str, Any]) -> dict[str, Any]:
-    """Metrics as Python numbers. Unsupported, with the name, for what is neither a number nor a text."""
-    found = dict[str, Any]()
-    for name, value in metrics.items():
-        try:
-            found[str(name)] = value.item() if hasattr(value, "item") else value
-        except (RuntimeError, ValueError) as e:  # noqa: PERF203  a tensor or an array of several elements
-            raise Unsupported(f"metric {name!r}: {e}; a number is expected") from e
-    for name, value in found.items():
-        if not isinstance(value, (bool, int, float, str)):
-            raise Unsupported(f"metric {name!r} is a {type(value).__qualname__}; a number is expected")
-    return found
 
 
 def _default_comm(timeout: float) -> Comm:

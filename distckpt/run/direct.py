@@ -17,7 +17,8 @@ from distckpt.errors import NotACheckpoint
 from distckpt.load.plan import Options
 from distckpt.run.loading import Search, load_newest
 from distckpt.run.place import place
-from distckpt.run.saving import SaveReport, now, save_and_publish
+from distckpt.run.saving import SaveReport, now, plain_metrics, save_and_publish
+from distckpt.run.source import foreign_root, load_source
 from distckpt.save.image import Arena
 from distckpt.save.save import Request
 
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
     from distckpt.comm import Comm
     from distckpt.load.report import LoadReport
+    from distckpt.state import State
     from distckpt.store.base import Store
 
 _ARENA = 8 << 20
@@ -53,18 +55,24 @@ def save(
     started = time.monotonic()
     live = StateDictAdapter(state_dict)
     where = place(path)
+    recorded = dict[str, Any]()
+
+    def capture() -> State:
+        recorded.update(plain_metrics(metrics or {}))  # here, so that every rank learns of one that cannot be recorded
+        return live.capture()
+
     with _ranks(comm, timeout) as ranks, closing(Arena(_ARENA)) as arena:
         said = together(ranks, "reading the run's launches", lambda: _number(where.launch() if not ranks.rank else 0))
         request = Request(
             step=where.step or 0,
             launch=int.from_bytes(said[0], "little"),
             date=now(),
-            metrics=dict(metrics or {}),
+            metrics=recorded,
             writer={"distckpt": __version__},
             generation=where.generation_to_save,
             check_replicas=check_replicas,
         )
-        made = save_and_publish(ranks, where.history, live.capture, arena.view, request)
+        made = save_and_publish(ranks, where.history, capture, arena.view, request)
         if ranks.rank == 0:
             where.remove_older()
     seconds = time.monotonic() - started
@@ -84,9 +92,10 @@ def load(
 ) -> LoadReport:
     """Load into a state dict, in place. Collective.
 
-    path: as in `save`; of a run's directory, the newest checkpoint. Tensors are filled where they lie, at any world
-    size and in any layout; other values are replaced. What dicts and optimizers of the checkpoint have besides is
-    added. Options as in Checkpointer.load. A damaged checkpoint makes every rank fall back to the one before.
+    path: as in `save`; of a run's directory, the newest checkpoint; or what another tool saved (docs/foreign.md).
+    Tensors are filled where they lie, at any world size and in any layout; other values are replaced. What dicts and
+    optimizers of the checkpoint have besides is added. Options as in Checkpointer.load. A damaged checkpoint makes
+    every rank fall back to the one before.
     NotACheckpoint where there is none. After another error than it, Mismatch or Unsupported, `into` may be a mix.
     """
     options = Options(strict=strict, only=only, cast=cast, per_rank=dict(per_rank or {}))
@@ -94,6 +103,8 @@ def load(
     where = place(path)
     with _ranks(comm, timeout) as ranks:
         loaded = load_newest(Search(ranks, where.history, where.step), live, options)
+        if loaded is None and (root := foreign_root(ranks, where.store)):
+            return load_source(ranks, root, live, options)
         if loaded is None:
             raise NotACheckpoint(f"{where.store} holds no committed checkpoint: {where.history.why_nothing()}")
         return loaded[0]

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from distckpt.errors import RunConflict, StateWarning, StoreError, Unsupported
+from distckpt.errors import FormatError, RunConflict, StateWarning, StoreError, Unsupported
 from distckpt.format.layout import COMMIT, StepDir
 from distckpt.run.history import History
 from distckpt.run.launches import read_launches
@@ -60,7 +60,7 @@ class Place:
         try:
             for directory in self._older():
                 _remove(self.store, directory)
-        except StoreError as e:
+        except (StoreError, FormatError) as e:
             warnings.warn(f"older generations could not be removed: {e}", StateWarning, stacklevel=4)
 
     def _older(self) -> list[StepDir]:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import warnings
 from dataclasses import dataclass
 from datetime import datetime, timezone
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from distckpt.errors import FormatError, RunConflict, StateWarning, StoreError
+from distckpt.errors import FormatError, RunConflict, StateWarning, StoreError, Unsupported
 from distckpt.load.open import Checkpoint
 from distckpt.save.save import Committed, Request, save
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
     from distckpt.comm import Comm
     from distckpt.run.history import History
@@ -58,3 +58,17 @@ def publish(history: History, checkpoint: Checkpoint) -> None:
 def now() -> str:
     """Time of day, as manifests and launch records have it."""
     return datetime.now(timezone.utc).isoformat(timespec="seconds")
+
+
+def plain_metrics(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """Metrics as Python numbers. Unsupported, with the name, for what is neither a number nor a text."""
+    found = dict[str, Any]()
+    for name, value in metrics.items():
+        try:
+            found[str(name)] = value.item() if hasattr(value, "item") else value
+        except (RuntimeError, ValueError) as e:  # noqa: PERF203  a tensor or an array of several elements
+            raise Unsupported(f"metric {name!r}: {e}; a number is expected") from e
+    for name, value in found.items():
+        if not isinstance(value, (bool, int, float, str)):
+            raise Unsupported(f"metric {name!r} is a {type(value).__qualname__}; a number is expected")
+    return found

@@ -356,6 +356,17 @@ def test_what_a_later_launch_left_behind_does_not_come_back(tmp_path):
     assert distckpt.load(tmp_path, {"model": torch.nn.Linear(3, 2)}).step == 2
 
 
+def test_what_another_tool_saved_is_loaded_too(tmp_path):
+    import torch.distributed.checkpoint as dcp
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        dcp.save({"model": {"w": torch.ones(2)}, "x": {"k": [1, 2]}}, checkpoint_id=tmp_path)
+    into = {"model": {"w": torch.zeros(2)}, "x": {"k": 0}}
+    distckpt.load(tmp_path, into)
+    assert same(into, {"model": {"w": torch.ones(2)}, "x": {"k": [1, 2]}})
+
+
 # -- ranks -------------------------------------------------------------------------------------------------------
 
 
@@ -394,6 +405,30 @@ def test_a_value_that_one_rank_alone_has_comes_back_there(tmp_path):
 
     for rank, into in enumerate(on_threads(2, back)):
         assert same(into, tree(rank))
+
+
+def test_pipeline_stages_each_have_a_part_of_one_optimizer(tmp_path):
+    def tree(*layers, k=1.0):
+        return {
+            "model": {f"{n}.w": torch.full((2,), k * n) for n in layers},
+            "optim": {
+                "state": {f"{n}.w": {"m": torch.full((2,), k * n), "n": k} for n in layers},
+                "param_groups": [{"lr": 0.1 * k, "params": [f"{n}.w" for n in layers]}],
+            },
+        }
+
+    on_threads(2, lambda comm: distckpt.save(tmp_path, tree(comm.rank, comm.rank + 2), comm=comm))
+    into = tree(3, 2, 1, 0, k=0.0)
+    distckpt.load(tmp_path, into)
+    assert same(into["optim"]["state"], tree(0, 1, 2, 3)["optim"]["state"])
+    assert into["optim"]["param_groups"][0]["lr"] == 0.1
+
+    def back(comm):
+        into = tree(*[(0, 2, 3), (1,)][comm.rank], k=0.0)
+        distckpt.load(tmp_path, into, comm=comm)
+        return into
+
+    assert same(on_threads(2, back)[1]["optim"]["state"], tree(1)["optim"]["state"])
 
 
 def test_a_failure_on_one_rank_is_every_rank_s(tmp_path):

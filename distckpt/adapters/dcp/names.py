@@ -118,6 +118,11 @@ class Offer:
         """TensorRef or value of this name."""
         return self.content[fqn] if fqn in self.content else self.other_names[fqn]
 
+    def values(self) -> frozenset[str]:
+        """Names of all that is no tensor."""
+        found = self.content | self.other_names
+        return frozenset(fqn for fqn, value in found.items() if not _is_tensor(value))
+
 
 def offer(tensors: Iterable[str], aliases: Mapping[str, str], objects: Mapping[str, Any]) -> Offer:
     """Offer what a checkpoint has, under the names that DCP's planners ask for."""
@@ -202,8 +207,10 @@ def _flattened(value: Any, path: Path) -> Iterator[tuple[Path, Any]]:
 
 def _is_leaf(value: Any) -> bool:
     return not isinstance(value, list) or not any(
-        isinstance(member, Mapping)
-        or (isinstance(member, list) and not _is_leaf(member))
-        or (isinstance(member, TensorRef) and member.kind == "torch")
+        isinstance(member, Mapping) or (isinstance(member, list) and not _is_leaf(member)) or _is_tensor(member)
         for member in value
     )
+
+
+def _is_tensor(value: Any) -> bool:
+    return isinstance(value, TensorRef) and value.kind == "torch"

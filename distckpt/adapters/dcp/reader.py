@@ -56,7 +56,8 @@ class StorageReader(storage.StorageReader):
         self._path = Path(path).absolute()
         self._checkpoint: Checkpoint | None = None
         self._offer = Offer()
-        self._of_rank: dict[str, Any] = {}
+        self._of_rank: frozenset[str] = frozenset()
+        """Names of values that each rank saved its own of."""
 
     @property
     def checkpoint_id(self) -> str:
@@ -87,9 +88,10 @@ class StorageReader(storage.StorageReader):
         checkpoint = open_checkpoint(where.store, directory)
         content = checkpoint.manifest
         mine = checkpoint.rank_objects(comm.current().rank % content.world_size) if content.rank_objects else {}
-        self._of_rank = {name: mine[name] for name in content.rank_objects if name in mine}
+        own = {name: mine[name] for name in content.rank_objects if name in mine}
         shared = {name: checkpoint.object(name) for name in content.objects}
-        self._checkpoint, self._offer = checkpoint, offer(content.tensors, content.aliases, shared | self._of_rank)
+        self._checkpoint, self._offer = checkpoint, offer(content.tensors, content.aliases, shared | own)
+        self._of_rank = self._offer.values() - offer((), {}, shared).values()
         offered = _Offered({fqn: self._described(found) for fqn, found in self._offer.content.items()})
         offered.other_names = {fqn: self._described(found) for fqn, found in self._offer.other_names.items()}
         meta = StorageMeta(checkpoint_id=self.checkpoint_id)
@@ -162,7 +164,7 @@ class StorageReader(storage.StorageReader):
         if isinstance(info.partition, Copies):
             own = info.partition.copy_of(rank) if world_size == self._opened.manifest.world_size else None
             if own is None:
-                raise Mismatch(_OF_RANK.format(fqn, self._opened.manifest.world_size, world_size, self._path, fqn))
+                raise Mismatch(_OF_RANK.format(fqn, self._opened.manifest.world_size, world_size))
         if tuple(target.shape) != box.sizes:
             raise Mismatch(f"{fqn}: {list(box.sizes)} are to be read into a tensor of {list(target.shape)}")
         dtype = torch_dtype(info.dtype)
@@ -173,14 +175,13 @@ class StorageReader(storage.StorageReader):
     def _refuse_of_rank(self, fqn: str, ranks: tuple[int, int]) -> None:
         """Mismatch for a value that each rank saved its own of, where the ranks are others now."""
         content, (rank, world_size) = self._opened.manifest, ranks
-        name = next((n for n in self._of_rank if fqn == n or fqn.startswith(n + ".")), None)
-        if name and (world_size != content.world_size or rank != comm.current().rank):
-            raise Mismatch(_OF_RANK.format(fqn, content.world_size, world_size, self._path, name))
+        if fqn in self._of_rank and (world_size != content.world_size or rank != comm.current().rank):
+            raise Mismatch(_OF_RANK.format(fqn, content.world_size, world_size))
 
 
 _OF_RANK = (
-    "{}: each of the {} ranks saved its own, which {} ranks cannot share out; take rank 0's on every rank with "
-    "distckpt.load({!r}, ..., per_rank={{{!r}: 'first'}})"
+    "{}: each of the {} ranks saved its own, which {} ranks cannot share out; distckpt.load(..., per_rank=...) can "
+    "give every rank that of rank 0"
 )
 
 

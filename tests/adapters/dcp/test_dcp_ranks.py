@@ -129,12 +129,12 @@ def test_values_that_differ_under_one_name_are_refused_and_leave_nothing_behind(
 
 
 def _own_values(root):
-    into = {"rng": torch.zeros(2, dtype=torch.long), "seed": 9}
+    into = {"rng": torch.zeros(2, dtype=torch.long), "seed": 9, "two words": 9}
     rank = dist.get_rank()
     if dist.get_world_size() == 2:
-        distckpt.save(root, {"rng": torch.full((2,), rank), "seed": rank})
+        distckpt.save(root, {"rng": torch.full((2,), rank), "seed": rank, "two words": rank})
         dcp.load(into, storage_reader=StorageReader(root))
-        return into["rng"].tolist() == [rank] * 2 and into["seed"] == rank
+        return into["rng"].tolist() == [rank] * 2 and into["seed"] == into["two words"] == rank
     texts = []
     for key, value in into.items():
         read = lambda: dcp.load({key: value}, storage_reader=StorageReader(root))
