@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 
     from distckpt.foreign.files import Readable
-    from distckpt.format.box import Shape
+    from distckpt.format.box import Region, Shape
     from distckpt.format.datafile import Stored
     from distckpt.load.plan import Item
 
@@ -39,10 +39,10 @@ _PIECE = 4 << 20
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Chunk:
-    """A box of a tensor in a file. `at` tells chunks apart: equal ones are the same bytes."""
+    """A region of a tensor in a file. `at` tells chunks apart: equal ones are the same bytes."""
 
     file: int
-    box: Box
+    box: Region
     at: Hashable
     locate: Callable[[], Located]
 
@@ -76,6 +76,7 @@ class Directory:
     has_sums: bool = True
     homes: Sequence[int] = ()
     """Which of several files each belongs to, where some are no files of their own."""
+    step: int = 0
 
 
 def describe(found: Directory, names: Mapping[str, str] | None = None) -> Described:
@@ -106,7 +107,7 @@ def describe(found: Directory, names: Mapping[str, str] | None = None) -> Descri
         else:
             objects[name] = value
     content = Manifest(
-        step=0,
+        step=found.step,
         generation=1,
         launch=0,
         attempt="",

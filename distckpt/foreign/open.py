@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from distckpt.errors import DistckptError, FormatError, StoreError
 from distckpt.foreign.dcp import is_dcp, read_dcp
+from distckpt.foreign.deepspeed import is_deepspeed, read_deepspeed
 from distckpt.foreign.described import Directory, describe, leaves
 from distckpt.foreign.files import PlainFile, read_bytes
 from distckpt.foreign.safetensors import INDEX, SUFFIX, read_safetensors
@@ -18,7 +19,9 @@ if TYPE_CHECKING:
 
     from distckpt.foreign.described import Described
 
-KINDS = "a DCP directory, a torch.save file, or safetensors (a file, or a directory with or without index)"
+KINDS = (
+    "a DCP directory, a DeepSpeed tag, a torch.save file, or safetensors (a file, or a directory with or without index)"
+)
 
 _TORCH_SUFFIXES = {".pt", ".pth", ".bin", ".ckpt", ".tar"}
 
@@ -50,6 +53,8 @@ def _reader(path: Path) -> Callable[[Path], Directory] | None:
     if path.is_dir():
         if is_dcp(path):
             return read_dcp
+        if is_deepspeed(path):
+            return read_deepspeed
         names = [p.name for p in path.iterdir()]
         return read_safetensors if any(n.endswith((SUFFIX, INDEX)) for n in names) else None
     if not path.is_file():

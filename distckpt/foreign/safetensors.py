@@ -115,7 +115,7 @@ def _described(name: str, paths: list[Path]) -> Directory:
 
 
 def _whole(name: str, parts: list[tuple[Chunk, str]]) -> Tensor:
-    boxes = [chunk.box for chunk, _ in parts]
+    boxes = [chunk.box for chunk, _ in parts if isinstance(chunk.box, Box)]
     dtypes = {dtype for _, dtype in parts}
     if len(dtypes) > 1 or len({len(box.sizes) for box in boxes}) > 1:
         raise FormatError(f"{name}: its parts differ in dtype or number of dimensions")
