@@ -6,6 +6,7 @@ nested dict is put together again from the paths that the planner left.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from distckpt.errors import Corrupt, DistckptError, FormatError, KeyMissing
@@ -20,7 +21,6 @@ from distckpt.format.objects import MAX_DEPTH
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
-    from pathlib import Path
 
     from distckpt.foreign.files import Readable
     from distckpt.format.box import Box
@@ -40,7 +40,7 @@ def read_dcp(folder: Path) -> Directory:
     leaf: dict[str, Any] = {fqn: files.tensor(fqn, entry) for fqn, entry in index.tensors.items()}
     leaf |= {fqn: files.value(fqn, place) for fqn, place in index.values.items()} | own
     tree = nested(((index.paths[fqn], value) for fqn, value in leaf.items()), str(folder))
-    return Directory(str(folder), tree, files.sources, homes=files.homes)
+    return Directory(str(folder), tree, files.sources, homes=files.homes, index_bytes=sum(i.nbytes for i in indexes))
 
 
 class _Opened:
@@ -55,7 +55,7 @@ class _Opened:
         """Index of the file that holds a record. Corrupt where it is gone or ends too early."""
         if place.path not in self._index:
             try:
-                found = PlainFile(place.path)
+                found = PlainFile(Path(place.path))
             except KeyMissing as e:
                 raise Corrupt(f"{fqn}: {e}, though the index names it") from e
             self._add(place.path, found, len(set(self.homes)))

@@ -31,7 +31,7 @@ _OF_RANK = re.compile(r"__([0-9]+)\.metadata")
 class Place:
     """Bytes of a file that hold one record, and how they were transformed when written (`stream.zstd/1`)."""
 
-    path: Path
+    path: str
     start: int
     length: int
     transforms: tuple[str, ...] = ()
@@ -53,6 +53,8 @@ class Index:
     paths: dict[str, tuple[str | int, ...]] = field(default_factory=dict)
     tensors: dict[str, TensorEntry] = field(default_factory=dict)
     values: dict[str, Place] = field(default_factory=dict)
+    nbytes: int = 0
+    """Bytes read to know it."""
 
 
 def read_indexes(folder: Path) -> list[Index]:
@@ -75,7 +77,9 @@ def _read(path: Path) -> Index:
     if file.size > MAX_BYTES:
         raise FormatError(f"{path}: {file.size} bytes; at most {MAX_BYTES} are read")
     found = unpickle(read_bytes(file, 0, file.size), str(path), INDEX)
-    return _Reader(path).index(found)
+    index = _Reader(path).index(found)
+    index.nbytes = file.size
+    return index
 
 
 class _Reader:
@@ -84,6 +88,7 @@ class _Reader:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._places: dict[tuple[str, Shape | None], Place] = {}
+        self._files: dict[Any, str] = {}
 
     def index(self, found: Any) -> Index:
         """Index in an unpickled `.metadata`."""
@@ -126,12 +131,18 @@ class _Reader:
         return place
 
     def _place(self, info: Any, fqn: str) -> Place:
-        path = inside(self._path.parent, self._member(info, "relative_path", None), f"{self._path}: {fqn}")
+        path = self._file(self._member(info, "relative_path", None), fqn)
         start, length = self._member(info, "offset", None), self._member(info, "length", None)
         transforms = info.get("transform_descriptors") or ()
         if not all(type(n) is int and n >= 0 for n in (start, length)) or not all(type(t) is str for t in transforms):
             raise self._wrong(f"the place of {fqn}: {shown((start, length, transforms))}")
         return Place(path, start, length, tuple(transforms))
+
+    def _file(self, name: Any, fqn: str) -> str:
+        found = self._files.get(name) if type(name) is str else None
+        if found is None:
+            found = self._files[name] = str(inside(self._path.parent, name, f"{self._path}: {fqn}"))
+        return found
 
     def _tree_path(self, path: Any, fqn: str) -> tuple[str | int, ...]:
         if path is None:

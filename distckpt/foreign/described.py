@@ -77,6 +77,8 @@ class Directory:
     homes: Sequence[int] = ()
     """Which of several files each belongs to, where some are no files of their own."""
     step: int = 0
+    index_bytes: int = 0
+    """Bytes of the files that were read to know all this."""
 
 
 def describe(found: Directory, names: Mapping[str, str] | None = None) -> Described:
@@ -187,7 +189,7 @@ class Described(Checkpoint):
         self.name = found.path
         self.unreadable = unreadable
         self.foreign = True
-        self._has_sums, self._homes = found.has_sums, found.homes
+        self._has_sums, self._homes, self._index_bytes = found.has_sums, found.homes, found.index_bytes
         self._entries = [_Entries(c) for c in chunks]
         self._sources = found.files
         self._objects = objects
@@ -196,7 +198,7 @@ class Described(Checkpoint):
     @property
     def bytes_read(self) -> int:
         """See Checkpoint.bytes_read."""
-        return self._all_files.read_count
+        return self._index_bytes + self._all_files.read_count
 
     def read(self, key: str, start: int, buffers: list[memoryview]) -> None:
         """See Checkpoint.read."""

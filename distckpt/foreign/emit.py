@@ -17,6 +17,8 @@ from distckpt.format.box import strides
 from distckpt.format.dtype import item_size
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from distckpt.format.box import Shape
 
 # -- pickles -----------------------------------------------------------------------------------------------------
@@ -56,54 +58,66 @@ class Pairs(tuple[tuple[Any, Any], ...]):
 
 
 def pickled(value: Any) -> bytes:
-    """Pickle, protocol 2, of plain values and what stands above."""
-    out = bytearray(b"\x80\x02")
-    _emit(value, out)
-    return bytes(out + b".")
+    """Pickle, protocol 2, of plain values and what stands above. Texts and globals are written once."""
+    emitter = _Emitter()
+    emitter.emit(value)
+    return bytes(b"\x80\x02" + emitter.out + b".")
 
 
-def _emit(value: Any, out: bytearray) -> None:
-    match value:
-        case None:
-            out += b"N"
-        case bool():
-            out += b"\x88" if value else b"\x89"
-        case int():
-            data = value.to_bytes(value.bit_length() // 8 + 1, "little", signed=True)
-            out += b"\x8a" + bytes([len(data)]) + data
-        case str():
-            data = value.encode("utf-8", "surrogatepass")
-            out += b"X" + struct.pack("<I", len(data)) + data
-        case Global(module, name):
-            out += f"c{module}\n{name}\n".encode()
-        case Call(function, args):
-            _emit(function, out)
-            _emit(args, out)
-            out += b"R"
-        case Instance(kind, state):
-            _emit(kind, out)
-            out += b")\x81"
-            _emit(state, out)
-            out += b"b"
-        case Persistent(pid):
-            _emit(pid, out)
-            out += b"Q"
-        case dict() | Pairs():
-            pairs = value.items() if isinstance(value, dict) else value
-            _emit_many(b"}(", [part for pair in pairs for part in pair], b"u", out)
-        case list():
-            _emit_many(b"](", value, b"e", out)
-        case tuple():
-            _emit_many(b"(", value, b"t", out)
-        case _:
-            raise TypeError(f"{type(value).__name__} has no place in an index")
+class _Emitter:
+    def __init__(self) -> None:
+        self.out = bytearray()
+        self._known: dict[str | Global, int] = {}
 
+    def emit(self, value: Any) -> None:
+        """Append what makes one value."""
+        out = self.out
+        match value:
+            case None:
+                out += b"N"
+            case bool():
+                out += b"\x88" if value else b"\x89"
+            case int():
+                data = value.to_bytes(value.bit_length() // 8 + 1, "little", signed=True)
+                out += b"\x8a" + bytes([len(data)]) + data
+            case str():
+                data = value.encode("utf-8", "surrogatepass")
+                self._once(value, b"X" + struct.pack("<I", len(data)) + data)
+            case Global(module, name):
+                self._once(value, f"c{module}\n{name}\n".encode())
+            case Call(function, args):
+                self._all((function, args), b"R")
+            case Instance(kind, state):
+                self.emit(kind)
+                out += b")\x81"
+                self._all((state,), b"b")
+            case Persistent(pid):
+                self._all((pid,), b"Q")
+            case dict() | Pairs():
+                out += b"}("
+                pairs = value.items() if isinstance(value, dict) else value
+                self._all((part for pair in pairs for part in pair), b"u")
+            case list():
+                out += b"]("
+                self._all(value, b"e")
+            case tuple():
+                out += b"("
+                self._all(value, b"t")
+            case _:
+                raise TypeError(f"{type(value).__name__} has no place in an index")
 
-def _emit_many(before: bytes, members: Any, after: bytes, out: bytearray) -> None:
-    out += before
-    for member in members:
-        _emit(member, out)
-    out += after
+    def _all(self, values: Iterable[Any], after: bytes) -> None:
+        for value in values:
+            self.emit(value)
+        self.out += after
+
+    def _once(self, value: str | Global, data: bytes) -> None:
+        number = self._known.get(value)
+        if number is not None:
+            self.out += b"j" + struct.pack("<I", number)
+        else:
+            number = self._known[value] = len(self._known)
+            self.out += data + b"r" + struct.pack("<I", number)
 
 
 # -- records of tensors --------------------------------------------------------------------------------------------

@@ -37,7 +37,7 @@ def arranged(tree: Mapping[Any, Any], names: Mapping[str, str], kind_of: KindOf)
     rest = {key: value for key, value in rest.items() if key not in chosen} | chosen
     rest = _lifted(rest)
     for lead, usual in USUAL.items():
-        claims = [name for name in usual if isinstance(rest.get(name), dict)]
+        claims = [name for name in usual if isinstance(rest.get(name), dict) and name not in chosen]
         if lead not in rest and len(claims) == 1:
             rest[lead] = rest.pop(claims[0])
     bare = {key: value for key, value in rest.items() if type(key) is str and kind_of(value) == "torch"}

@@ -44,12 +44,21 @@ def open_foreign(path: str | os.PathLike[str], names: Mapping[str, str] | None =
 
 
 def holds_foreign(path: Path) -> bool:
-    """Whether a path holds something of a kind that is read, by the names of its files."""
+    """Whether a path holds something of a kind that is read, by the names of its files. StoreError."""
     return _reader(path) is not None
 
 
 def _reader(path: Path) -> Callable[[Path], Directory] | None:
     """Who reads a path."""
+    try:
+        return _reader_of(path)
+    except OSError as e:
+        if isinstance(e, DistckptError):
+            raise
+        raise StoreError(f"cannot look at {path}: {e.strerror or e}") from e
+
+
+def _reader_of(path: Path) -> Callable[[Path], Directory] | None:
     if path.is_dir():
         if is_dcp(path):
             return read_dcp

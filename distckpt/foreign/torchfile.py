@@ -11,7 +11,7 @@ import struct
 import zipfile
 from typing import TYPE_CHECKING, Any
 
-from distckpt.errors import Corrupt, FormatError, KeyTruncated, Unsupported
+from distckpt.errors import Corrupt, DistckptError, FormatError, KeyTruncated, Unsupported
 from distckpt.foreign.files import View, read_bytes
 from distckpt.foreign.located import Record
 from distckpt.foreign.pickles import VALUES, plain, unpickle
@@ -37,7 +37,9 @@ def parse(file: Readable, start: int, length: int, where: str) -> Any:
         archive = _Archive(file, start, length, where)
         data = archive.content("data.pkl")
         order = archive.content("byteorder") if archive.has("byteorder") else b"little"
-    except (zipfile.BadZipFile, KeyTruncated, struct.error, NotImplementedError, RuntimeError, EOFError, OSError) as e:
+    except Exception as e:  # of a damaged zip zipfile raises whatever it runs into
+        if isinstance(e, DistckptError) and not isinstance(e, KeyTruncated):
+            raise
         raise Corrupt(f"{where}: not the zip that torch.save writes ({type(e).__name__}: {e})") from e
     if order != b"little":
         raise Unsupported(f"{where}: saved in byte order {order!r}; only little-endian files are read")
