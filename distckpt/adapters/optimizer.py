@@ -14,6 +14,7 @@ description, and handed over only when it is filled.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from math import prod
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -183,6 +184,10 @@ class OptimizerAdapter:
         keys = self._saved_keys(saved, content)
         loading = self._loading = _Loading(saved, State(objects={self._prefix: True}))
         for key in references(content["groups"]):
+            if key in saved.tensors and prod(saved.tensors[key].shape) != 1:
+                raise Mismatch(
+                    f"{key}: a hyper-parameter of shape {list(saved.tensors[key].shape)}; a number is expected"
+                )
             loading.state.tensors[key] = plain(loading.fresh(key, torch.empty(0)), key, trusted=True)
         for fqn, slot, g in slots:
             loading.states.setdefault(slot.parameter, {})
