@@ -1,12 +1,15 @@
 """Real ranks for tests: processes forked from a server that has imported torch once, joined by gloo over a file.
 
 A group starts in a few tenths of a second. A hang is a failure: the group is killed, and the test told who hung.
+`preload`: modules that a server imports besides; each set of them has a server of its own.
 """
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import multiprocessing
+import multiprocessing.forkserver
 import os
 import pickle
 import signal
@@ -62,16 +65,27 @@ def _main(rank, size, rendezvous, fn, args, answer):
     os._exit(code)  # a group with a dead member must not be waited for
 
 
-def _context():
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(_PRELOAD)
-    return context
+_servers = {}
 
 
-def run(size, fn, *args, timeout=60.0, may_die=()):
+@contextlib.contextmanager
+def _served(preload):
+    """Start processes from the server with these modules: multiprocessing knows of one server only."""
+    if preload not in _servers:
+        _servers[preload] = multiprocessing.forkserver.ForkServer()
+        _servers[preload].set_forkserver_preload([*_PRELOAD, *preload])
+    usual = multiprocessing.forkserver.connect_to_new_process
+    multiprocessing.forkserver.connect_to_new_process = _servers[preload].connect_to_new_process
+    try:
+        yield multiprocessing.get_context("forkserver")
+    finally:
+        multiprocessing.forkserver.connect_to_new_process = usual
+
+
+def run(size, fn, *args, timeout=60.0, may_die=(), preload=()):
     """Run fn(*args) on `size` ranks; return their results by rank (None for those in `may_die` that died)."""
     with tempfile.TemporaryDirectory(prefix="ranks-") as folder:
-        group = start(size, fn, *args, folder=folder)
+        group = start(size, fn, *args, folder=folder, preload=preload)
         deadline = time.monotonic() + timeout
         for process in group:
             process.join(max(0.0, deadline - time.monotonic()))
@@ -96,16 +110,16 @@ def run(size, fn, *args, timeout=60.0, may_die=()):
         return results
 
 
-def start(size, fn, *args, folder):
+def start(size, fn, *args, folder, preload=()):
     """Start the ranks and return their processes, without waiting."""
-    context = _context()
     rendezvous = Path(folder, "rendezvous")
     group = []
-    for rank in range(size):
-        answer = Path(folder, f"answer-{rank}")
-        process = context.Process(target=_main, args=(rank, size, str(rendezvous), fn, args, str(answer)))
-        process.start()
-        group.append(process)
+    with _served(preload) as context:
+        for rank in range(size):
+            answer = Path(folder, f"answer-{rank}")
+            process = context.Process(target=_main, args=(rank, size, str(rendezvous), fn, args, str(answer)))
+            process.start()
+            group.append(process)
     return group
 
 

@@ -15,7 +15,15 @@ from torch.distributed.fsdp import FSDPModule
 from distckpt.adapters import dtensor, tensors
 from distckpt.adapters.dtensor import private
 from distckpt.adapters.flat import FlatSlot
-from distckpt.adapters.slots import clean, gather_nothing, named_buffers, named_modules, named_slots
+from distckpt.adapters.slots import (
+    clean,
+    gather_nothing,
+    named_buffers,
+    named_modules,
+    named_slots,
+    use_what_is_loaded,
+)
+from distckpt.adapters.zero.engine import is_engine
 from distckpt.errors import Mismatch, Unsupported
 from distckpt.state import State, plain
 from distckpt.statedict import insert
@@ -98,6 +106,7 @@ class ModuleAdapter:
 
     def restore(self, saved: Saved) -> list[str]:
         """See Stateful.restore."""
+        use_what_is_loaded(self._module)
         extra: dict[str, Any] = insert(saved.objects.get(self._extra, {}), self._made)
         for name, owner in self._extra_owners():
             if name in extra:
@@ -119,6 +128,11 @@ class GradientAdapter:
 
     def capture(self) -> State:
         """See Stateful.capture. Unsupported where FSDP keeps gradients that it has not reduced yet."""
+        if is_engine(self._module):
+            raise Unsupported(
+                f"{self._prefix}: a DeepSpeed engine keeps gradients in buffers of its own, which cannot be saved: "
+                "save after its step(), without gradients=True"
+            )
         for name in _unreduced(self._module):
             raise Unsupported(
                 f"{self._prefix}.{name}: FSDP holds a gradient that it has not reduced over the ranks, which is of no "

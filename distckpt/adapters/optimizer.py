@@ -38,6 +38,8 @@ if TYPE_CHECKING:
 _SCALARS = {"step", "eta", "mu", "mu_product"}
 """States of torch's optimizers that are 0-d whatever the parameter's shape."""
 
+_KEEP_APART = "resume where they are apart: FSDP2, FullyShardedDataParallel(use_orig_params=True), DDP"
+
 
 @dataclass(slots=True)
 class _Loading:
@@ -71,10 +73,21 @@ class _Loading:
 
 
 class OptimizerAdapter:
-    """One optimizer, over parameters among `slots` (called when asked for: fqns and slots, tied ones under each)."""
+    """One optimizer, over parameters among `slots` (called when asked for: fqns and slots, tied ones under each).
 
-    def __init__(self, optimizer: Optimizer, slots: Callable[[], Iterable[tuple[str, Slot]]], prefix: str) -> None:
+    parameters: what it holds in each of its groups, where its groups do not tell (ZeRO-3 fills them only in a step).
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        slots: Callable[[], Iterable[tuple[str, Slot]]],
+        prefix: str,
+        *,
+        parameters: Callable[[], list[list[torch.Tensor]]] | None = None,
+    ) -> None:
         self._optimizer, self._known, self._prefix = optimizer, slots, prefix
+        self._parameters = parameters or (lambda: [group["params"] for group in optimizer.param_groups])
         self._of_rank = f"{prefix}.@rank"
         """Object of the states that cannot be resharded, and lead (with the rank's number) of their tensors."""
         self._loading: _Loading | None = None
@@ -85,8 +98,8 @@ class OptimizerAdapter:
         for fqn, slot in self._known():
             of_parameter.setdefault(id(slot.parameter), {}).setdefault(slot.key, (fqn, slot))
         found = []
-        for g, group in enumerate(self._optimizer.param_groups):
-            for i, p in enumerate(group["params"]):
+        for g, parameters in enumerate(self._parameters()):
+            for i, p in enumerate(parameters):
                 if id(p) not in of_parameter:
                     raise Unsupported(
                         f"{self._prefix}: parameter {i} of group {g}, shape {tuple(p.shape)}, belongs to no "
@@ -272,8 +285,8 @@ class OptimizerAdapter:
             return []
         if differing := [f"{key} is {a.item()}, not {b.item()}" for key, a, b in loading.scalars if a != b]:
             raise Mismatch(
-                f"parameters of one flat parameter cannot have different states of this kind ({differing[0]}): use "
-                "FullyShardedDataParallel(use_orig_params=True)"
+                f"parameters that lie in one flat buffer cannot have different states of this kind ({differing[0]}); "
+                f"{_KEEP_APART}"
             )
         content, slots = saved.objects[self._prefix], self._slots()
         names = groups.names_of(content, slots, saved.rename, self._prefix)
@@ -313,8 +326,8 @@ def _value_target(loading: _Loading, lead: str, name: str, value: Any, slot: Slo
         return
     if name in new and new[name] != value:
         loading.problems.append(
-            f"{key}: parameters of one flat parameter have different values of it ({new[name]!r}, {value!r}): use "
-            "FullyShardedDataParallel(use_orig_params=True)"
+            f"{key}: parameters that lie in one flat buffer have different values of it ({new[name]!r}, {value!r}); "
+            f"{_KEEP_APART}"
         )
     new[name] = value
     for part in inner:

@@ -13,6 +13,9 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from distckpt.adapters import dtensor, fsdp1, tensors
+from distckpt.adapters.zero import engine as engines
+from distckpt.adapters.zero import flats
+from distckpt.adapters.zero import refresh as zero
 
 if TYPE_CHECKING:
     from collections.abc import Hashable, Iterator, Mapping
@@ -109,9 +112,15 @@ class OwnSlot:
 
 def bare(module: nn.Module) -> nn.Module:
     """Module without the wrappers around it that change every name."""
-    while isinstance(module, DistributedDataParallel) or hasattr(module, "_orig_mod"):
-        module = module.module if isinstance(module, DistributedDataParallel) else module._orig_mod  # type: ignore[assignment]
-    return module
+    while True:
+        if engines.is_engine(module):
+            module = engines.model_of(module)
+        elif isinstance(module, DistributedDataParallel):
+            module = module.module
+        elif hasattr(module, "_orig_mod"):
+            module = module._orig_mod  # type: ignore[assignment]
+        else:
+            return module
 
 
 def clean(name: str) -> str:
@@ -122,16 +131,19 @@ def clean(name: str) -> str:
 
 
 def keeps_replicas_equal(module: nn.Module) -> bool:
-    """Whether DDP keeps plain parameters equal on all ranks.
+    """Whether DDP or DeepSpeed keeps plain parameters equal on all ranks.
 
     Of others (local experts, a model that nobody wrapped) it is found out at each save: what differs, each rank keeps.
     """
-    return any(isinstance(m, DistributedDataParallel) for m in module.modules())
+    return any(isinstance(m, DistributedDataParallel) or engines.is_engine(m) for m in module.modules())
 
 
 def named_slots(module: nn.Module) -> Iterator[tuple[str, Slot]]:
     """(fqn, slot) of every parameter of a model, tied ones under each of their names."""
     trusted = keeps_replicas_equal(module)
+    if engines.is_engine(module):
+        yield from _slots_of_engine(module)
+        return
     flat: set[int] = set()
     for name, slot, parameters in fsdp1.slots(bare(module)):
         flat.update(map(id, parameters))
@@ -139,6 +151,15 @@ def named_slots(module: nn.Module) -> Iterator[tuple[str, Slot]]:
     for name, parameter in bare(module).named_parameters(remove_duplicate=False):
         if id(parameter) not in flat:
             yield clean(name), OwnSlot(parameter, trusted=trusted)
+
+
+def _slots_of_engine(engine: nn.Module) -> Iterator[tuple[str, Slot]]:
+    """(fqn, slot) of every parameter of a DeepSpeed engine. Unsupported for a setup that cannot be saved."""
+    engines.check(engine)
+    found = flats.found_in(engine)
+    for name, parameter in bare(engine).named_parameters(remove_duplicate=False):
+        master = found.get(id(parameter), parameter)
+        yield clean(name), OwnSlot(master, trusted=True) if isinstance(master, torch.Tensor) else master
 
 
 def slots_of(models: Mapping[str, nn.Module]) -> Iterator[tuple[str, Slot]]:
@@ -164,15 +185,25 @@ def named_modules(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 def gather_nothing(module: nn.Module) -> None:
     """Have FSDP modules hold only their shards, as they do between steps: what a load fills is what they use next."""
+    if engines.is_engine(module):
+        zero.gather_nothing(module)
     for owner in module.modules():
         dtensor.reshard(owner)
         fsdp1.reshard(owner)
+
+
+def use_what_is_loaded(module: nn.Module) -> None:
+    """Bring what a load has filled to wherever a model computes with it. Collective for a DeepSpeed engine."""
+    if engines.is_engine(module):
+        zero.refresh(module)
 
 
 def parallelism(module: nn.Module) -> str:
     """How a model is parallel, in words: recorded with a checkpoint and compared at a resume."""
     if isinstance(module, DistributedDataParallel):
         return "DistributedDataParallel"
+    if engines.is_engine(module):
+        return engines.describe(module)
     if said := fsdp1.parallelism(bare(module)):
         return said
     sharded = next((p for p in module.parameters() if isinstance(p, DTensor)), None)

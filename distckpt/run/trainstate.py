@@ -22,6 +22,9 @@ from distckpt.adapters import tensors
 from distckpt.adapters.module import GradientAdapter, ModuleAdapter
 from distckpt.adapters.optimizer import OptimizerAdapter
 from distckpt.adapters.slots import parallelism, slots_of
+from distckpt.adapters.zero.counters import CountersAdapter
+from distckpt.adapters.zero.engine import is_engine, optimizer_of, owner_of
+from distckpt.adapters.zero.flats import masters
 from distckpt.errors import Mismatch, StateUnusable, StateWarning, Unsupported
 from distckpt.format.layout import is_name
 from distckpt.run.dataloader import DataLoaderAdapter
@@ -30,10 +33,11 @@ from distckpt.state import JoinedObject, Saved, State, plain
 from distckpt.statedict import insert
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Iterable, Mapping
 
     from torch.optim import Optimizer
 
+    from distckpt.adapters.slots import Slot
     from distckpt.state import Stateful
 
 
@@ -80,8 +84,9 @@ class Progress:
 class TrainState:
     """The state of a training job.
 
-    model, optimizer: one, or a dict of several (EMA, GAN, RL). lr_scheduler, scaler, sampler, progress and every
-    `extra` value: anything with state_dict() and load_state_dict(), or a dict of such; one that also has
+    model, optimizer: one, or a dict of several (EMA, GAN, RL). A DeepSpeed engine given as a model brings its
+    optimizer, lr_scheduler, counters and loss scale with it. lr_scheduler, scaler, sampler, progress and every `extra`
+    value: anything with state_dict() and load_state_dict(), or a dict of such; one that also has
     check_state_dict(state) can refuse a state (with Mismatch) before anything has changed. dataloader: a torchdata
     StatefulDataLoader, kept per rank. rng: whether the generators of Python, NumPy, torch and CUDA are kept, per rank.
     gradients: whether accumulated gradients are. config, code_version, tokenizer (a name, or an object with
@@ -112,12 +117,17 @@ class TrainState:
         _check_names(extra, taken=(*values, *_PARTS))
         values |= extra
         parts: dict[str, Stateful] = {lead: ModuleAdapter(m, lead) for lead, m in models.items()}
-        parts |= {lead: OptimizerAdapter(o, partial(slots_of, of_models), lead) for lead, o in optimizers.items()}
+        engines = {lead: m for lead, m in models.items() if is_engine(m)}
+        known = partial(slots_of, of_models)
+        parts |= {lead: OptimizerAdapter(o, known, lead) for lead, o in optimizers.items()}
         if gradients:
             of_gradients = {"grad" + lead.removeprefix("model"): m for lead, m in models.items()}
             parts |= {lead: GradientAdapter(m, lead) for lead, m in of_gradients.items()}
         for name, value in values.items():
             parts |= {lead: ValueAdapter(v, lead) for lead, v in _named(value, name).items()}
+        for lead, engine in engines.items():
+            parts |= _brought_by(engine, lead.removeprefix("model"), known, optimizers, parts)
+        parts["deepspeed"] = CountersAdapter(engines)
         if dataloader is not None:
             parts["dataloader"] = DataLoaderAdapter(dataloader)
         parts["environment"] = EnvironmentAdapter(models, config, code_version, tokenizer)
@@ -152,8 +162,27 @@ class TrainState:
         return [note for part in self._parts.values() for note in part.restore(saved)]
 
 
-_PARTS = ("model", "optim", "grad", "dataloader", "environment", "rng")
+_PARTS = ("model", "optim", "grad", "dataloader", "deepspeed", "environment", "rng")
 """Names of parts that are no values: an extra value must not take the place of one."""
+
+
+def _brought_by(
+    engine: Any,
+    suffix: str,
+    slots: Callable[[], Iterable[tuple[str, Slot]]],
+    optimizers: Mapping[str, Any],
+    parts: Mapping[str, Stateful],
+) -> dict[str, Stateful]:
+    """Parts that a DeepSpeed engine brings besides the model: what `deepspeed.initialize` returns may be given, too."""
+    found: dict[str, Stateful] = {}
+    lead, optimizer = "optim" + suffix, optimizer_of(engine)
+    if (given := optimizers.get(lead)) is not None and given not in (owner_of(engine), engine.basic_optimizer):
+        raise Unsupported(f"{lead}: not the optimizer of the DeepSpeed engine, which it brings itself: leave it out")
+    if optimizer is not None:
+        found[lead] = OptimizerAdapter(optimizer, slots, lead, parameters=partial(masters, engine))
+    if (name := "lr_scheduler" + suffix) not in parts and engine.lr_scheduler is not None:
+        found[name] = ValueAdapter(engine.lr_scheduler, name)
+    return found
 
 
 def _check_names(extra: Mapping[str, Any], taken: tuple[str, ...]) -> None:
