@@ -43,7 +43,7 @@ def kind_of(value: Any) -> str | None:
     """What statedict asks: whether a value counts as a tensor, and of which kind. NumPy arrays count."""
     if isinstance(value, torch.Tensor):
         return "torch"
-    return "numpy" if isinstance(value, np.ndarray) and value.dtype != object else None
+    return "numpy" if type(value) is np.ndarray and value.dtype != object else None
 
 
 def as_torch(value: Any, fqn: str) -> torch.Tensor:
@@ -52,7 +52,7 @@ def as_torch(value: Any, fqn: str) -> torch.Tensor:
         return value
     try:
         return torch.from_numpy(np.ascontiguousarray(value).reshape(value.shape))
-    except TypeError as e:
+    except (TypeError, ValueError) as e:  # a dtype that torch has not, or of another byte order
         raise Unsupported(f"{fqn}: a NumPy array of dtype {value.dtype} cannot be saved") from e
 
 

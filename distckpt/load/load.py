@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from distckpt.comm import exchange, together
 from distckpt.errors import Mismatch
 from distckpt.load.plan import Options, Plan, listed, plan, refuse_unexpected
-from distckpt.load.read import read, refuse_damaged
+from distckpt.load.read import equal, read, refuse_damaged
 from distckpt.load.report import LoadReport
 from distckpt.state import Saved
 from distckpt.statedict import references
@@ -76,7 +76,10 @@ def load(
 def _is_tied(checkpoint: Checkpoint, name: str, names: dict[str, str], targets: State) -> bool:
     """Whether a saved tensor that nobody takes is, bit for bit, the one that its name is tied to here."""
     first = targets.aliases.get(name)
-    return first in names and name in names and checkpoint.same(names[name], names[first])
+    if first not in names or name not in names:
+        return False
+    same = checkpoint.same(names[name], names[first])
+    return same or (not checkpoint.foreign and equal(checkpoint, names[name], names[first]))
 
 
 def _taken_by_none(comm: Comm, unexpected: list[str]) -> list[str]:

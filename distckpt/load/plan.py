@@ -16,7 +16,7 @@ from distckpt.format.partition import Copies
 from distckpt.state import torch_dtype
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping
+    from collections.abc import Callable, Iterable, Iterator, Mapping
 
     import torch
 
@@ -196,14 +196,19 @@ def _copies_note(fqn: str, partition: Copies, saved: Saved) -> list[str]:
 
 
 def _items(fqn: str, saved_name: str, info: TensorInfo, target: GlobalTensor, saved: Saved) -> Iterable[Item]:
-    dtype = torch_dtype(info.dtype)
     own = None
     if isinstance(info.partition, Copies) and not saved.resharded:
         own = info.partition.copy_of(saved.rank)
     for shard in (s for s in target.shards if s.region.numel):
-        for file, region in info.partition.overlapping(shard.region):
-            name = chunk_name(saved_name, region, info.shape)
-            yield Item(fqn, file if own is None else own, name, region, info.shape, dtype, shard)
+        yield from items_of(fqn, saved_name, info, shard, own)
+
+
+def items_of(fqn: str, saved_name: str, info: TensorInfo, shard: Shard, own: int | None = None) -> Iterator[Item]:
+    """Yield the chunks that fill a shard; of a tensor that each rank saved its own of, the one in file `own`."""
+    dtype = torch_dtype(info.dtype)
+    for file, region in info.partition.overlapping(shard.region):
+        name = chunk_name(saved_name, region, info.shape)
+        yield Item(fqn, file if own is None else own, name, region, info.shape, dtype, shard)
 
 
 def listed(what: str, problems: list[str]) -> str:

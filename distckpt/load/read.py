@@ -9,15 +9,18 @@ from __future__ import annotations
 
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from math import prod
 from typing import TYPE_CHECKING
 
 import torch
 
 from distckpt.errors import Corrupt
-from distckpt.format.box import overlaps, spans, strides
+from distckpt.format.box import Box, overlaps, spans, strides
 from distckpt.format.checksum import BLOCK
 from distckpt.format.layout import fqn_of
-from distckpt.state import as_bytes, is_plain_memory, part_of
+from distckpt.format.partition import Copies
+from distckpt.load.plan import items_of
+from distckpt.state import Shard, as_bytes, is_plain_memory, part_of, torch_dtype
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -72,6 +75,24 @@ def read(checkpoint: Checkpoint, items: Iterable[Item]) -> None:
             future.cancel()
         for future in done:
             future.result()
+
+
+def equal(checkpoint: Checkpoint, a: str, b: str) -> bool:
+    """Whether two saved tensors are the same bit for bit. Reads them, a slab of rows at a time."""
+    one, other = checkpoint.manifest.tensors[a], checkpoint.manifest.tensors[b]
+    copies = isinstance(one.partition, Copies) or isinstance(other.partition, Copies)
+    if copies or (one.shape, one.dtype) != (other.shape, other.dtype):
+        return False
+    dtype, rows = torch_dtype(one.dtype), one.shape[0] if one.shape else 1
+    height = max(1, WINDOW * rows // max(1, prod(one.shape) * dtype.itemsize))
+    for row in range(0, rows, height):
+        sizes = (min(height, rows - row), *one.shape[1:]) if one.shape else ()
+        region = Box((row,) * bool(one.shape) + (0,) * len(one.shape[1:]), sizes)
+        both = [Shard(region, torch.empty(sizes, dtype=dtype)) for _ in range(2)]
+        read(checkpoint, [*items_of(a, a, one, both[0]), *items_of(b, b, other, both[1])])
+        if as_bytes(both[0].tensor) != as_bytes(both[1].tensor):
+            return False
+    return True
 
 
 def refuse_damaged(checkpoint: Checkpoint, items: Iterable[Item]) -> None:

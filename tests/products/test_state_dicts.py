@@ -9,7 +9,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import (
     get_model_state_dict,
     get_optimizer_state_dict,
-    set_optimizer_state_dict,
+    set_state_dict,
 )
 
 import distckpt
@@ -17,7 +17,7 @@ from distckpt import Checkpointer
 from distckpt.adapters.dcp import StorageReader, StorageWriter
 from tests import layouts, ranks
 
-LAYOUTS = ("one", "fsdp2", "fsdp3")
+LAYOUTS = ("one", "fsdp3", "fsdp1x2")
 DOORS = ("checkpointer", "direct", "dcp")
 
 
@@ -32,11 +32,8 @@ def state_dict(model, optimizer):
 
 
 def quiet():
-    """DCP warns that it does without torch.distributed."""
-    caught = warnings.catch_warnings()
-    caught.__enter__()
-    warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-    return caught
+    """DCP warns that it does without torch.distributed, FSDP1 of its own state dicts."""
+    warnings.simplefilter("ignore")
 
 
 def _save(layout, root):
@@ -56,6 +53,8 @@ def _load_all(layout, root):
     problems = []
     for source in (f"{saved}-{door}" for saved in LAYOUTS for door in DOORS):
         for door in DOORS:
+            if door == "checkpointer" and source.endswith(door):
+                continue  # test_layouts has that
             layouts.zero(model, optimizer)
             layouts.make_moments(model, optimizer)
             optimizer.param_groups[0]["lr"] = 0.0
@@ -69,7 +68,7 @@ def _load_all(layout, root):
                     distckpt.load(path, into, only=("model", "optim"))
                 else:
                     dcp.load(into, storage_reader=StorageReader(path))
-                set_optimizer_state_dict(model, optimizer, into["optim"])
+                set_state_dict(model, optimizer, model_state_dict=into["model"], optim_state_dict=into["optim"])
             captured = state.capture()
             problems += [f"{source} -> {layout} by {door}: {fqn}" for fqn in layouts.wrong(captured)]
             if optimizer.param_groups[0]["lr"] != 0.123 or optimizer.param_groups[1]["lr"] != 5e-4:
@@ -81,11 +80,11 @@ def _load_all(layout, root):
 def saved(tmp_path_factory):
     root = tmp_path_factory.mktemp("doors")
     for layout in LAYOUTS:
-        ranks.run(layouts.SIZES[layout], _save, layout, str(root))
+        ranks.run(layouts.ALL[layout], _save, layout, str(root))
     return root
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_what_any_door_wrote_every_door_reads(saved, layout):
-    problems = ranks.run(layouts.SIZES[layout], _load_all, layout, str(saved))
+    problems = ranks.run(layouts.ALL[layout], _load_all, layout, str(saved))
     assert not [p for rank in problems for p in rank]

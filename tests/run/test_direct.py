@@ -178,6 +178,17 @@ def test_tied_tensors_of_a_model_are_stored_once(tmp_path):
     assert torch.equal(into["model"]["b"], weight)
 
 
+def test_tensors_saved_apart_load_into_tied_ones_if_they_are_equal(tmp_path):
+    """FSDP1's state dicts gather and cut each anew, so tied parameters are not one memory there."""
+    tied = torch.zeros(300, 7)
+    for path, b in (("equal", 1.0), ("differing", 2.0)):
+        distckpt.save(tmp_path / path, {"model": {"a": torch.ones(300, 7), "b": torch.full((300, 7), b)}})
+    distckpt.load(tmp_path / "equal", {"model": {"a": tied, "b": tied}})
+    assert tied.eq(1).all()
+    with pytest.raises(Mismatch, match=r"model\.b: saved with values of its own, but tied to model\.a here"):
+        distckpt.load(tmp_path / "differing", {"model": {"a": tied, "b": tied}})
+
+
 def test_what_only_the_checkpoint_s_dicts_have_is_added(tmp_path):
     distckpt.save(tmp_path, {"x": {"a": 1, "b": {"t": torch.ones(2)}}})
     into = {"x": {"a": 0}}
@@ -215,6 +226,9 @@ def test_a_part_can_be_loaded_alone(tmp_path):
 def test_a_value_that_the_format_has_not_is_refused_with_its_path(tmp_path):
     with pytest.raises(Unsupported, match=r"x\.y\[1\]: a builtins\.object"):
         distckpt.save(tmp_path, {"x": {"y": [1, object()]}})
+    for array in (np.ma.array([1, 2], mask=[0, 1]), np.array([1], ">i4"), np.array(["text"]), np.array([None])):
+        with pytest.raises(Unsupported, match="x"):
+            distckpt.save(tmp_path, {"x": array})
     with pytest.raises(Unsupported, match="state dict"):
         distckpt.save(tmp_path, torch.nn.Linear(1, 1))
     assert not names(tmp_path)

@@ -112,7 +112,12 @@ class Offer:
     content: dict[str, Any] = field(default_factory=dict)
     paths: dict[str, Path] = field(default_factory=dict)
     other_names: dict[str, Any] = field(default_factory=dict)
-    """What it has under a second name: hyper-parameters by parameter, as flattened optimizers ask for them."""
+    """What it has under a second name.
+
+    Hyper-parameters by parameter, as flattened optimizers ask for them; and whole dicts and lists without tensors, as
+    DCP asks for them when it takes a checkpoint for one of torch before 2.4: as it does where a rank holds no shard of
+    a ShardedTensor.
+    """
 
     def find(self, fqn: str) -> Any:
         """TensorRef or value of this name."""
@@ -132,6 +137,7 @@ def offer(tensors: Iterable[str], aliases: Mapping[str, str], objects: Mapping[s
         fqn = ".".join(map(str, path))
         if fqn not in found.content:
             found.content[fqn], found.paths[fqn] = leaf, path
+    found.other_names.update(_containers(tree, ()))
     for name, value in objects.items():
         if is_optimizer_object(value):
             for group in value["groups"]:
@@ -203,6 +209,15 @@ def _flattened(value: Any, path: Path) -> Iterator[tuple[Path, Any]]:
     else:
         for i, member in enumerate(value):
             yield from _flattened(member, (*path, i))
+
+
+def _containers(value: Any, path: Path) -> Iterator[tuple[str, Any]]:
+    """(name, dict or list) of each that has no tensor in it."""
+    if isinstance(value, (Mapping, list)):
+        if path and next(references(value), None) is None:
+            yield ".".join(map(str, path)), value
+        for key, member in value.items() if isinstance(value, Mapping) else enumerate(value):
+            yield from _containers(member, (*path, str(key)))
 
 
 def _is_leaf(value: Any) -> bool:

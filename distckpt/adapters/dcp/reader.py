@@ -29,11 +29,10 @@ from distckpt.adapters.dcp.names import Offer, offer
 from distckpt.comm import SoloComm
 from distckpt.errors import Mismatch, NotACheckpoint
 from distckpt.format.box import Box, parts
-from distckpt.format.layout import chunk_name
 from distckpt.format.objects import TensorRef
 from distckpt.format.partition import Copies
 from distckpt.load.open import open_checkpoint
-from distckpt.load.plan import Item
+from distckpt.load.plan import items_of
 from distckpt.load.read import read
 from distckpt.run.loading import Search, look_for
 from distckpt.run.place import place
@@ -47,6 +46,7 @@ if TYPE_CHECKING:
     from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
 
     from distckpt.load.open import Checkpoint
+    from distckpt.load.plan import Item
 
 
 class StorageReader(storage.StorageReader):
@@ -167,10 +167,8 @@ class StorageReader(storage.StorageReader):
                 raise Mismatch(_OF_RANK.format(fqn, self._opened.manifest.world_size, world_size))
         if tuple(target.shape) != box.sizes:
             raise Mismatch(f"{fqn}: {list(box.sizes)} are to be read into a tensor of {list(target.shape)}")
-        dtype = torch_dtype(info.dtype)
-        for file, region in info.partition.overlapping(box) if box.numel else ():
-            name = chunk_name(fqn, region, info.shape)
-            yield Item(fqn, file if own is None else own, name, region, info.shape, dtype, Shard(box, target))
+        if box.numel:
+            yield from items_of(fqn, fqn, info, Shard(box, target), own)
 
     def _refuse_of_rank(self, fqn: str, ranks: tuple[int, int]) -> None:
         """Mismatch for a value that each rank saved its own of, where the ranks are others now."""

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import secrets
+import threading
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -59,9 +61,11 @@ class StorageWriter(storage.StorageWriter):
         self._path = Path(path).absolute()
         self._timeout = timeout
         self._save: _Save | None = None
+        self._ends = threading.Lock()
+        """Held while a save is committed or taken back: one whose future nobody waited for may still be under way."""
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {"_path": self._path, "_timeout": self._timeout, "_save": None}
+    def __reduce__(self) -> tuple[Any, ...]:
+        return partial(type(self), timeout=self._timeout), (self._path,)
 
     @property
     def checkpoint_id(self) -> str:
@@ -92,8 +96,9 @@ class StorageWriter(storage.StorageWriter):
         if not all(plan.usable for plan in plans):
             raise Unsupported("a planner with enable_plan_caching=True gives ranks the plan of an earlier save")
         where = place(self._path)
-        if self._save:  # an earlier save with this writer that did not come to its end: it is over on every rank
-            _discard(where, self._save.attempt)
+        if self._save:  # a save with this writer failed on another rank, or is not waited for: this one takes its place
+            with self._ends:
+                _discard(where, self._save.attempt)
         directory = StepDir(where.step or 0, where.generation_to_save())
         attempt = Attempt(directory, secrets.token_hex(6), len(plans))
         structure = _structure(plans)
@@ -125,12 +130,13 @@ class StorageWriter(storage.StorageWriter):
         assert self._save is not None
         where, under_way = place(self._path), self._save
         parts = [result.storage_data for of_rank in results for result in of_rank]
-        try:
-            manifest = self._commit(where, under_way, parts)
-        except Exception:
-            _discard(where, under_way.attempt)
-            raise
-        self._save = None
+        with self._ends:
+            try:
+                manifest = self._commit(where, under_way, parts)
+            except Exception:
+                _discard(where, under_way.attempt)
+                raise
+            self._save = None
         remove_acks(where.store, under_way.attempt)
         publish(where.history, Checkpoint(where.store, under_way.attempt.directory, manifest))
         where.remove_older()
