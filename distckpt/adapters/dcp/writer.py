@@ -45,6 +45,7 @@ if TYPE_CHECKING:
 class _Save:
     """What the coordinator knows of the save under way."""
 
+    where: Place
     attempt: Attempt
     structure: Structure
     launch: int
@@ -98,12 +99,12 @@ class StorageWriter(storage.StorageWriter):
         where = place(self._path)
         if self._save:  # a save with this writer failed on another rank, or is not waited for: this one takes its place
             with self._ends:
-                _discard(where, self._save.attempt)
+                _discard(self._save.where, self._save.attempt)
         directory = StepDir(where.step or 0, where.generation_to_save())
         attempt = Attempt(directory, secrets.token_hex(6), len(plans))
         structure = _structure(plans)
         names, models = structure.outline()
-        self._save = _Save(attempt, structure, where.launch(), now())
+        self._save = _Save(where, attempt, structure, where.launch(), now())
         return [
             replace(plan, storage_data=Ticket(rank, attempt, _of_plan(names, plan), models))
             for rank, plan in enumerate(plans)
@@ -128,11 +129,12 @@ class StorageWriter(storage.StorageWriter):
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:  # noqa: ARG002
         """See torch's StorageWriter. On the coordinator: commit."""
         assert self._save is not None
-        where, under_way = place(self._path), self._save
+        under_way = self._save
+        where = under_way.where
         parts = [result.storage_data for of_rank in results for result in of_rank]
         with self._ends:
             try:
-                manifest = self._commit(where, under_way, parts)
+                manifest = self._commit(under_way, parts)
             except Exception:
                 _discard(where, under_way.attempt)
                 raise
@@ -141,8 +143,8 @@ class StorageWriter(storage.StorageWriter):
         publish(where.history, Checkpoint(where.store, under_way.attempt.directory, manifest))
         where.remove_older()
 
-    def _commit(self, where: Place, under_way: _Save, parts: list[Part]) -> Manifest:
-        attempt, store = under_way.attempt, where.store
+    def _commit(self, under_way: _Save, parts: list[Part]) -> Manifest:
+        attempt, store = under_way.attempt, under_way.where.store
         if [(part.rank, part.attempt) for part in parts] != [(r, attempt.id) for r in range(attempt.world_size)]:
             raise Unsupported(f"{attempt.directory}: ranks wrote for another save than this one")
         whole = joined(under_way.structure, parts)

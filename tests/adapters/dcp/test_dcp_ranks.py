@@ -191,3 +191,32 @@ def test_a_layout_that_dcp_computes_wrong_is_refused_there_and_right_here(tmp_pa
     for wrong, text in ranks.run(6, _uneven, str(tmp_path)):
         assert wrong == []
         assert "overlapping chunks" in text or "computes the layout of this placement wrong" in text
+
+
+class Failing(dcp.DefaultSavePlanner):
+    """Fails on rank 1 once there is something to write, when the other ranks may have written."""
+
+    def resolve_data(self, write_item):
+        if dist.get_rank():
+            raise OSError("no")
+        return super().resolve_data(write_item)
+
+
+def _fails_on_one(root):
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import DTensor, Shard
+
+    tree = {"t": DTensor.from_local(torch.ones(2), init_device_mesh("cpu", (2,)), [Shard(0)])}
+    writer = StorageWriter(f"{root}/step-00000001")
+    fails = lambda: dcp.save(tree, storage_writer=writer, planner=Failing())
+    assert "RANK 1" in ranks.expect_error(fails, CheckpointException)
+    dist.barrier()
+    left = [entry.name for entry in LocalStore(root).list("step-00000001")]
+    dist.barrier()
+    dcp.save(tree, checkpoint_id=f"{root}/step-00000002", storage_writer=writer)
+    dist.barrier()
+    return len(left), [entry.name for entry in LocalStore(root).list("") if entry.size is None]
+
+
+def test_what_other_ranks_wrote_for_a_save_that_failed_is_removed_by_the_next(tmp_path):
+    assert ranks.run(2, _fails_on_one, str(tmp_path)) == [(1, ["step-00000002"])] * 2
