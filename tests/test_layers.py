@@ -27,7 +27,7 @@ LAYERS = [
 ]
 """Lowest first. `distckpt/__init__.py` stands above all: it only tells where the public names live."""
 
-DROP_INS = ("distckpt.adapters.dcp",)
+DROP_INS = ("distckpt.adapters.dcp", "distckpt.adapters.deepspeed")
 """What another framework calls, and what calls ours: so they stand above run, though they live beside the adapters."""
 
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}

@@ -27,7 +27,7 @@ from distckpt.state import GlobalTensor, JoinedObject, RankObject, State, plain,
 from distckpt.statedict import insert, references
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping
+    from collections.abc import Callable, Iterable, Iterator, Mapping
 
     from torch.optim import Optimizer
 
@@ -46,7 +46,7 @@ class _Loading:
     """What `targets` prepares and `restore` hands over.
 
     made: tensors that values refer to. states: new states by parameter. scalars: (fqn, its scalar state, that of the
-    flat parameter it is a part of), which must turn out equal.
+    flat parameter it is a part of), which must turn out equal. bare: (fqn, slot) of parameters without saved state.
     """
 
     saved: Saved
@@ -54,6 +54,7 @@ class _Loading:
     made: dict[str, torch.Tensor] = field(default_factory=dict)
     states: dict[torch.Tensor, dict[str, Any]] = field(default_factory=dict)
     scalars: list[tuple[str, torch.Tensor, torch.Tensor]] = field(default_factory=list)
+    bare: list[tuple[str, Slot]] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
 
     def fresh(self, key: str, template: torch.Tensor) -> torch.Tensor:
@@ -211,6 +212,9 @@ class OptimizerAdapter:
                 if key not in loading.state.tensors:
                     self._tensor_target(loading, key, name, slot, self._optimizer.param_groups[g])
         self._rank_targets(loading, {fqn: slot for fqn, slot, _ in slots})
+        loading.bare = [
+            (fqn, slot) for fqn, slot, _ in slots if not _has_state(saved_name.get(fqn, fqn), keys, content)
+        ]
         if loading.problems:
             raise Mismatch("\n".join(loading.problems))
         tensors.refuse_own_values(self._prefix, loading.state.tensors, saved)
@@ -300,15 +304,43 @@ class OptimizerAdapter:
                 self._optimizer.state[p] = finished
             else:
                 self._optimizer.state.pop(p, None)
+        notes = list(_zeroed(loading, self._prefix))
         was, now = content["optimizer"], type(self._optimizer).__name__
-        return [f"{self._prefix}: saved from {was}, loaded into {now}"] if was not in {now, ""} else []
+        if was not in {now, ""}:
+            notes.append(f"{self._prefix}: saved from {was}, loaded into {now}")
+        return notes
 
     def _finished(self, loading: _Loading, key: str, value: Any, p: torch.Tensor) -> Any:
         if subclasses.is_description(value):
             own = f"{self._of_rank}{loading.saved.rank}.{key}"
             lead = own if f"{own}.{value['inner'][0]}" in loading.made else f"{self._prefix}.{key}"
             return subclasses.unflatten(value, lead, loading.made, self._optimizer, p)
-        return value if isinstance(value, torch.Tensor) else insert(value, loading.made)
+        made = value if isinstance(value, torch.Tensor) else insert(value, loading.made)
+        return _counted(made, self._optimizer) if key.endswith(".step") else made
+
+
+def _counted(step: Any, optimizer: Optimizer) -> Any:
+    """Give a step in the optimizer's own form: torch's count in a tensor, those of DeepSpeed in an int."""
+    kind = type(optimizer).__module__
+    if kind.startswith("torch.") and type(step) is int:
+        return torch.tensor(float(step))
+    return int(step) if kind.startswith("deepspeed.ops.") and isinstance(step, torch.Tensor) else step
+
+
+def _has_state(fqn: Any, keys: Mapping[Any, Any], content: Any) -> bool:
+    return bool(keys.get(fqn) or content["values"].get(fqn))
+
+
+def _zeroed(loading: _Loading, prefix: str) -> Iterator[str]:
+    """Zero the states of parameters that were saved without any, where others in the same flat buffer have some."""
+    for fqn, slot in loading.bare:
+        states = loading.states.get(slot.parameter, {})
+        for value in states.values():
+            part = slot.part(value, fqn) if isinstance(value, torch.Tensor) and value.dim() else None
+            for shard in part.shards if part else ():
+                shard.tensor.zero_()
+        if states:
+            yield f"{prefix}.{fqn}: saved without state; zeros, with the step of what lies in one flat buffer with it"
 
 
 def _inner(value: Any, key: str) -> list[str]:

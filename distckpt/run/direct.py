@@ -16,7 +16,7 @@ from distckpt.comm import together
 from distckpt.errors import NotACheckpoint
 from distckpt.load.plan import Options
 from distckpt.run.loading import Search, load_newest
-from distckpt.run.place import place
+from distckpt.run.place import Place, place
 from distckpt.run.saving import SaveReport, now, plain_metrics, save_and_publish
 from distckpt.run.source import foreign_root, load_source
 from distckpt.save.image import Arena
@@ -24,7 +24,7 @@ from distckpt.save.save import Request
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping
 
     from distckpt.comm import Comm
     from distckpt.load.report import LoadReport
@@ -52,29 +52,41 @@ def save(
     wait for other ranks lasts at most.
     Raises on every rank what fails on any, with rank and cause; what the path held before is untouched then.
     """
-    started = time.monotonic()
     live = StateDictAdapter(state_dict)
-    where = place(path)
+    with _ranks(comm, timeout) as ranks, closing(Arena(_ARENA)) as arena:
+        return save_to(place(path), live.capture, ranks, arena, metrics=metrics or {}, check_replicas=check_replicas)
+
+
+def save_to(
+    where: Place,
+    capture: Callable[[], State],
+    ranks: Comm,
+    arena: Arena,
+    *,
+    metrics: Mapping[str, Any],
+    check_replicas: bool = False,
+) -> SaveReport:
+    """Save what `capture` gives as the newest generation of a place. Collective."""
+    started = time.monotonic()
     recorded = dict[str, Any]()
 
-    def capture() -> State:
-        recorded.update(plain_metrics(metrics or {}))  # here, so that every rank learns of one that cannot be recorded
-        return live.capture()
+    def captured() -> State:
+        recorded.update(plain_metrics(metrics))  # here, so that every rank learns of one that cannot be recorded
+        return capture()
 
-    with _ranks(comm, timeout) as ranks, closing(Arena(_ARENA)) as arena:
-        said = together(ranks, "reading the run's launches", lambda: _number(where.launch() if not ranks.rank else 0))
-        request = Request(
-            step=where.step or 0,
-            launch=int.from_bytes(said[0], "little"),
-            date=now(),
-            metrics=recorded,
-            writer={"distckpt": __version__},
-            generation=where.generation_to_save,
-            check_replicas=check_replicas,
-        )
-        made = save_and_publish(ranks, where.history, capture, arena.view, request)
-        if ranks.rank == 0:
-            where.remove_older()
+    said = together(ranks, "reading the run's launches", lambda: _number(where.launch() if not ranks.rank else 0))
+    request = Request(
+        step=where.step or 0,
+        launch=int.from_bytes(said[0], "little"),
+        date=now(),
+        metrics=recorded,
+        writer={"distckpt": __version__},
+        generation=where.generation_to_save,
+        check_replicas=check_replicas,
+    )
+    made = save_and_publish(ranks, where.history, captured, arena.view, request)
+    if ranks.rank == 0:
+        where.remove_older()
     seconds = time.monotonic() - started
     return SaveReport(made.directory.step, str(made.directory), made.nbytes, seconds, made.notes)
 

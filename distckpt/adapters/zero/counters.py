@@ -94,6 +94,9 @@ def _scaler(engine: Any) -> Any:
 
 
 def _schedulers(engine: Any) -> Iterator[tuple[str, Any]]:
+    """(name, what has a state) of the engine's helpers: torch autocast's GradScaler, random-LTD, curriculum."""
+    if (scaler := getattr(owner_of(engine), "torch_autocast_gradscaler", None)) is not None:
+        yield "grad_scaler", scaler
     if engine.random_ltd_enabled() and engine.random_ltd_scheduler is not None:
         yield "random_ltd", engine.random_ltd_scheduler
     if engine.training_dataloader is not None and engine.curriculum_learning_enabled():

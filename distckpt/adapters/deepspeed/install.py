@@ -1,0 +1,77 @@
+"""`install()`: DeepSpeedEngine.save_checkpoint and .load_checkpoint, of every engine there is and will be, become ours.
+
+Hugging Face Trainer and Accelerate call those two. What this process then loads that DeepSpeed itself has saved still
+goes to DeepSpeed's own code.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from distckpt.adapters.deepspeed.tags import Choice, Tags
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+
+def install(*, timeout: float = 600.0) -> Callable[[], None]:
+    """Have engines save and load with distckpt. Returns what undoes it; called twice, it does nothing more.
+
+    timeout: seconds that any wait for other ranks lasts at most. Imports deepspeed.
+    """
+    kind = importlib.import_module("deepspeed.runtime.engine").DeepSpeedEngine
+    if hasattr(kind.save_checkpoint, "undo"):
+        return kind.save_checkpoint.undo  # type: ignore[no-any-return]
+    native_save, native_load, tags = kind.save_checkpoint, kind.load_checkpoint, Tags(timeout)
+
+    @functools.wraps(native_save)
+    def save_checkpoint(  # noqa: PLR0917
+        self: Any,
+        save_dir: str,
+        tag: str | None = None,
+        client_state: Mapping[str, Any] | None = None,
+        save_latest: bool = True,  # noqa: FBT001, FBT002  DeepSpeed's own signature
+        exclude_frozen_parameters: bool = False,  # noqa: FBT001, FBT002
+    ) -> bool:
+        tags.save(self, save_dir, tag, client_state or {}, latest=save_latest, without_frozen=exclude_frozen_parameters)
+        return True
+
+    @functools.wraps(native_load)
+    def load_checkpoint(  # noqa: PLR0917
+        self: Any,
+        load_dir: str,
+        tag: str | None = None,
+        load_module_strict: bool = True,  # noqa: FBT001, FBT002
+        load_optimizer_states: bool = True,  # noqa: FBT001, FBT002
+        load_lr_scheduler_states: bool = True,  # noqa: FBT001, FBT002
+        load_module_only: bool = False,  # noqa: FBT001, FBT002
+        custom_load_fn: Callable[..., Any] | None = None,
+    ) -> tuple[str | None, Any]:
+        choice = Choice(
+            strict=load_module_strict,
+            optimizer=load_optimizer_states and not load_module_only,
+            lr_scheduler=load_lr_scheduler_states and not load_module_only,
+            counters=not load_module_only,
+        )
+        if (found := tags.find(self, load_dir, tag)) is None:
+            return native_load(  # type: ignore[no-any-return]
+                self,
+                load_dir,
+                tag,
+                load_module_strict,
+                load_optimizer_states,
+                load_lr_scheduler_states,
+                load_module_only,
+                custom_load_fn,
+            )
+        return tags.load(self, load_dir, found, choice, given=tag is not None, custom_load_fn=custom_load_fn)
+
+    def undo() -> None:
+        kind.save_checkpoint, kind.load_checkpoint = native_save, native_load
+        tags.close()
+
+    save_checkpoint.undo = undo  # type: ignore[attr-defined]
+    kind.save_checkpoint, kind.load_checkpoint = save_checkpoint, load_checkpoint
+    return undo
