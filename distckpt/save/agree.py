@@ -224,6 +224,7 @@ def _opinions(said_by: list[tuple[list[int], list[Any]]], world_size: int) -> li
         (ranks, said)
         for ranks, said in said_by
         if said[2] is None
+        or not prod(said[0])  # without elements nobody holds a part of it, and all have it
         or not _ranks_of(_layout_from_json(said[2], tuple(said[0]), ranks[0], None)).isdisjoint(ranks)
     ]
 

@@ -502,6 +502,23 @@ def test_a_wrong_guess_of_a_rank_without_elements_does_no_harm(tmp_path, saved, 
     ranks.run(wanted, _some_elsewhere, str(tmp_path))
 
 
+def _nothing(root):
+    model = Net()
+    model.nothing = nn.Parameter(torch.zeros(0, 3))
+    model.inner = shard(model.inner)
+    model = shard(model)
+    optimizer = Some(model.parameters())
+    optimizer.step()
+    state = TrainState(model=model, optimizer=optimizer, rng=False)
+    with Checkpointer(root, timeout=20) as checkpointer:
+        checkpointer.save(1, state)
+        checkpointer.resume(state)
+
+
+def test_a_parameter_without_elements_is_saved_where_ranks_differ(tmp_path):
+    ranks.run(4, _nothing, str(tmp_path))
+
+
 def _irregular(root):
     import torch.distributed as dist
 
