@@ -10,6 +10,7 @@ from distckpt.foreign.dcp import is_dcp, read_dcp
 from distckpt.foreign.deepspeed import is_deepspeed, read_deepspeed
 from distckpt.foreign.described import Directory, describe, leaves
 from distckpt.foreign.files import PlainFile, read_bytes
+from distckpt.foreign.located import Undecodable
 from distckpt.foreign.safetensors import INDEX, SUFFIX, read_safetensors
 from distckpt.foreign.torchfile import LEGACY, ZIP, parse, refuse_legacy
 
@@ -81,5 +82,6 @@ def _read_torch_file(path: Path) -> Directory:
     refuse_legacy(file)
     tree: Any = leaves(parse(file, 0, file.size, file.name), 0)
     if not isinstance(tree, dict):
-        raise FormatError(f"{file.name}: holds a {type(tree).__name__}; a state dict, or a dict of them, is expected")
+        what = tree.why if isinstance(tree, Undecodable) else f"{file.name}: holds a {type(tree).__name__}"
+        raise FormatError(f"{what}; a state dict, or a dict of them, is expected")
     return Directory(file.name, dict(tree), [file])

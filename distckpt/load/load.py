@@ -15,6 +15,7 @@ from distckpt.errors import Mismatch
 from distckpt.load.plan import Options, Plan, listed, plan, refuse_unexpected
 from distckpt.load.read import equal, read, refuse_damaged
 from distckpt.load.report import LoadReport
+from distckpt.load.shared import refuse_shared
 from distckpt.state import Saved
 from distckpt.statedict import references
 
@@ -47,6 +48,7 @@ def load(
         made = plan(saved, names, aliases, targets, options, unreadable=checkpoint.unreadable)
         made.unexpected = [n for n in made.unexpected if not _is_tied(checkpoint, n, names, targets)]
         refuse_damaged(checkpoint, made.items)
+        refuse_shared(checkpoint, made.items)
         return bytes([bool(made.unexpected)])
 
     left_over = together(comm, f"planning the load of {checkpoint.name}", prepare)

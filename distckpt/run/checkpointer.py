@@ -165,6 +165,7 @@ class Checkpointer:
         def start() -> bytes:
             if self._comm.rank:
                 return b""
+            self._history.refuse_checkpoint()
             if newest := next((found for found in self._history.committed() if not found.superseded), None):
                 raise RunConflict(
                     f"{self._store} holds {newest.directory}: call resume() before save(), or use another directory"
@@ -207,6 +208,7 @@ class Checkpointer:
         def begin() -> bytes:
             if self._comm.rank:
                 return b""
+            self._history.refuse_checkpoint()
             return open_launch(self._store, directory, self._comm.world_size, now()).to_bytes(_STEP, "little")
 
         self._launch = int.from_bytes(together(self._comm, "opening a launch", begin)[0], "little")

@@ -80,11 +80,20 @@ class History:
         """Committed checkpoints that no longer count, newest first."""
         return [found.directory for found in self.committed() if found.superseded]
 
+    def refuse_checkpoint(self) -> None:
+        """RunConflict where the store is the directory of one checkpoint, to which nothing must be added."""
+        if self.is_checkpoint():
+            raise RunConflict(f"{self.store}: {_ONE_CHECKPOINT}")
+
+    def is_checkpoint(self) -> bool:
+        """Whether the store is the directory of one checkpoint, not of a run."""
+        return any(entry.name == COMMIT for entry in self.store.list(""))
+
     def why_nothing(self) -> str:
         """Why there is no checkpoint that counts, for a message."""
         names = [entry.name for entry in self.store.list("")]
         if COMMIT in names:
-            return "it is the directory of one checkpoint; give its parent, that of the run"
+            return _ONE_CHECKPOINT
         told = [
             f"{directory} is " + ("superseded" if is_committed(self.store, directory) else "a save that did not finish")
             for directory in self.directories()
@@ -168,6 +177,9 @@ class History:
 
     def _registry(self) -> list[dict[str, Any]]:
         return [_entry(found) for found in self.committed()]
+
+
+_ONE_CHECKPOINT = "it is the directory of one checkpoint; give its parent, that of the run"
 
 
 def _entry(found: Found) -> dict[str, Any]:

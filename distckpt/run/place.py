@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 import warnings
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from distckpt.errors import FormatError, RunConflict, StateWarning, StoreError, Unsupported
@@ -18,7 +17,7 @@ from distckpt.format.layout import COMMIT, StepDir
 from distckpt.run.history import History
 from distckpt.run.launches import read_launches
 from distckpt.save.commit import is_committed
-from distckpt.store.local import LocalStore
+from distckpt.store.local import LocalStore, local_path
 
 if TYPE_CHECKING:
     from distckpt.store.base import Store
@@ -44,6 +43,7 @@ class Place:
 
         Loaded from the run's path, its newest step would come back, not what was saved.
         """
+        self.history.refuse_checkpoint()
         if self.step is None and (others := [d for d in self.history.directories() if d.step]):
             raise RunConflict(
                 f"{self.store} is the directory of a run with steps of its own, such as {others[0]}: give the path "
@@ -74,14 +74,21 @@ class Place:
 
 
 def place(path: str | os.PathLike[str] | Store) -> Place:
-    """Place that a path (or a run's store) means. Unsupported for a path that names a generation."""
+    """Place that a path (or a run's store) means. Unsupported for a path that names a generation.
+
+    A symlink to a step directory, such as `last`, means that step.
+    """
     if not isinstance(path, (str, os.PathLike)):
+        if not hasattr(path, "list"):
+            raise Unsupported(f"a {type(path).__qualname__} is no path: the path comes first, then the state dict")
         return Place(History(path), None)
-    whole = Path(path).absolute()
+    whole = local_path(path)
+    linked = whole.is_symlink()
+    whole = whole.resolve() if linked else whole
     named = StepDir.parse(whole.name)
     if named is None:
         return Place(History(LocalStore(whole)), None)
-    if named.generation > 1:
+    if named.generation > 1 and not linked:
         raise Unsupported(
             f"{whole} names one generation of a step: give {StepDir(named.step)}; it means the newest that is whole"
         )

@@ -48,7 +48,7 @@ def load_source(
     step: of a run. names: of another tool's state dict, entry -> lead (`{"ema.model": "model"}`), where they are not
     the usual ones. NotACheckpoint where nothing is there that can be read.
     """
-    path = Path(source)
+    path = _followed(source)
     kind = together(comm, f"looking at {path}", lambda: _kind(path) if comm.rank == 0 else b"")[0]
     if names and kind != _FOREIGN:
         raise Mismatch(f"names={dict(names)!r}: {path} is distckpt's own; rename= is what changes names there")
@@ -74,7 +74,7 @@ def open_source(
     source: str | os.PathLike[str], *, step: int | None = None, names: Mapping[str, str] | None = None
 ) -> Checkpoint:
     """Open what lies at `source`, by one process: of a run the newest checkpoint that counts, or that of `step`."""
-    path = Path(source)
+    path = _followed(source)
     kind = _kind(path)
     if kind != _RUN:
         return _opened(path, kind, names)
@@ -93,7 +93,13 @@ def foreign_root(comm: Comm, store: Store) -> Path | None:
 
 
 def _is_foreign(root: Path | None) -> bytes:
-    return _FOREIGN if root and holds_foreign(root) else b""
+    return _FOREIGN if root and not History(LocalStore(root)).is_checkpoint() and holds_foreign(root) else b""
+
+
+def _followed(source: str | os.PathLike[str]) -> Path:
+    """Path of a source; of a symlink to a step directory, such as `last`, that directory's."""
+    path = Path(source)
+    return path.resolve() if path.is_symlink() and StepDir.parse(path.resolve().name) else path
 
 
 def _kind(path: Path) -> bytes:

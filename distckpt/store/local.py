@@ -15,7 +15,7 @@ import stat
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from distckpt.errors import KeyExists, KeyMissing, KeyTruncated, StoreError
+from distckpt.errors import KeyExists, KeyMissing, KeyTruncated, StoreError, Unsupported
 from distckpt.store.base import Entry, check, read_all
 
 if TYPE_CHECKING:
@@ -35,11 +35,18 @@ _ADVICE = {
 }
 
 
+def local_path(path: str | os.PathLike[str]) -> Path:
+    """Absolute path. Unsupported for a URI, which would be taken for a directory called `s3:`."""
+    if "://" in str(path):
+        raise Unsupported(f"{path}: is a URI; only paths of a mounted file system can be saved to and loaded from")
+    return Path(path).absolute()
+
+
 class LocalStore:
     """Keys below `root`, a directory that is made when first written to."""
 
     def __init__(self, root: str | os.PathLike[str]) -> None:
-        self.root = Path(root).absolute()
+        self.root = local_path(root)
 
     def __repr__(self) -> str:
         return f"LocalStore({str(self.root)!r})"

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from distckpt import Checkpointer, TrainState
-from distckpt.errors import StateWarning, Unsupported
+from distckpt.errors import RunConflict, StateWarning, Unsupported
 from distckpt.store.local import LocalStore
 
 
@@ -100,6 +100,19 @@ def test_a_root_is_a_path_or_a_store(tmp_path):
         c.save(1, state())
     with Checkpointer(LocalStore(tmp_path / "a b")) as c:
         assert c.steps() == [1]
+
+
+def test_the_directory_of_one_checkpoint_is_no_run(tmp_path):
+    with Checkpointer(tmp_path) as c:
+        c.save(1, state())
+    before = sorted((tmp_path / "step-00000001").iterdir())
+    for path in (tmp_path / "step-00000001", tmp_path / "last"):
+        for act in (lambda c: c.resume(state()), lambda c: c.save(2, state())):
+            with Checkpointer(path) as c, pytest.raises(RunConflict, match="give its parent"):
+                act(c)
+        with Checkpointer(tmp_path / "other") as c:
+            assert c.load(state(), source=path).step == 1
+    assert sorted((tmp_path / "step-00000001").iterdir()) == before
 
 
 def test_a_launcher_whose_ranks_never_met_is_warned_of(tmp_path, monkeypatch):

@@ -189,6 +189,28 @@ def test_tensors_saved_apart_load_into_tied_ones_if_they_are_equal(tmp_path):
         distckpt.load(tmp_path / "differing", {"model": {"a": tied, "b": tied}})
 
 
+def test_two_values_are_not_loaded_into_one_memory_unless_they_are_equal(tmp_path):
+    """Filled one after the other, the second would be lost: silently, or as a block that fails its checksum."""
+    one, other = torch.arange(6.0), torch.arange(2.0, 8.0)
+    distckpt.save(tmp_path / "differ", {"model": {"a": one}, "ema": {"a": other}})
+    for a, b in ((one.clone(),) * 2, (shared := torch.zeros(9), shared[3:])):
+        a, b = a[:6], b[:6]
+        before = a.clone()
+        with pytest.raises(Mismatch, match=r"model.a: shares memory with ema.a|ema.a: shares memory with model.a"):
+            distckpt.load(tmp_path / "differ", {"model": {"a": a}, "ema": {"a": b}})
+        assert torch.equal(a, before)
+        distckpt.load(tmp_path / "differ", {"model": {"a": a}}, only=("model",))
+        assert torch.equal(a, one)
+    whole = torch.arange(8.0)
+    distckpt.save(tmp_path / "fit", {"model": {"a": whole[:6]}, "ema": {"a": whole[2:]}, "view": whole})
+    into = torch.zeros(8)
+    distckpt.load(tmp_path / "fit", {"model": {"a": into[:6]}, "ema": {"a": into[2:]}, "view": into})
+    assert torch.equal(into, whole)
+    apart = torch.zeros(6, 2)
+    distckpt.load(tmp_path / "differ", {"model": {"a": apart[:, 0]}, "ema": {"a": apart[:, 1]}})
+    assert torch.equal(apart, torch.stack([one, other], 1))
+
+
 def test_what_only_the_checkpoint_s_dicts_have_is_added(tmp_path):
     distckpt.save(tmp_path, {"x": {"a": 1, "b": {"t": torch.ones(2)}}})
     into = {"x": {"a": 0}}
@@ -282,6 +304,35 @@ def test_a_path_that_would_not_give_back_what_is_saved_is_refused(tmp_path):
         distckpt.save(tmp_path, {"a": 1})
     with pytest.raises(Unsupported, match="generation"):
         distckpt.save(tmp_path / "step-00001000.2", {"a": 2})
+
+
+def test_a_link_to_a_step_means_that_step(tmp_path):
+    for a in (1, 2):  # the second is a further generation, to which `last` then leads
+        distckpt.save(tmp_path / "step-00000005", {"a": a})
+    distckpt.save(tmp_path / "last", {"a": 3})
+    assert names(tmp_path) == ["step-00000005.2", "step-00000005.3"]
+    assert not names(tmp_path / "last")
+    into = {"a": 0}
+    distckpt.load(tmp_path / "last", into)
+    assert into["a"] == 3
+
+
+def test_nothing_is_saved_inside_a_checkpoint(tmp_path):
+    distckpt.save(tmp_path / "run" / "step-00000005", {"a": 1})
+    (tmp_path / "run" / "step-00000005").rename(tmp_path / "best")
+    with pytest.raises(RunConflict, match="give its parent"):
+        distckpt.save(tmp_path / "best", {"a": 2})
+    assert not names(tmp_path / "best")
+
+
+def test_what_is_no_path_of_a_file_system_is_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for door in (lambda path: distckpt.save(path, {"a": 1}), lambda path: distckpt.load(path, {"a": 1})):
+        with pytest.raises(Unsupported, match="s3://bucket/run: is a URI"):
+            door("s3://bucket/run")
+    with pytest.raises(Unsupported, match="the path comes first"):
+        distckpt.save({"a": 1}, "path")
+    assert not any(tmp_path.iterdir())
 
 
 def test_saving_again_replaces_and_keeps_the_two_newest(tmp_path):

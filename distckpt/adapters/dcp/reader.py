@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import io
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -34,10 +33,12 @@ from distckpt.format.partition import Copies
 from distckpt.load.open import open_checkpoint
 from distckpt.load.plan import items_of
 from distckpt.load.read import read
+from distckpt.load.shared import refuse_shared
 from distckpt.run.loading import Search, look_for
 from distckpt.run.place import place
 from distckpt.state import Shard, torch_dtype
 from distckpt.statedict import insert, references
+from distckpt.store.local import local_path
 
 if TYPE_CHECKING:
     import os
@@ -53,7 +54,7 @@ class StorageReader(storage.StorageReader):
     """Give it to dcp.load as `storage_reader`. `path`: as in `distckpt.load`."""
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        self._path = Path(path).absolute()
+        self._path = local_path(path)
         self._checkpoint: Checkpoint | None = None
         self._offer = Offer()
         self._of_rank: frozenset[str] = frozenset()
@@ -77,7 +78,7 @@ class StorageReader(storage.StorageReader):
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
         """Begin a new load, from another path if one is given."""
         if checkpoint_id:
-            self._path = Path(checkpoint_id).absolute()
+            self._path = local_path(checkpoint_id)
 
     def read_metadata(self, *args: Any, **options: Any) -> Metadata:  # noqa: ARG002
         """See torch's StorageReader. Opens the newest checkpoint that counts; NotACheckpoint, Corrupt."""
@@ -144,6 +145,7 @@ class StorageReader(storage.StorageReader):
                 target = planner.resolve_tensor(wanted).detach()
                 items += self._items(found.fqn, _box(wanted), target, ranks)
                 tensors.append((wanted, target))
+        refuse_shared(self._opened, items)
         read(self._opened, items)
         for wanted, target in tensors:
             planner.commit_tensor(wanted, target)

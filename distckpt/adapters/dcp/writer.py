@@ -11,7 +11,6 @@ import secrets
 import threading
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch.distributed.checkpoint import storage
@@ -33,6 +32,7 @@ from distckpt.run.place import Place, place
 from distckpt.run.saving import now, publish
 from distckpt.save.commit import Attempt, abandon, commit_when_acked, remove_acks, write_ack
 from distckpt.store.base import write_all
+from distckpt.store.local import local_path
 
 if TYPE_CHECKING:
     import os
@@ -59,7 +59,7 @@ class StorageWriter(storage.StorageWriter):
     """
 
     def __init__(self, path: str | os.PathLike[str], *, timeout: float = 600.0) -> None:
-        self._path = Path(path).absolute()
+        self._path = local_path(path)
         self._timeout = timeout
         self._save: _Save | None = None
         self._ends = threading.Lock()
@@ -81,7 +81,7 @@ class StorageWriter(storage.StorageWriter):
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
         """Begin a new save, to another path if one is given."""
         if checkpoint_id:
-            self._path = Path(checkpoint_id).absolute()
+            self._path = local_path(checkpoint_id)
 
     def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:  # noqa: ARG002, FBT001
         """See torch's StorageWriter. `kwargs` must be called that: else DCP does not pass what it holds."""

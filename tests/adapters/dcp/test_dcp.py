@@ -14,6 +14,7 @@ from torch.distributed.checkpoint.state_dict_loader import _load_state_dict_from
 
 import distckpt
 from distckpt.adapters.dcp import StorageReader, StorageWriter
+from distckpt.errors import Unsupported
 from distckpt.format.box import Run
 from distckpt.format.layout import StepDir
 from distckpt.format.partition import Grid, Pieces, divided
@@ -227,6 +228,21 @@ def test_flat_runs_are_offered_as_their_boxes(tmp_path):
     into = {"model": {"t": torch.zeros(5, 7)}}
     load(into, tmp_path)
     assert torch.equal(into["model"]["t"], whole.view(5, 7))
+
+
+def test_two_values_are_not_loaded_into_one_memory(tmp_path):
+    """torch's own reader leaves the one that it read last in both."""
+    dcp.save({"a": torch.zeros(3), "b": torch.ones(3)}, storage_writer=StorageWriter(tmp_path))
+    into = torch.full((3,), 5.0)
+    with pytest.raises(CheckpointException, match="shares memory with"):
+        dcp.load({"a": into, "b": into}, storage_reader=StorageReader(tmp_path))
+    assert into.tolist() == [5.0] * 3
+
+
+def test_a_uri_is_refused_and_not_taken_for_a_directory():
+    for make in (StorageReader, StorageWriter):
+        with pytest.raises(Unsupported, match="is a URI"):
+            make("s3://bucket/run")
 
 
 def test_dtypes_are_cast_as_dcp_casts_them(tmp_path):
