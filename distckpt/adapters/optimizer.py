@@ -320,11 +320,11 @@ class OptimizerAdapter:
 
 
 def _counted(step: Any, optimizer: Optimizer) -> Any:
-    """Give a step in the optimizer's own form: torch's count in a tensor, those of DeepSpeed in an int."""
-    kind = type(optimizer).__module__
-    if kind.startswith("torch.") and type(step) is int:
+    """Give a step in the optimizer's own form: DeepSpeed's count in an int, torch's (but SparseAdam) in a tensor."""
+    kind = type(optimizer)
+    if type(step) is int and kind.__module__.startswith("torch.") and kind is not torch.optim.SparseAdam:
         return torch.tensor(float(step))
-    return int(step) if kind.startswith("deepspeed.ops.") and isinstance(step, torch.Tensor) else step
+    return int(step) if isinstance(step, torch.Tensor) and kind.__module__.startswith("deepspeed.ops.") else step
 
 
 def _has_state(fqn: Any, keys: Mapping[Any, Any], content: Any) -> bool:

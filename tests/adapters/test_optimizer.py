@@ -283,3 +283,29 @@ def _shard(model):
 
 def test_every_sharded_optimizer_goes_on_bit_for_bit(tmp_path):
     assert ranks.run(3, _sharded_optimizers, str(tmp_path)) == [[], [], []]
+
+
+@pytest.mark.parametrize("saved_as_int", [True, False])
+def test_a_step_counted_in_an_int_and_one_in_a_tensor_go_on_from_each_other(tmp_path, saved_as_int):
+    """DeepSpeed's own optimizers, which need a compiler, count in an int: this one stands for them."""
+
+    class FusedAdam(torch.optim.AdamW):
+        pass
+
+    FusedAdam.__module__ = "deepspeed.ops.adam.fused_adam"
+    model = nn.Linear(3, 2)
+    kinds = (FusedAdam, torch.optim.AdamW) if saved_as_int else (torch.optim.AdamW, FusedAdam)
+    was, now = (kind(model.parameters()) for kind in kinds)
+    model(torch.ones(1, 3)).sum().backward()
+    was.step()
+    if saved_as_int:
+        for state in was.state.values():
+            state["step"] = 1
+    with Checkpointer(tmp_path) as checkpointer:
+        checkpointer.save(1, TrainState(model=model, optimizer=was))
+        report = checkpointer.load(TrainState(model=model, optimizer=now))
+    assert {type(s["step"]) for s in now.state.values()} == {torch.Tensor if saved_as_int else int}
+    assert all(s["step"] == 1 for s in now.state.values())
+    assert any("saved from" in note for note in report.notes)
+    if saved_as_int:
+        now.step()
