@@ -16,12 +16,13 @@ import torch
 from distckpt.errors import NotACheckpoint, RunConflict
 from distckpt.foreign.emit import Call, Global, Instance, Pairs, TensorRecord, pickled
 from distckpt.foreign.paths import entries_of
+from distckpt.foreign.sink import Output, Sink
 from distckpt.format.box import Box, parts
-from distckpt.format.layout import chunk_name
 from distckpt.format.partition import Copies
-from distckpt.load.stream import Stretch, stream
+from distckpt.load.stream import ROOM, Stretch, stream
 from distckpt.state import torch_dtype
 from distckpt.statedict import insert, references
+from distckpt.store.base import write_all
 from distckpt.store.local import LocalStore
 
 if TYPE_CHECKING:
@@ -40,7 +41,7 @@ _MODULE = "torch.distributed.checkpoint.metadata"
 _FILES = "torch.distributed.checkpoint.filesystem"
 
 
-class _Folder(LocalStore):
+class Folder(LocalStore):
     """A directory in which one hidden name may be written, too: the index, by which DCP knows its own."""
 
     def _path(self, key: str, *, prefix: bool = False) -> Path:
@@ -73,9 +74,17 @@ def write_dcp(checkpoint: Checkpoint, folder: str | os.PathLike[str]) -> list[st
 
     RunConflict where the directory holds a checkpoint already.
     """
-    store = _Folder(folder)
+    store = Folder(folder)
     if (store.root / METADATA).exists():
         raise RunConflict(f"{store.root}: holds a DCP checkpoint already; give a new directory")
+    sink = dcp_sink(checkpoint)
+    for name, data in sink.finish({output.name: output.write(store) for output in sink.outputs}):
+        write_all(store, name, data)
+    return sink.notes
+
+
+def dcp_sink(checkpoint: Checkpoint, room: int = ROOM) -> Sink:
+    """Plan the files of a DCP directory. NotACheckpoint where there is nothing to write."""
     content = checkpoint.manifest
     if not content.tensors and not content.objects:
         raise NotACheckpoint(f"{checkpoint.name}: has neither tensors nor values")
@@ -85,19 +94,22 @@ def write_dcp(checkpoint: Checkpoint, folder: str | os.PathLike[str]) -> list[st
     tensors, values = entries_of(checkpoint)
     by_file = _tensor_records(checkpoint, tensors, written, notes)
     by_file.setdefault(0, [])[:0] = _value_records(checkpoint, values, written)
+    outputs = []
     for number, (_, records) in enumerate(sorted(by_file.items())):
-        name = f"__{number}_0.distcp"
-        position = 0
+        name, position = f"__{number}_0.distcp", 0
         for record in records:
             offset = record.box.offsets if record.box else None
             written.places[record.fqn, offset] = (name, position, record.size)
             position += record.size
-        store.write(name, _content(checkpoint, records), size=position)
+        outputs.append(_output(checkpoint, name, position, records, room))
     for alias, fqn in content.aliases.items():
         _add_alias(written, alias, fqn)
     index = pickled(_metadata(written))
-    store.write(METADATA, [memoryview(index)], size=len(index))
-    return notes
+    return Sink(outputs, lambda _: [(METADATA, index)], notes)
+
+
+def _output(checkpoint: Checkpoint, name: str, size: int, records: list[_Record], room: int) -> Output:
+    return Output(name, size, lambda store: store.write(name, _content(checkpoint, records, room), size=size))
 
 
 # -- what goes where ---------------------------------------------------------------------------------------------
@@ -111,7 +123,7 @@ def _tensor_records(
     checkpoint: Checkpoint, paths: dict[str, TreePath], written: _Written, notes: list[str]
 ) -> dict[int, list[_Record]]:
     """Records of the tensors, by the file that their chunks come from, in its order."""
-    found: dict[int, list[tuple[int, _Record]]] = {}
+    found: dict[int, list[_Record]] = {}
     for fqn, path in paths.items():
         info = checkpoint.manifest.tensors[fqn]
         if isinstance(info.partition, Copies):
@@ -121,24 +133,22 @@ def _tensor_records(
         boxes = []
         for file, box, stretch in _chunks(fqn, info):
             record = TensorRecord(info.dtype, box.sizes)
-            start = checkpoint.data_file(file).chunks[stretch.name].start if box.numel else 0
             made = _Record(key, box, record.size, record.head, record, stretch if box.numel else None)
-            found.setdefault(file, []).append((start, made))
+            found.setdefault(file, []).append(made)
             boxes.append(box)
         written.entries[key] = _tensor_entry(info, boxes)
-    return {file: [r for _, r in sorted(rs, key=lambda item: item[0])] for file, rs in found.items()}
+    return found
 
 
 def _chunks(fqn: str, info: TensorInfo) -> Iterator[tuple[int, Box, Stretch]]:
     """Boxes that make up a tensor, and what of which chunk fills each: a flat run is cut into several."""
     whole = Box.whole(info.shape)
     if not whole.numel:
-        yield 0, whole, Stretch(0, "", whole, info.dtype, 0, 0)
+        yield 0, whole, Stretch.whole(fqn, whole, info.dtype)
         return
     for file, region in info.partition.overlapping(whole):
-        name = chunk_name(fqn, region, info.shape)
         for part in parts(region, info.shape):
-            yield file, part.box, Stretch(file, name, region, info.dtype, part.start, part.start + part.box.numel)
+            yield file, part.box, Stretch.whole(fqn, part.box, info.dtype)
 
 
 def _value_records(checkpoint: Checkpoint, values: dict[TreePath, Any], written: _Written) -> Iterator[_Record]:
@@ -175,9 +185,9 @@ def _add_alias(written: _Written, alias: str, fqn: str) -> None:
 # -- content -----------------------------------------------------------------------------------------------------
 
 
-def _content(checkpoint: Checkpoint, records: list[_Record]) -> Iterator[memoryview]:
+def _content(checkpoint: Checkpoint, records: list[_Record], room: int) -> Iterator[memoryview]:
     """Bytes of a file, in order."""
-    pieces = stream(checkpoint, (r.source for r in records if r.source))
+    pieces = stream(checkpoint, (r.source for r in records if r.source), room)
     at, index = next(pieces, None), 0
     for record in records:
         yield memoryview(record.head)

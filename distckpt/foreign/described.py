@@ -191,7 +191,7 @@ class Described(Checkpoint):
         self.foreign = True
         self._has_sums, self._homes, self._index_bytes = found.has_sums, found.homes, found.index_bytes
         self._entries = [_Entries(c) for c in chunks]
-        self._sources = found.files
+        self.sources = found.files
         self._objects = objects
         self._verified: set[tuple[int, str]] = set()
 
@@ -209,7 +209,7 @@ class Described(Checkpoint):
 
     def _opened(self, index: int) -> DataFile:
         """Open a file: its chunks are located when they are asked for."""
-        source = self._sources[index]
+        source = self.sources[index]
         return DataFile(source.name, self._entries[index], None, source.size, source.sequential)
 
     def object(self, name: str) -> Any:
@@ -234,7 +234,7 @@ class Described(Checkpoint):
             if record is None or (file, record) in checked:
                 continue
             checked.add((file, record))
-            source = self._sources[file]
+            source = self.sources[file]
             stop = record.start + record.nbytes
             if _crc(source, record.start, record.nbytes) != record.crc:
                 raise Corrupt(
@@ -269,7 +269,7 @@ class Described(Checkpoint):
             return located.strides, record.crc
         if located.strides is not None:
             return file, located.start, located.strides
-        return None, _crc(self._sources[file], located.start, located.nbytes)
+        return None, _crc(self.sources[file], located.start, located.nbytes)
 
 
 def _crc(file: Readable, start: int, count: int) -> int:

@@ -80,6 +80,8 @@ class _Emitter:
             case int():
                 data = value.to_bytes(value.bit_length() // 8 + 1, "little", signed=True)
                 out += b"\x8a" + bytes([len(data)]) + data
+            case float():
+                out += b"G" + struct.pack(">d", value)
             case str():
                 data = value.encode("utf-8", "surrogatepass")
                 self._once(value, b"X" + struct.pack("<I", len(data)) + data)
@@ -129,13 +131,13 @@ _STREAMED = 8  # sizes and sum stand after the content
 _LARGEST = 0xFFFFFFFF
 
 
-def _tensor(dtype: str, shape: Shape) -> Any:
-    """Pickle of a contiguous CPU tensor over storage 0."""
+def tensor_over(key: str, dtype: str, shape: Shape) -> Any:
+    """Contiguous CPU tensor over the storage of this key, to be pickled."""
     numel = prod(shape)
     of_kind = dtype in _KINDS
     kind = Global("torch", _KINDS[dtype]) if of_kind else Global("torch.storage", "UntypedStorage")
     count = numel if of_kind else numel * item_size(dtype)
-    storage = Persistent(("storage", kind, "0", "cpu", count))
+    storage = Persistent(("storage", kind, key, "cpu", count))
     hooks = Call(Global("collections", "OrderedDict"), ())
     args: tuple[Any, ...] = (storage, 0, shape, strides(shape), False, hooks)
     if of_kind:
@@ -164,7 +166,7 @@ class TensorRecord:
         self._entries: list[_Entry] = []
         head = bytearray()
         for name, content in (
-            ("data.pkl", pickled(_tensor(dtype, shape))),
+            ("data.pkl", pickled(tensor_over("0", dtype, shape))),
             ("byteorder", b"little"),
             ("version", b"3\n"),
         ):

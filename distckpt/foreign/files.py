@@ -59,7 +59,8 @@ class PlainFile:
         self.name = str(path)
         self.read_count = 0
         try:
-            self.size = path.stat().st_size
+            found = path.stat()
+            self.size, self.changed = found.st_size, found.st_mtime_ns
         except FileNotFoundError as e:
             raise KeyMissing(f"{path}: no such file") from e
         except OSError as e:

@@ -91,6 +91,15 @@ class Checkpoint:
         self._lock = threading.Lock()
 
     @property
+    def base(self) -> Checkpoint:
+        """Checkpoint whose files hold the data: this one, unless it is a view of another."""
+        return self
+
+    def saved_name(self, fqn: str) -> str:
+        """Name of a tensor in `base`."""
+        return fqn
+
+    @property
     def bytes_read(self) -> int:
         """Bytes that have been read of it."""
         return self._bytes_read

@@ -1,4 +1,7 @@
-"""The bytes of chunks in order, verified, through one small buffer: for copies from one format to another."""
+"""The bytes of regions of tensors in order, verified, through one small buffer: for copies from one format to another.
+
+What is asked for need not be what was saved: a region is put together from the chunks that hold it, and cast.
+"""
 
 from __future__ import annotations
 
@@ -7,8 +10,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from distckpt.format.box import Box, Run
-from distckpt.format.layout import fqn_of
+from distckpt.format.box import Box, Run, parts
+from distckpt.format.layout import chunk_name
 from distckpt.load.plan import Item
 from distckpt.load.read import read
 from distckpt.state import Shard, as_bytes, torch_dtype
@@ -27,49 +30,73 @@ _ALIGNMENT = 16
 
 @dataclass(frozen=True, slots=True)
 class Stretch:
-    """Elements [start, stop) of a chunk, in the row-major order of its own region."""
+    """Elements [start, stop) of a region of a tensor, in the region's own row-major order, as elements of `dtype`.
 
-    file: int
-    name: str
+    file: of tensors of which files hold copies that differ, whose it is.
+    """
+
+    fqn: str
     region: Region
     dtype: str
     start: int
     stop: int
+    file: int | None = None
 
     @staticmethod
-    def whole(file: int, name: str, region: Region, dtype: str) -> Stretch:
-        """All elements of a chunk."""
-        return Stretch(file, name, region, dtype, 0, region.numel)
+    def whole(fqn: str, region: Region, dtype: str, file: int | None = None) -> Stretch:
+        """All elements of a region."""
+        return Stretch(fqn, region, dtype, 0, region.numel, file)
 
 
-def stream(checkpoint: Checkpoint, wanted: Iterable[Stretch]) -> Iterator[tuple[int, memoryview]]:
-    """Yield (index in `wanted`, bytes) in order; bytes are good until the next are asked for. Corrupt."""
-    room = torch.empty(ROOM, dtype=torch.uint8)
-    batch: list[tuple[int, torch.Tensor, Item]] = []
+def stream(checkpoint: Checkpoint, wanted: Iterable[Stretch], room: int = ROOM) -> Iterator[tuple[int, memoryview]]:
+    """Yield (index in `wanted`, bytes) in order; bytes are good until the next are asked for. Corrupt.
+
+    room: bytes of the buffer.
+    """
+    memory = torch.empty(room, dtype=torch.uint8)
+    batch: list[tuple[int, torch.Tensor, list[Item]]] = []
     filled = 0
     for index, stretch in enumerate(wanted):
         dtype = torch_dtype(stretch.dtype)
         at = stretch.start
         while at < stretch.stop:
-            count = min(stretch.stop - at, (ROOM - filled) // dtype.itemsize)
+            count = min(stretch.stop - at, (room - filled) // dtype.itemsize)
             if not count:
                 yield from _filled(checkpoint, batch)
                 batch, filled = [], 0
                 continue
-            data = room[filled : filled + count * dtype.itemsize]
-            batch.append((index, data, _item(stretch, dtype, Run(at, at + count), data)))
+            data = memory[filled : filled + count * dtype.itemsize]
+            items = list(_items(checkpoint, stretch, Run(at, at + count), data.view(dtype)))
+            batch.append((index, data, items))
             at += count
-            filled = min(ROOM, -(-(filled + len(data)) // _ALIGNMENT) * _ALIGNMENT)
+            filled = min(room, -(-(filled + len(data)) // _ALIGNMENT) * _ALIGNMENT)
     yield from _filled(checkpoint, batch)
 
 
-def _item(stretch: Stretch, dtype: torch.dtype, run: Run, data: torch.Tensor) -> Item:
-    sizes = stretch.region.sizes if isinstance(stretch.region, Box) else (stretch.region.numel,)
-    shard = Shard(run, data.view(dtype))
-    return Item(fqn_of(stretch.name), stretch.file, stretch.name, Box.whole(sizes), sizes, dtype, shard)
+def _items(checkpoint: Checkpoint, stretch: Stretch, run: Run, data: torch.Tensor) -> Iterator[Item]:
+    """What fills `data` with elements `run` of a region."""
+    info = checkpoint.base.manifest.tensors[name := checkpoint.saved_name(stretch.fqn)]
+    dtype = torch_dtype(info.dtype)
+    for shard in _shards(stretch.region, run, data):
+        for file, region in info.partition.overlapping(shard.region):
+            at = stretch.file if stretch.file is not None else file
+            yield Item(stretch.fqn, at, chunk_name(name, region, info.shape), region, info.shape, dtype, shard)
 
 
-def _filled(checkpoint: Checkpoint, batch: list[tuple[int, torch.Tensor, Item]]) -> Iterator[tuple[int, memoryview]]:
-    read(checkpoint, (item for _, _, item in batch))
+def _shards(region: Region, run: Run, data: torch.Tensor) -> Iterator[Shard]:
+    """Elements `run` of a region as regions of the tensor, each with its part of `data`."""
+    if isinstance(region, Run):
+        yield Shard(Run(region.start + run.start, region.start + run.stop), data)
+        return
+    for part in parts(run, region.sizes):
+        offsets = tuple(a + b for a, b in zip(region.offsets, part.box.offsets, strict=True))
+        memory = data[part.start : part.start + part.box.numel].view(part.box.sizes)
+        yield Shard(Box(offsets, part.box.sizes), memory)
+
+
+def _filled(
+    checkpoint: Checkpoint, batch: list[tuple[int, torch.Tensor, list[Item]]]
+) -> Iterator[tuple[int, memoryview]]:
+    read(checkpoint.base, (item for _, _, items in batch for item in items))
     for index, data, _ in batch:
         yield index, as_bytes(data)

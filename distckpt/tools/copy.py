@@ -1,57 +1,76 @@
-"""Copy a checkpoint from any format that is read into any that is written, streaming: an import, an export, a backup.
+"""Copy a checkpoint from any format that is read into any that is written: import, export, reshard, backup.
 
-Every byte that has a checksum is verified on the way; the destination counts only when it is whole.
+Streaming and verified: every byte that has a checksum is checked on the way, and nothing is under the destination
+before all of it is. Offline: no process group; several processes or nodes share the files out by a plan that each makes
+for itself.
 """
 
 from __future__ import annotations
 
 import json
-import secrets
+import multiprocessing
 import time
 import warnings
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from distckpt import __version__
-from distckpt.errors import NotACheckpoint, RunConflict, StateWarning
-from distckpt.foreign.dcp_write import write_dcp
-from distckpt.format import datafile, manifest, objects
-from distckpt.format.box import Box
+from distckpt.errors import Corrupt, RankFailed, RunConflict, StateWarning
+from distckpt.foreign.dcp_write import METADATA, dcp_sink
+from distckpt.foreign.safetensors_write import safetensors_sink
+from distckpt.foreign.torch_write import torch_sink
+from distckpt.format import manifest
 from distckpt.format.checksum import digest
-from distckpt.format.layout import StepDir, chunk_name, data_file, object_file
-from distckpt.format.manifest import FileInfo, Manifest, ObjectInfo, TensorInfo
-from distckpt.format.partition import Copies, Pieces
-from distckpt.load.stream import Stretch, stream
+from distckpt.format.layout import StepDir
+from distckpt.load.stream import ROOM
 from distckpt.run.history import History
 from distckpt.run.launches import read_launches
-from distckpt.run.saving import now
 from distckpt.run.source import open_source
-from distckpt.save.commit import Attempt, commit, may_be_committed
-from distckpt.save.image import MODEL_LEAD, Arena, ImageStream
 from distckpt.store.base import write_all
 from distckpt.store.local import LocalStore
+from distckpt.tools.run_sink import run_sink
+from distckpt.tools.transfer import Staging, Worker, collect, move_into_place, write_share
+from distckpt.tools.view import Change, View
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Callable, Mapping, Sequence
 
-    from distckpt.format.box import Region, Shape
-    from distckpt.load.open import Checkpoint
-    from distckpt.store.base import Store
+    from distckpt.foreign.sink import Sink
 
-FORMATS = ("distckpt", "dcp")
-_ARENA = 8 << 20
+FORMATS = ("distckpt", "dcp", "safetensors", "torch")
+
+_LEAST_ROOM, _MOST_ROOM = 1 << 20, 64 << 20
 
 
 @dataclass(slots=True)
 class CopyReport:
-    """What a copy did: bytes of the tensors, seconds, and in `notes` what has no place in the destination."""
+    """What a copy did, or (dry run) would do. nbytes: of the tensors; files: key -> bytes; seconds: wall time.
+
+    bytes_read, bytes_written: of this process. notes: what has no place in the destination.
+    """
 
     destination: str
     nbytes: int
-    seconds: float
+    files: dict[str, int]
+    seconds: float = 0.0
+    bytes_read: int = 0
+    bytes_written: int = 0
     notes: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class _Request:
+    """What is asked for, as another process can be told it."""
+
+    source: str
+    destination: str
+    to: str
+    step: int | None
+    names: tuple[tuple[str, str], ...]
+    change: Change
+    shard_bytes: int
+    room: int
 
 
 def copy(
@@ -61,163 +80,177 @@ def copy(
     to: str = "distckpt",
     step: int | None = None,
     names: Mapping[str, str] | None = None,
+    only: Sequence[str] | None = None,
+    rename: Sequence[tuple[str, str]] = (),
+    dtype: str | None = None,
+    world_size: int | None = None,
+    shard_bytes: int = 5_000_000_000,
     verify: bool = False,
+    memory: int | None = None,
+    workers: int = 1,
+    worker: Worker | None = None,
+    timeout: float = 600.0,
+    dry_run: bool = False,
+    tell: Callable[[int], None] = lambda _: None,
 ) -> CopyReport:
     """Copy a checkpoint: of a run (its newest, or that of `step`), a step directory, or another tool's.
 
-    to: "distckpt" (destination is a run's directory; `step` is what the checkpoint is called there, where the source is
-    another tool's) or "dcp" (destination is the directory). names: as in Checkpointer.load. verify: check another
-    tool's records against their CRC-32 first. What cannot be carried is warned of, and noted. Offline: one process.
+    to: "distckpt" (the destination is a run; `step` is what the checkpoint is called there, where the source is another
+    tool's), "dcp" (a directory), "safetensors" (a file `*.safetensors`, or a directory as Hugging Face has it, files of
+    at most `shard_bytes`), "torch" (a file). names: as in Checkpointer.load. only: leads of the names to keep. rename:
+    (regular expression, replacement) for names of parameters. dtype: of the model's floating-point tensors. world_size:
+    how many files to divide the tensors over (distckpt and dcp). verify: check another tool's records against their
+    CRC-32 first, and read the result back. memory: bytes that buffers take at most. workers: processes on this machine.
+    worker: this machine's share of a copy that several do (`Worker(rank, world_size)`), through a file system they
+    share; rank 0 finishes it. timeout: seconds it waits for the others while nothing comes. dry_run: only plan. tell:
+    called with the bytes of each file written. What cannot be carried is warned of, and noted.
     """
     if to not in FORMATS:
         raise ValueError(f"to={to!r}: one of {', '.join(FORMATS)}")
+    room = ROOM if memory is None else max(_LEAST_ROOM, min(_MOST_ROOM, memory // max(1, workers) // 8))
+    change = Change(only=tuple(only) if only else None, rename=tuple(rename), dtype=dtype, files=world_size)
+    request = _Request(str(source), str(destination), to, step, tuple((names or {}).items()), change, shard_bytes, room)
     started = time.monotonic()
-    checkpoint = open_source(source, step=step, names=names)
+    plan = _Plan(request)
+    report = CopyReport(
+        plan.where, plan.view.nbytes, {o.name: o.size for o in plan.sink.outputs}, notes=plan.sink.notes
+    )
+    if dry_run:
+        return report
+    plan.refuse_taken()
+    share = worker or Worker()
+    if share.index == 0:
+        for note in report.notes:
+            warnings.warn(note, StateWarning, stacklevel=2)
     if verify:
-        checkpoint.verify(_chunks(checkpoint))
-    if to == "dcp":
-        notes = write_dcp(checkpoint, destination)
-        where = str(destination)
+        plan.view.verify_all()
+    total = share.count * workers
+    if workers == 1:
+        write_share(plan.sink, plan.staging, share, tell)
     else:
-        if step is not None and checkpoint.foreign:
-            checkpoint.manifest = replace(checkpoint.manifest, step=step)
-        directory, notes = write_run(checkpoint, LocalStore(destination))
-        where = str(Path(destination) / str(directory))
-    for note in notes:
-        warnings.warn(note, StateWarning, stacklevel=2)
-    nbytes = sum(_nbytes(info) for info in checkpoint.manifest.tensors.values())
-    return CopyReport(where, nbytes, time.monotonic() - started, notes)
+        _in_processes(request, [Worker(share.index * workers + i, total) for i in range(workers)], plan, tell)
+    if share.index == 0:
+        plan.finish(collect(plan.sink, plan.staging, total, timeout), verify=verify)
+    report.bytes_read, report.seconds = plan.view.bytes_read, time.monotonic() - started
+    report.bytes_written = sum(report.files.values())
+    return report
 
 
-def _nbytes(info: TensorInfo) -> int:
-    return datafile.Chunk("", info.dtype, info.shape).nbytes
+class _Plan:
+    """A request, planned: the same in every process that plans it."""
+
+    def __init__(self, request: _Request) -> None:
+        self._request = request
+        self._destination = Path(request.destination).absolute()
+        checkpoint = open_source(request.source, step=request.step, names=dict(request.names) or None)
+        foreign_step = request.step if checkpoint.foreign else None
+        self.view = View(checkpoint, replace(request.change, step=foreign_step))
+        told = [manifest.to_json(self.view.manifest), asdict(request.change), request.to, request.shard_bytes]
+        identity = [str(Path(request.source).absolute()), str(self._destination), *map(repr, _files_of(self.view))]
+        self.digest = digest(json.dumps([told, identity], sort_keys=True, default=str).encode())[:12]
+        self.staging = Staging(self._destination, self.digest)
+        self._directory: StepDir | None = None
+        self.sink = self._planned()
+
+    def _planned(self) -> Sink:
+        request, name = self._request, self._destination.name
+        if request.to == "dcp":
+            return dcp_sink(self.view, request.room)
+        if request.to == "torch":
+            return torch_sink(self.view, name, request.room)
+        if request.to == "safetensors":
+            alone = name if name.endswith(".safetensors") else None
+            return safetensors_sink(self.view, alone, request.shard_bytes, request.room)
+        step = self.view.manifest.step
+        taken = History(LocalStore(self._destination)).next_generation(step) if self._destination.is_dir() else 1
+        self._directory = StepDir(step, taken)
+        return run_sink(self.view, self._directory, self.digest, request.room)
+
+    @property
+    def where(self) -> str:
+        """What the copy is called in the end."""
+        return str(self._destination / str(self._directory)) if self._directory else str(self._destination)
+
+    def refuse_taken(self) -> None:
+        """RunConflict where the destination holds something already."""
+        if self._directory:
+            store = LocalStore(self._destination) if self._destination.is_dir() else None
+            step = self._directory.step
+            if store and (read_launches(store) or any(f.directory.step == step for f in History(store).committed())):
+                raise RunConflict(
+                    f"{store}: holds step {step} already, or is a run that jobs have resumed, where a copy would not "
+                    "count: copy into a new directory"
+                )
+        elif (self._destination / METADATA).exists():
+            raise RunConflict(f"{self._destination}: holds a DCP checkpoint already; give a new directory")
+        elif self._destination.is_file() or (self._destination.is_dir() and any(self._destination.iterdir())):
+            raise RunConflict(f"{self._destination}: exists already; give another destination, or remove it first")
+
+    def finish(self, results: Mapping[str, Any], *, verify: bool) -> None:
+        """Write what makes the copy whole, check it, and move it into place."""
+        for name, data in self.sink.finish(results):
+            write_all(self.staging.data, name, data)
+        top = str(self._directory) if self._directory else self._destination.name if self.sink.kind == "file" else ""
+        self._check(self.staging.data.root / top, verify=verify)
+        move_into_place(self.sink, self.staging, self._destination, top)
+
+    def _check(self, written: Path, *, verify: bool) -> None:
+        """Corrupt unless what was written opens, and has the tensors that it should."""
+        copied = open_source(written)
+        for index in range(len(copied.manifest.files)):
+            copied.data_file(index)
+        lacking = [
+            fqn
+            for fqn, info in self.view.manifest.tensors.items()
+            if fqn.startswith("model.") and not fqn.startswith("model.extra_state.")
+            if (found := copied.manifest.tensors.get(copied.manifest.aliases.get(fqn, fqn))) is None
+            or (found.shape, found.dtype) != (info.shape, info.dtype)
+        ]
+        if lacking:
+            raise Corrupt(f"{written}: was written without {lacking[:5]}; it was not moved to {self.where}")
+        if verify:
+            again = View(copied, Change())
+            if self._request.to != "safetensors":
+                again.verify_all()
+            again.read_all()
 
 
-def _chunks(checkpoint: Checkpoint) -> Iterator[tuple[int, str]]:
-    for fqn, info in checkpoint.manifest.tensors.items():
-        for file, region in info.partition.overlapping(Box.whole(info.shape)):
-            yield file, chunk_name(fqn, region, info.shape)
+def _files_of(view: View) -> list[tuple[str, int, int]]:
+    """What tells whether another tool's files are still those that a copy began with."""
+    return [(f.name, f.size, getattr(f, "changed", 0)) for f in getattr(view.base, "sources", ())]
 
 
-def write_run(checkpoint: Checkpoint, store: Store) -> tuple[StepDir, list[str]]:
-    """Write a checkpoint as the step of a run, file by file; commit.json is created last.
+def _in_processes(request: _Request, shares: list[Worker], plan: _Plan, tell: Callable[[int], None]) -> None:
+    """Write the shares of several workers, each in a process of its own. RankFailed, with what each raised."""
+    context = multiprocessing.get_context("spawn")
+    answers: Any = context.SimpleQueue()
+    running = [context.Process(target=_work, args=(request, share, answers), daemon=True) for share in shares]
+    for process in running:
+        process.start()
+    problems = []
+    for process, share in zip(running, shares, strict=True):
+        while process.is_alive():
+            process.join(0.1)
+            while not answers.empty():
+                problems += _told(answers.get(), tell)
+        if process.exitcode:
+            problems.append(f"worker {share.index} ended with exit code {process.exitcode}")
+    while not answers.empty():
+        problems += _told(answers.get(), tell)
+    if problems:
+        raise RankFailed(f"copying to {plan.where}: " + "; ".join(problems))
 
-    Returns its directory and notes. RunConflict where that step is there, or a launch of the run would fence it off.
-    """
-    content = checkpoint.manifest
-    if not content.tensors and not content.objects:
-        raise NotACheckpoint(f"{checkpoint.name}: has neither tensors nor values")
-    history = History(store)
-    if read_launches(store) or any(found.directory.step == content.step for found in history.committed()):
-        raise RunConflict(
-            f"{store}: holds step {content.step} already, or is a run that jobs have resumed, where a copy would not "
-            "count: copy into a new directory"
-        )
-    notes = [f"{name}: cannot be read safely; left out: {why}" for name, why in checkpoint.unreadable.items()]
-    directory = StepDir(content.step, history.next_generation(content.step))
-    written = _Copy(checkpoint, store, Attempt(directory, secrets.token_hex(6), content.world_size))
+
+def _told(answer: int | str, tell: Callable[[int], None]) -> list[str]:
+    if isinstance(answer, str):
+        return [answer]
+    tell(answer)
+    return []
+
+
+def _work(request: _Request, share: Worker, answers: Any) -> None:
     try:
-        commit(store, written.attempt, written.write())
-    except BaseException:
-        written.abandon()
-        raise
-    return directory, notes
-
-
-class _Copy:
-    """One step directory as it is written."""
-
-    def __init__(self, checkpoint: Checkpoint, store: Store, attempt: Attempt) -> None:
-        self.attempt = attempt
-        self._checkpoint, self._store = checkpoint, store
-        self._keys: list[str] = []
-        content = checkpoint.manifest
-        self._tensors = {fqn: _at_home(checkpoint, info) for fqn, info in content.tensors.items()}
-        last = max((info.partition.last_file for info in self._tensors.values()), default=0)
-        self._count = max(content.world_size, last + 1)
-        self._chunks: list[dict[str, tuple[str, Stretch]]] = [{} for _ in range(self._count)]
-        for fqn, info in content.tensors.items():
-            self._enter(fqn, info, self._tensors[fqn])
-
-    def _enter(self, fqn: str, source: TensorInfo, here: TensorInfo) -> None:
-        """Enter the chunks of a tensor: which file each goes to, and what of the source fills it."""
-        copies = isinstance(source.partition, Copies)
-        files = range(self._count) if copies else sorted({f for f, _ in source.partition.overlapping(_all(source))})
-        for file in files:
-            for region in source.partition.of_file(file):
-                name = chunk_name(fqn, region, source.shape)
-                target = file if here is source else self._checkpoint.home(file)
-                self._chunks[target][name] = (fqn, Stretch.whole(file, name, region, source.dtype))
-
-    def write(self) -> Manifest:
-        """Write all files; returns what is to be committed."""
-        arena = Arena(_ARENA)
-        try:
-            files = tuple(self._write_file(i, arena) for i in range(self._count))
-        finally:
-            arena.close()
-        shared = {}
-        for name in self._checkpoint.manifest.objects:
-            data = objects.encode(self._checkpoint.object(name), name)
-            file = object_file(name, self.attempt.id)
-            write_all(self._store, self._key(file), data)
-            shared[name] = ObjectInfo(file, len(data), digest(data))
-        content = self._checkpoint.manifest
-        whole = replace(
-            content,
-            generation=self.attempt.directory.generation,
-            launch=0,
-            attempt=self.attempt.id,
-            date=content.date or now(),
-            tensors=self._tensors,
-            files=files,
-            objects=shared,
-            writer={**content.writer, "distckpt": __version__},
-        )
-        manifest.check(whole)
-        return whole
-
-    def _write_file(self, index: int, arena: Arena) -> FileInfo:
-        chunks = self._chunks[index]
-        image = datafile.build(
-            (
-                datafile.Chunk(name, s.dtype, _sizes(s.region), not fqn.startswith(MODEL_LEAD))
-                for name, (fqn, s) in chunks.items()
-            ),
-            self._rank_objects(index),
-        )
-        wanted = [chunks[segment.name][1] for segment in image.segments]
-        content = ImageStream(image, (data for _, data in stream(self._checkpoint, wanted)), arena.view)
-        name = data_file(index, self.attempt.id)
-        self._store.write(self._key(name), content, size=image.size)
-        return FileInfo(name, image.size, len(image.header), content.digest)
-
-    def _rank_objects(self, rank: int) -> bytes:
-        own = self._checkpoint.rank_objects(rank) if rank < self._checkpoint.manifest.world_size else {}
-        return json.dumps({n: objects.tag(v, n) for n, v in own.items()}, separators=(",", ":")).encode()
-
-    def _key(self, name: str) -> str:
-        self._keys.append(self.attempt.key(name))
-        return self._keys[-1]
-
-    def abandon(self) -> None:
-        """Remove what was written, unless it may be committed all the same."""
-        if not may_be_committed(self._store, self.attempt):
-            for key in self._keys:
-                self._store.delete(key)
-
-
-def _all(info: TensorInfo) -> Box:
-    return Box.whole(info.shape)
-
-
-def _sizes(region: Region) -> Shape:
-    return region.sizes if isinstance(region, Box) else (region.numel,)
-
-
-def _at_home(checkpoint: Checkpoint, info: TensorInfo) -> TensorInfo:
-    """Partition over the files that are written: what several virtual files hold goes into one."""
-    if not isinstance(info.partition, Pieces):
-        return info
-    pieces = tuple((checkpoint.home(file), region) for file, region in info.partition.pieces)
-    return info if pieces == info.partition.pieces else replace(info, partition=Pieces(info.shape, pieces))
+        plan = _Plan(request)
+        write_share(plan.sink, plan.staging, share, answers.put)
+    except Exception as e:  # noqa: BLE001  it is raised again in the process that started this one
+        answers.put(f"worker {share.index}: {type(e).__name__}: {e}")

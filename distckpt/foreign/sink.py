@@ -1,0 +1,34 @@
+"""What a sink is: a list of files to be written in any order, and what is written last."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from distckpt.store.base import Store
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """One file: its key, its bytes, and who writes it. What `write` returns (JSON) goes to `Sink.finish`."""
+
+    name: str
+    size: int
+    write: Callable[[Store], Any]
+
+
+@dataclass(slots=True)
+class Sink:
+    """The files of a checkpoint in some format.
+
+    finish: given what each output returned, by name, the files (key, content) that make the whole a checkpoint, in
+    order. kind: "file" where the destination is one file, "step" where it is a directory in a run, else "directory".
+    """
+
+    outputs: list[Output]
+    finish: Callable[[Mapping[str, Any]], list[tuple[str, bytes]]]
+    notes: list[str] = field(default_factory=list)
+    kind: str = "directory"

@@ -1,0 +1,186 @@
+"""`python -m distckpt.reshard SRC DST`: any checkpoint that is read, as any that is written.
+
+    python -m distckpt.reshard runs/first exported.safetensors --only model --dtype bfloat16
+    python -m distckpt.reshard dcp_dir runs/next --step 4000 --world-size 8 --workers 4
+    srun python -m distckpt.reshard runs/first /shared/dcp --to dcp      # tasks share the files out
+
+What SRC is is told by its content. Nothing is under DST before all of it is; one that was interrupted goes on where it
+stopped when it is started again. Runs no code from SRC.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import sys
+import time
+import warnings
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from distckpt.tools.copy import CopyReport
+
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 1 << 10, "mi": 1 << 20, "gi": 1 << 30}
+_DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "fp64": "float64"}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command; returns its exit status: 0 done, 1 an error (on stderr), 2 wrong usage."""
+    options = _parser().parse_args(arguments)
+    from distckpt.errors import DistckptError
+    from distckpt.tools.copy import copy
+    from distckpt.tools.transfer import Worker
+
+    worker = Worker(*_place())
+    bar = _Bar(shown=sys.stderr.isatty() and not options.json and worker.index == 0)
+    warnings.simplefilter("ignore")  # what they say is among the notes
+    try:
+        planned = copy(options.source, options.destination, **_wanted(options), dry_run=True)
+        if options.dry_run:
+            _show(planned, options)
+            return 0
+        bar.total = sum(planned.files.values())
+        report = copy(
+            options.source,
+            options.destination,
+            **_wanted(options),
+            verify=options.verify,
+            workers=options.workers,
+            worker=worker,
+            timeout=options.timeout,
+            tell=bar.add,
+        )
+    except (DistckptError, ValueError) as e:
+        print(f"{type(e).__name__}: {e}", file=sys.stderr)
+        return 1
+    bar.end()
+    if worker.index == 0:
+        _show(report, options)
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m distckpt.reshard", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("source", metavar="SRC", help="a run or a step of one, a DCP directory, a DeepSpeed tag, .pt, safetensors")
+    add("destination", metavar="DST", help="a run's directory, a directory, or a file, by --to")
+    add("--to", choices=("distckpt", "dcp", "safetensors", "torch"), help="format (default: by the name of DST)")
+    add("--world-size", type=_positive, metavar="N", help="files to divide the tensors over (distckpt, dcp)")
+    add("--dtype", type=lambda name: _DTYPES.get(name, name), help="of the model's floating-point tensors: bf16, ...")
+    add("--only", action="append", metavar="PART", help="part to keep, such as model (may be given again)")
+    add("--rename", action="append", type=_pair, metavar="REGEX=NEW", default=[], help="for names of parameters")
+    add(
+        "--step", "--tag", type=int, dest="step", help="step of a run to read; or what a foreign SRC is called in a run"
+    )
+    add(
+        "--name",
+        action="append",
+        type=_pair,
+        metavar="ENTRY=LEAD",
+        default=[],
+        help="entry of SRC that is the model...",
+    )
+    add("--shard-size", type=_bytes, default=5 * 10**9, metavar="SIZE", help="most bytes of a safetensors file (5GB)")
+    add("--memory", type=_bytes, metavar="SIZE", help="most bytes of buffers, such as 2GB")
+    add("--workers", type=_positive, default=1, help="processes on this machine")
+    add("--timeout", type=float, default=600.0, metavar="S", help="seconds to wait for others while nothing comes")
+    add("--verify", action="store_true", help="check SRC's records first, and read the result back")
+    add("--dry-run", action="store_true", help="print the plan, write nothing")
+    add("--json", action="store_true", help="print a line of JSON instead of text")
+    return parser
+
+
+def _wanted(options: argparse.Namespace) -> dict[str, Any]:
+    return {
+        "to": options.to or _format_of(options.destination),
+        "step": options.step,
+        "names": dict(options.name),
+        "only": options.only,
+        "rename": options.rename,
+        "dtype": options.dtype,
+        "world_size": options.world_size,
+        "shard_bytes": options.shard_size,
+        "memory": options.memory,
+    }
+
+
+def _format_of(destination: str) -> str:
+    if destination.endswith(".safetensors"):
+        return "safetensors"
+    return "torch" if destination.endswith((".pt", ".pth", ".bin")) else "distckpt"
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: a number of at least 1 is expected")
+    return int(text)
+
+
+def _bytes(text: str) -> int:
+    match = re.fullmatch(r"([0-9.]+) *([kmgt]i?)?b?", text.strip().lower())
+    try:
+        return int(float(match[1]) * _UNITS[match[2] or ""]) if match else int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r}: a size such as 2GB or 500MB is expected") from None
+
+
+def _pair(text: str) -> tuple[str, str]:
+    left, equals, right = text.partition("=")
+    if not equals or not left:
+        raise argparse.ArgumentTypeError(f"{text!r}: two names with = between them are expected")
+    return left, right
+
+
+def _place() -> tuple[int, int]:
+    """(rank, ranks) of a job that torchrun or srun has started, else (0, 1)."""
+    for rank, count in (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_NTASKS")):
+        if os.environ.get(rank, "").isdecimal() and os.environ.get(count, "").isdecimal():
+            return int(os.environ[rank]), int(os.environ[count])
+    return 0, 1
+
+
+def _show(report: CopyReport, options: argparse.Namespace) -> None:
+    if options.json:
+        print(json.dumps({"dry_run": options.dry_run, **asdict(report)}))
+        return
+    verb = "would write" if options.dry_run else "wrote"
+    size = sum(report.files.values())
+    print(f"{verb} {report.destination}: {len(report.files)} files, {size / 1e6:,.1f} MB in {report.seconds:.1f} s")
+    for name, nbytes in report.files.items() if options.dry_run else ():
+        print(f"  {name}: {nbytes:,} bytes")
+    for note in report.notes:
+        print(f"  note: {note}")
+
+
+class _Bar:
+    """Progress on stderr."""
+
+    def __init__(self, *, shown: bool) -> None:
+        self.total = 0
+        self._shown, self._done, self._started = shown, 0, time.monotonic()
+
+    def add(self, nbytes: int) -> None:
+        """Count bytes written."""
+        self._done += nbytes
+        if self._shown:
+            rate = self._done / max(1e-9, time.monotonic() - self._started)
+            share = self._done / max(1, self.total)
+            full = int(30 * share)
+            text = (
+                f"\r[{'#' * full}{'.' * (30 - full)}] {share:4.0%} {self._done / 1e6:,.0f} MB, {rate / 1e6:,.0f} MB/s"
+            )
+            print(text, end="", file=sys.stderr, flush=True)
+
+    def end(self) -> None:
+        """Leave the line."""
+        if self._shown:
+            print(file=sys.stderr)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,96 @@
+"""distckpt's own format: the files of one step directory."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from distckpt import __version__
+from distckpt.errors import NotACheckpoint
+from distckpt.foreign.sink import Output, Sink
+from distckpt.format import datafile, manifest, objects
+from distckpt.format.box import Box
+from distckpt.format.checksum import digest
+from distckpt.format.layout import COMMIT, chunk_name, data_file, object_file
+from distckpt.format.manifest import FileInfo, ObjectInfo
+from distckpt.load.stream import Stretch, stream
+from distckpt.run.saving import now
+from distckpt.save.image import MODEL_LEAD, Arena, ImageStream
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from distckpt.format.box import Region, Shape
+    from distckpt.format.layout import StepDir
+    from distckpt.store.base import Store
+    from distckpt.tools.view import View
+
+_ARENA = 8 << 20
+
+
+def run_sink(view: View, directory: StepDir, attempt: str, room: int) -> Sink:
+    """Plan the files of a step directory. NotACheckpoint where there is nothing to write."""
+    content = view.manifest
+    if not content.tensors and not content.objects:
+        raise NotACheckpoint(f"{view.name}: has neither tensors nor values")
+    last = max((info.partition.last_file for info in content.tensors.values()), default=0)
+    count = max(content.world_size, last + 1)
+    outputs = [_data_file(view, f"{directory}/", index, attempt, room) for index in range(count)]
+    shared = {name: objects.encode(view.object(name), name) for name in content.objects}
+    infos = {n: ObjectInfo(object_file(n, attempt), len(data), digest(data)) for n, data in shared.items()}
+
+    def finish(results: Mapping[str, Any]) -> list[tuple[str, bytes]]:
+        whole = replace(
+            content,
+            generation=directory.generation,
+            launch=0,
+            attempt=attempt,
+            date=content.date or now(),
+            files=tuple(FileInfo(*results[output.name]) for output in outputs),
+            objects=infos,
+            writer={**content.writer, "distckpt": __version__},
+        )
+        manifest.check(whole)
+        readable = [(f"{directory}/{infos[n].name}", data) for n, data in shared.items()]
+        return [*readable, (f"{directory}/{COMMIT}", manifest.encode(whole))]
+
+    notes = [f"{name}: cannot be read safely; left out: {why}" for name, why in view.unreadable.items()]
+    return Sink(outputs, finish, notes, "step")
+
+
+def _data_file(view: View, lead: str, index: int, attempt: str, room: int) -> Output:
+    chunks: dict[str, Stretch] = {}
+    for fqn, info in view.manifest.tensors.items():
+        for region in info.partition.of_file(index):
+            copy_of = index if hasattr(info.partition, "copy_of") else None
+            chunks[chunk_name(fqn, region, info.shape)] = Stretch.whole(fqn, region, info.dtype, copy_of)
+    image = datafile.build(
+        (
+            datafile.Chunk(name, s.dtype, _sizes(s.region), not s.fqn.startswith(MODEL_LEAD))
+            for name, s in chunks.items()
+        ),
+        _rank_objects(view, index),
+    )
+    name = data_file(index, attempt)
+
+    def write(store: Store) -> list[Any]:
+        arena = Arena(_ARENA)
+        try:
+            wanted = [chunks[segment.name] for segment in image.segments]
+            content = ImageStream(image, (data for _, data in stream(view, wanted, room)), arena.view)
+            store.write(lead + name, content, size=image.size)
+        finally:
+            arena.close()
+        return [name, image.size, len(image.header), content.digest]
+
+    return Output(lead + name, image.size, write)
+
+
+def _rank_objects(view: View, rank: int) -> bytes:
+    own = view.rank_objects(rank) if rank < view.manifest.world_size and view.manifest.rank_objects else {}
+    return json.dumps({n: objects.tag(v, n) for n, v in own.items()}, separators=(",", ":")).encode()
+
+
+def _sizes(region: Region) -> Shape:
+    return region.sizes if isinstance(region, Box) else (region.numel,)
