@@ -75,7 +75,7 @@ def test_whatever_was_saved_comes_back_from_every_format(runs, tmp_path, layout,
 def test_a_round_trip_through_another_format_loses_nothing(runs, tmp_path, hop):
     with layouts.quiet():  # a note says that the generators of the ranks have no place there
         copy(runs / "fsdp3", tmp_path / "there", to=hop)
-    report = copy(tmp_path / "there", tmp_path / "back", step=7, world_size=4)
+        report = copy(tmp_path / "there", tmp_path / "back", step=7, world_size=4)
     assert report.destination == str(tmp_path / "back" / "step-00000007")
     assert len(report.files) == 4
     wrong, _ = loaded(tmp_path / "back", strict=False)
