@@ -109,6 +109,13 @@ class OptimizerAdapter:
                 found += [(fqn, slot, g) for fqn, slot in of_parameter[id(p)].values()]
         return found
 
+    def order(self) -> list[list[str]]:
+        """Fqns of the parameters of each group, in order."""
+        found: list[list[str]] = [[] for _ in self._parameters()]
+        for fqn, _, g in self._slots():
+            found[g].append(fqn)
+        return found
+
     # -- save --------------------------------------------------------------------------------------------------
 
     def capture(self) -> State:

@@ -38,6 +38,9 @@ class StateDictAdapter:
         self.unusable: str | None = None
         """See TrainState.unusable."""
 
+    def parameter_order(self) -> None:
+        """See Loadable.parameter_order: a state dict has no order of its own."""
+
     def capture(self) -> State:
         """See Stateful.capture."""
         self._check()

@@ -79,6 +79,8 @@ class Directory:
     step: int = 0
     index_bytes: int = 0
     """Bytes of the files that were read to know all this."""
+    notes: Sequence[str] = ()
+    """What whoever loads it must know."""
 
 
 def describe(found: Directory, names: Mapping[str, str] | None = None) -> Described:
@@ -188,6 +190,7 @@ class Described(Checkpoint):
         super().__init__(self._all_files, StepDir(0), content)
         self.name = found.path
         self.unreadable = unreadable
+        self.notes = found.notes
         self.foreign = True
         self._has_sums, self._homes, self._index_bytes = found.has_sums, found.homes, found.index_bytes
         self._entries = [_Entries(c) for c in chunks]
@@ -224,8 +227,8 @@ class Described(Checkpoint):
         """Read the records that hold these chunks whole, once, and compare each one's CRC-32. Corrupt."""
         if not self._has_sums:
             raise Unsupported(
-                f"{self.name}: safetensors files carry no checksums, so there is nothing to verify them against: load "
-                "without verify=True"
+                f"{self.name}: safetensors files carry no checksums, nor does torch.save's old form, so there is "
+                "nothing to verify them against: load without verify=True"
             )
         checked = set()
         for file, name in chunks:

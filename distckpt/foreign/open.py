@@ -10,13 +10,14 @@ from distckpt.foreign.dcp import is_dcp, read_dcp
 from distckpt.foreign.deepspeed import is_deepspeed, read_deepspeed
 from distckpt.foreign.described import Directory, describe, leaves
 from distckpt.foreign.files import PlainFile, read_bytes
+from distckpt.foreign.legacyfile import parse_any
 from distckpt.foreign.located import Undecodable
 from distckpt.foreign.safetensors import INDEX, SUFFIX, read_safetensors
-from distckpt.foreign.torchfile import LEGACY, ZIP, parse, refuse_legacy
+from distckpt.foreign.torchfile import LEGACY, ZIP
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Mapping, Sequence
 
     from distckpt.foreign.described import Described
 
@@ -27,16 +28,24 @@ KINDS = (
 _TORCH_SUFFIXES = {".pt", ".pth", ".bin", ".ckpt", ".tar"}
 
 
-def open_foreign(path: str | os.PathLike[str], names: Mapping[str, str] | None = None) -> Described | None:
+def open_foreign(
+    path: str | os.PathLike[str],
+    names: Mapping[str, str] | None = None,
+    order: Sequence[Sequence[str]] | None = None,
+) -> Described | None:
     """Describe what another tool saved at `path`; None where there is nothing of a kind that is read.
 
-    `names`: entry of the state dict -> lead, where the entries are not called model, optimizer and so on. FormatError,
-    Corrupt, NotACheckpoint, Unsupported for what is of a known kind and cannot be read.
+    names: entry of the state dict -> lead, where the entries are not called model, optimizer and so on. order: names of
+    the optimizer's parameters by group, for a DeepSpeed tag that has them by position. FormatError, Corrupt,
+    NotACheckpoint, Unsupported for what is of a known kind and cannot be read.
     """
     path = Path(path)
     try:
         reader = _reader(path)
-        found = reader(path) if reader else None
+        if reader is read_deepspeed:
+            found: Directory | None = read_deepspeed(path, order)
+        else:
+            found = reader(path) if reader else None
     except OSError as e:
         if isinstance(e, DistckptError):
             raise
@@ -79,9 +88,8 @@ def _reader_of(path: Path) -> Callable[[Path], Directory] | None:
 def _read_torch_file(path: Path) -> Directory:
     """Describe what torch.save wrote: a state dict, or a dict of them and of plain values."""
     file = PlainFile(path)
-    refuse_legacy(file)
-    tree: Any = leaves(parse(file, 0, file.size, file.name), 0)
+    tree: Any = leaves(parse_any(file), 0)
     if not isinstance(tree, dict):
         what = tree.why if isinstance(tree, Undecodable) else f"{file.name}: holds a {type(tree).__name__}"
         raise FormatError(f"{what}; a state dict, or a dict of them, is expected")
-    return Directory(file.name, dict(tree), [file])
+    return Directory(file.name, dict(tree), [file], has_sums=read_bytes(file, 0, len(ZIP)) == ZIP)

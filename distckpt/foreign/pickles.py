@@ -14,17 +14,19 @@ import io
 import pickle
 import struct
 from collections import Counter, OrderedDict
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from distckpt.errors import DistckptError, FormatError
 from distckpt.foreign.located import Located, Record, Undecodable, within
-from distckpt.format.dtype import ITEM_SIZE
+from distckpt.format.dtype import ITEM_SIZE, item_size
 from distckpt.format.text import shown
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
-    Storage = Callable[[str], Record]
+    Storage = Callable[[str, int], Record]
+    """Where a storage lies, by its key; the second argument is the bytes that the pickle says it has."""
 
 
 class Stub:
@@ -45,6 +47,12 @@ class Stub:
     def get(self, name: str) -> Any:
         """Attribute of this name in its state; None where there is none."""
         return self.state.get(name) if isinstance(self.state, dict) else None
+
+
+class Attributes(Stub):
+    """An instance of a class that is known to be no more than its attributes: becomes a dict of them."""
+
+    __slots__ = ()
 
 
 class Unknown(Stub):
@@ -85,27 +93,47 @@ class Dtype(str):
     __slots__ = ()
 
 
-def unpickle(data: bytes, where: str, kind: str, storage: Storage | None = None) -> Any:
+INDEX, VALUES = "index", "values"
+PLAIN: Mapping[tuple[str, str], Any] = MappingProxyType({})
+"""No globals beside those that plain values and tensors need."""
+
+
+def unpickle(
+    data: bytes, where: str, kind: str, storage: Storage | None = None, more: Mapping[tuple[str, str], Any] = PLAIN
+) -> Any:
     """Value in a pickle, of stand-ins. `kind`: INDEX or VALUES. FormatError, with `where`, for anything else.
 
-    `storage` tells where the data of a storage lies.
+    `storage` tells where the data of a storage lies. more: globals that are known besides.
     """
+    return _unpickled(io.BytesIO(data), where, kind, storage, more)
+
+
+def unpickle_stream(
+    stream: io.BufferedReader,
+    where: str,
+    more: Mapping[tuple[str, str], Any] = PLAIN,
+    storage: Storage | None = None,
+) -> Any:
+    """Value in the pickle that begins here, as VALUES; the stream is left behind it."""
+    return _unpickled(stream, where, VALUES, storage, more)
+
+
+def _unpickled(stream: Any, where: str, kind: str, storage: Storage | None, more: Mapping[tuple[str, str], Any]) -> Any:
     try:
-        return _Unpickler(data, where, kind, storage).load()
+        return _Unpickler(stream, where, kind, storage, more).load()
     except DistckptError:
         raise
     except Exception as e:  # a pickle that was tampered with can make the unpickler raise anything
         raise FormatError(f"{where}: not a pickle that can be read: {type(e).__name__}: {e}") from e
 
 
-INDEX, VALUES = "index", "values"
-
-
 class _Unpickler(pickle.Unpickler):
-    def __init__(self, data: bytes, where: str, kind: str, storage: Storage | None) -> None:
-        super().__init__(io.BytesIO(data))
+    def __init__(
+        self, stream: Any, where: str, kind: str, storage: Storage | None, more: Mapping[tuple[str, str], Any]
+    ) -> None:
+        super().__init__(stream)
         self._where, self._kind, self._storage = where, kind, storage
-        self._known = _index() if kind == INDEX else _values()
+        self._known = (_index() if kind == INDEX else _values()) | dict(more)
 
     def find_class(self, module: str, name: str) -> Any:
         """Stand-in of a global."""
@@ -124,8 +152,10 @@ class _Unpickler(pickle.Unpickler):
     def persistent_load(self, pid: Any) -> Any:
         """Storage of a tensor: where its data lies."""
         match pid:
-            case ("storage", kind, str(key), str(), int()) if self._storage and isinstance(kind, _StorageKind):
-                return _StorageAt(self._storage(key), kind.dtype)
+            case ("storage", kind, str(key), str(), int(count), *rest) if (
+                self._storage and isinstance(kind, _StorageKind) and count >= 0 and rest in ([], [None])
+            ):
+                return _StorageAt(self._storage(key, count * item_size(kind.dtype or "uint8")), kind.dtype)
         raise FormatError(f"{self._where}: refers to {shown(pid)}, which is not a storage as torch.save names it")
 
 
@@ -226,6 +256,17 @@ def _values() -> dict[tuple[str, str], Any]:
     return known
 
 
+_SCALERS = "deepspeed.runtime.fp16.loss_scaler"
+DEEPSPEED: Mapping[tuple[str, str], Any] = MappingProxyType(
+    {
+        (_SCALERS, "LossScaler"): type("LossScaler", (Attributes,), {"__slots__": ()}),
+        (_SCALERS, "DynamicLossScaler"): type("DynamicLossScaler", (Attributes,), {"__slots__": ()}),
+        ("deepspeed.runtime.zero.config", "ZeroStageEnum"): Function(int),
+    }
+)
+"""Globals of a DeepSpeed tag that say something which is wanted."""
+
+
 # -- plain values ------------------------------------------------------------------------------------------------
 
 
@@ -303,6 +344,8 @@ class _Plain:
             return kind(dict(zip(keys, members, strict=True)))
         if kind in {list, tuple, set, frozenset}:
             return kind([self.visit(member, depth + 1) for member in value])
+        if isinstance(value, Attributes):
+            return self.visit(value.state, depth + 1)
         return Undecodable(f"{self._where}: {_name(value)}, which is no plain value: neither imported nor called")
 
 

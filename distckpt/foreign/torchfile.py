@@ -14,10 +14,12 @@ from typing import TYPE_CHECKING, Any
 from distckpt.errors import Corrupt, DistckptError, FormatError, KeyTruncated, Unsupported
 from distckpt.foreign.files import View, read_bytes
 from distckpt.foreign.located import Record
-from distckpt.foreign.pickles import VALUES, plain, unpickle
+from distckpt.foreign.pickles import PLAIN, VALUES, plain, unpickle
 from distckpt.format.manifest import MAX_BYTES
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from distckpt.foreign.files import Readable
 
 ZIP = b"PK\x03\x04"
@@ -28,8 +30,8 @@ _READ_AHEAD = 1024
 _LOCAL = struct.Struct("<26xHH")
 
 
-def parse(file: Readable, start: int, length: int, where: str) -> Any:
-    """Value that torch.save wrote at [start, start + length) of a file; tensors are Located.
+def parse(file: Readable, start: int, length: int, where: str, more: Mapping[tuple[str, str], Any] = PLAIN) -> Any:
+    """Value that torch.save wrote at [start, start + length) of a file; tensors are Located. more: see `unpickle`.
 
     Corrupt where it is no such zip, FormatError for a pickle that is malformed, Unsupported for another byte order.
     """
@@ -43,22 +45,15 @@ def parse(file: Readable, start: int, length: int, where: str) -> Any:
         raise Corrupt(f"{where}: not the zip that torch.save writes ({type(e).__name__}: {e})") from e
     if order != b"little":
         raise Unsupported(f"{where}: saved in byte order {order!r}; only little-endian files are read")
-    return plain(unpickle(data, where, VALUES, archive.storage), where)
+    return plain(unpickle(data, where, VALUES, archive.storage, more), where)
 
 
-def refuse_legacy(file: Readable) -> None:
-    """Unsupported for a file of torch.save's old form, FormatError for one that is no zip at all."""
-    head = read_bytes(file, 0, min(file.size, 64))
-    if head.startswith(ZIP):
-        return
-    if head.startswith(LEGACY):
-        raise Unsupported(
-            f"{file.name}: written by torch.save in the form before torch 1.6, which cannot be read piecemeal. Save it "
-            f"again: torch.save(torch.load({file.name!r}, weights_only=True), NEW)"
+def refuse_other(file: Readable, head: bytes) -> None:
+    """FormatError for a file that is no zip, by how it begins."""
+    if not head.startswith(ZIP):
+        raise FormatError(
+            f"{file.name}: neither a zip as torch.save writes it, nor safetensors; it begins with {head[:8]!r}"
         )
-    raise FormatError(
-        f"{file.name}: neither a zip as torch.save writes it, nor safetensors; it begins with {head[:8]!r}"
-    )
 
 
 class _Archive:
@@ -88,8 +83,8 @@ class _Archive:
             raise FormatError(f"{self._where}: entry {name} is compressed, or of {info.file_size} bytes")
         return self._zip.read(info)
 
-    def storage(self, key: str) -> Record:
-        """Where the bytes of a storage lie."""
+    def storage(self, key: str, _nbytes: int = 0) -> Record:
+        """Where the bytes of a storage lie: the zip says how many there are."""
         if key not in self._records:
             if not self.has(f"data/{key}"):
                 raise FormatError(f"{self._where}: has no data of storage {key!r}")

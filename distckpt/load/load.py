@@ -63,7 +63,7 @@ def load(
         together(comm, f"verifying {checkpoint.name}", lambda: checkpoint.verify((i.file, i.name) for i in items))
     about_to_change()
     together(comm, f"reading {checkpoint.name}", lambda: read(checkpoint, items))
-    report = LoadReport(step, made.loaded, made.missing, made.unexpected, made.cast, made.notes)
+    report = LoadReport(step, made.loaded, made.missing, made.unexpected, made.cast, [*checkpoint.notes, *made.notes])
     report.unverified = checkpoint.unverified(items)
 
     def restore() -> None:

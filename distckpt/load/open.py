@@ -86,6 +86,8 @@ class Checkpoint:
         """Whether it is of another tool: such a one has no values of ranks, environment or generators."""
         self.unreadable: Mapping[str, str] = {}
         """Objects that are there and cannot be read safely, with the reason. Not in the manifest."""
+        self.notes: Sequence[str] = ()
+        """What whoever loads it must know: each load reports them."""
         self._bytes_read = 0
         self._files: dict[int, DataFile] = {}
         self._lock = threading.Lock()

@@ -33,6 +33,10 @@ class Loadable(Stateful, Protocol):
 
     unusable: str | None
 
+    def parameter_order(self) -> list[list[str]] | None:
+        """Names of the optimizer's parameters by group, where there is one optimizer: for what is saved by position."""
+        ...
+
 
 @dataclass(slots=True)
 class Search:

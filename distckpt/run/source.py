@@ -23,7 +23,7 @@ from distckpt.store.local import LocalStore
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from distckpt.comm import Comm
     from distckpt.load.plan import Options
@@ -63,7 +63,7 @@ def load_source(
 
     def attempt() -> None:
         nonlocal opened
-        opened = _opened(path, kind, names)
+        opened = _opened(path, kind, names, state.parameter_order() if kind == _FOREIGN else None)
 
     together(comm, f"opening {path}", attempt)
     assert opened is not None
@@ -71,13 +71,20 @@ def load_source(
 
 
 def open_source(
-    source: str | os.PathLike[str], *, step: int | None = None, names: Mapping[str, str] | None = None
+    source: str | os.PathLike[str],
+    *,
+    step: int | None = None,
+    names: Mapping[str, str] | None = None,
+    order: Sequence[Sequence[str]] | None = None,
 ) -> Checkpoint:
-    """Open what lies at `source`, by one process: of a run the newest checkpoint that counts, or that of `step`."""
+    """Open what lies at `source`, by one process: of a run the newest checkpoint that counts, or that of `step`.
+
+    order: see `open_foreign`.
+    """
     path = _followed(source)
     kind = _kind(path)
     if kind != _RUN:
-        return _opened(path, kind, names)
+        return _opened(path, kind, names, order)
     history = History(LocalStore(path))
     found = next((c for c in history.valid() if step in {None, c.directory.step}), None)
     if found is None:
@@ -115,12 +122,14 @@ def _kind(path: Path) -> bytes:
     raise NotACheckpoint(f"{path}: neither a run of distckpt nor one of its steps, nor {KINDS}")
 
 
-def _opened(path: Path, kind: bytes, names: Mapping[str, str] | None) -> Checkpoint:
+def _opened(
+    path: Path, kind: bytes, names: Mapping[str, str] | None, order: Sequence[Sequence[str]] | None
+) -> Checkpoint:
     if kind == _STEP:
         directory = StepDir.parse(path.absolute().name)
         assert directory is not None
         return open_checkpoint(LocalStore(path.absolute().parent), directory)
-    found = open_foreign(path, names)
+    found = open_foreign(path, names, order)
     if found is None:
         raise NotACheckpoint(f"{path}: nothing is there that this rank can see; every rank must see the same files")
     return found
@@ -138,6 +147,8 @@ def _load(comm: Comm, checkpoint: Checkpoint, state: Loadable, options: Options,
             "which of its entries is what, rename= changes the names of tensors"
         ) from e
     state.unusable = None if loaded_whole(report, options) else before
+    for note in checkpoint.notes:
+        warnings.warn(note, StateWarning, stacklevel=4)
     if options.foreign and (report.missing or report.unexpected):
         lacking = f"; it has no {_some(report.missing)}, which stay as they were" if report.missing else ""
         beside = f"; nothing takes its {_some(report.unexpected)}" if report.unexpected else ""

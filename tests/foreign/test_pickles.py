@@ -15,7 +15,7 @@ from distckpt.foreign.pickles import INDEX, VALUES, Stub, plain, unpickle
 
 
 def values(data):
-    return plain(unpickle(data, "here", VALUES, lambda key: Record(0, 400, 0)), "here")
+    return plain(unpickle(data, "here", VALUES, lambda key, nbytes: Record(0, 400, 0)), "here")
 
 
 @pytest.mark.parametrize("module", ["os", "builtins", "torch", "numpy", "distckpt.foreign.pickles"])

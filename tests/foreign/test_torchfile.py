@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import argparse
 import collections
+import contextlib
 import os
+import warnings
+from random import Random
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
+import distckpt
 from distckpt import TrainState
-from distckpt.errors import Corrupt, FormatError, Mismatch, Unsupported
+from distckpt.errors import Corrupt, DistckptError, FormatError, Mismatch, Unsupported
 from distckpt.foreign.open import open_foreign
 from tests.foreign.test_dcp import Runs, fresh, load, named_tensors, trained
 
@@ -139,10 +143,49 @@ def test_what_is_no_state_dict_is_refused(value, message, tmp_path):
         open_foreign(saved(value, tmp_path))
 
 
-def test_the_old_form_of_torch_save_is_refused_with_what_to_do(tmp_path):
-    path = saved({"w": torch.ones(2)}, tmp_path, _use_new_zipfile_serialization=False)
-    with pytest.raises(Unsupported, match=r"before torch 1\.6.*torch\.save\(torch\.load\(.*weights_only=True\), NEW\)"):
-        open_foreign(path)
+def _old(tmp_path):
+    base = torch.arange(12.0).reshape(3, 4)
+    value = {
+        "w": base,
+        "t": base.t(),
+        "row": base[1],
+        "h": torch.ones(3).bfloat16(),
+        "e": torch.zeros(0),
+        "n": (1, "x"),
+    }
+    value["i8"] = torch.tensor([1, -2], dtype=torch.int8)
+    return value, saved(value, tmp_path, _use_new_zipfile_serialization=False)
+
+
+def test_the_old_form_of_torch_save_is_read(tmp_path):
+    value, path = _old(tmp_path)
+    live = {"model": {k: torch.full_like(v, 9) for k, v in value.items() if isinstance(v, torch.Tensor)}}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        distckpt.load(path, live)
+    assert all(torch.equal(t, value[k]) for k, t in live["model"].items())
+    with pytest.raises(Unsupported, match=r"nor does torch\.save's old form"):
+        open_foreign(path).verify([])
+
+
+def test_of_the_old_form_no_damage_goes_unnoticed_and_every_error_is_ours(tmp_path):
+    _, path = _old(tmp_path)
+    whole = path.read_bytes()
+    for length in range(40, len(whole), 41):
+        path.write_bytes(whole[:length])
+        with pytest.raises((Corrupt, FormatError)):
+            open_foreign(path)
+    random = Random(3)
+    for _ in range(150):
+        data = bytearray(whole)
+        data[random.randrange(20, len(whole) - 60)] = random.randrange(256)
+        path.write_bytes(data)
+        with contextlib.suppress(DistckptError):
+            open_foreign(path)
+
+
+def test_what_is_no_torch_file_is_refused(tmp_path):
+    path = tmp_path / "x.pt"
     path.write_bytes(b"hello world")
     with pytest.raises(FormatError, match=r"neither a zip as torch\.save writes it, nor safetensors"):
         open_foreign(path)
