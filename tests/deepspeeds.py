@@ -117,8 +117,8 @@ def config(stage, dtype, size, options):
     return own | options
 
 
-def engine(model, optimizer, stage, dtype="fp32", *, lr_scheduler=None, **options):
-    """Engine over a model and an optimizer. Collective. options: of the configuration; `zero`: of its ZeRO part."""
+def joined():
+    """Have DeepSpeed take over the ranks' process group; returns their number."""
     import deepspeed
     import torch.distributed as dist
 
@@ -127,5 +127,12 @@ def engine(model, optimizer, stage, dtype="fp32", *, lr_scheduler=None, **option
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size), LOCAL_WORLD_SIZE=str(size))
     if not deepspeed.comm.is_initialized():
         deepspeed.init_distributed("gloo", verbose=False)
-    made = config(stage, dtype, size, options)
+    return size
+
+
+def engine(model, optimizer, stage, dtype="fp32", *, lr_scheduler=None, **options):
+    """Engine over a model and an optimizer. Collective. options: of the configuration; `zero`: of its ZeRO part."""
+    import deepspeed
+
+    made = config(stage, dtype, joined(), options)
     return deepspeed.initialize(model=model, optimizer=optimizer, lr_scheduler=lr_scheduler, config=made)[0]

@@ -129,6 +129,73 @@ def test_training_resumed_with_the_same_setup_is_the_uninterrupted_run_bit_for_b
     deepspeeds.run(size, _resumes_bit_for_bit, str(tmp_path), cases)
 
 
+def _fused(root):
+    """FP16_Optimizer, which DeepSpeed puts around its own fused Adam alone: here around torch's, which needs no compiler."""
+    import deepspeed.runtime.engine
+
+    deepspeed.runtime.engine.FusedAdam = torch.optim.AdamW
+    _resumes_bit_for_bit(root, [(0, "fp16", "adamw", {}), (0, "bf16", "adamw", {})])
+    assert type(made(0, "bf16").optimizer).__name__ == "FP16_Optimizer"
+
+
+def test_so_is_training_with_flat_buffers_and_no_zero(tmp_path):
+    deepspeeds.run(2, _fused, str(tmp_path))
+
+
+HPZ = {"zero": {"zero_hpz_partition_size": 2}}
+
+
+def _save_hpz(root):
+    engine = made(3, "bf16", **HPZ)
+    train(engine, 0, 3)
+    saved(root, engine)
+    engine.save_checkpoint(f"{root}/native")
+    return train(engine, 3, 6)
+
+
+def _load_hpz(root):
+    engine, native = made(3, "bf16", seed=4, **HPZ), made(3, "bf16", seed=4, **HPZ)
+    resumed(root, engine)
+    native.load_checkpoint(f"{root}/native")
+    return train(engine, 3, 6), train(native, 3, 6)
+
+
+def test_so_is_hpz_whose_copies_of_frozen_weights_deepspeed_itself_does_not_renew(tmp_path):
+    wanted = deepspeeds.run(4, _save_hpz, str(tmp_path))[0]
+    ours, native = deepspeeds.run(4, _load_hpz, str(tmp_path))[0]
+    assert ours == wanted
+    assert native != wanted
+
+
+def _partitioned_from_the_start(root):
+    import deepspeed
+
+    def build(seed, **more):
+        with deepspeed.zero.Init(config_dict_or_path=deepspeeds.config(3, "bf16", 2, {})):
+            model = deepspeeds.net(seed)
+        return deepspeeds.engine(model, torch.optim.AdamW(deepspeeds.groups(model)), 3, "bf16", **more)
+
+    deepspeeds.joined()
+    engine = build(0)
+    train(engine, 0, 3)
+    saved(root, engine)
+    fresh = build(4)
+    resumed(root, fresh)
+    alone = deepspeeds.engine(deepspeeds.net(3), None, 3, "bf16")
+    report = resumed(root, alone, only=("model",), cast=True)
+    assert report.cast["model.up.weight"] == "float32 -> bfloat16"
+    engine.eval()
+    alone.eval()
+    with torch.no_grad():
+        assert torch.equal(engine(deepspeeds.batch(7)), alone(deepspeeds.batch(7)))
+    engine.train()
+    assert train(engine, 3, 6) == train(fresh, 3, 6)
+
+
+def test_so_is_a_model_made_in_pieces_and_one_without_optimizer_computes_the_same(tmp_path):
+    deepspeeds.run(2, _partitioned_from_the_start, str(tmp_path))
+
+
 # -- capture ------------------------------------------------------------------------------------------------------------
 
 

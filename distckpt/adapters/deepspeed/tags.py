@@ -164,7 +164,9 @@ class Tags:
 
     def _load(self, engine: Any, path: Path, choice: Choice) -> tuple[str, dict[str, Any]]:
         client, where = ClientState({}), place(path)
-        options = Options(strict=choice.strict, foreign=True, only=choice.only(), per_rank={"client_state": "first"})
+        options = Options(
+            strict=choice.strict, foreign=True, only=choice.only(), cast=True, per_rank={"client_state": "first"}
+        )
         state = self._state(engine, client)
         try:
             loaded = load_newest(Search(self._ranks(), where.history, where.step), state, options)

@@ -36,5 +36,8 @@ def refresh(engine: Any) -> None:
         for members, copies in zip(private(owner, "fp16_groups"), owner.fp32_groups, strict=True):
             for p, master in zip(members, copies, strict=True):
                 p.copy_(master)
+    for p in engine.module.parameters():  # hpZ's copy within a node: DeepSpeed forgets those of frozen parameters
+        if getattr(p, "ds_secondary_tensor", None) is not None:
+            p.ds_secondary_tensor = None
     if hasattr(owner, "checkpoint_event_epilogue"):
         owner.checkpoint_event_epilogue()
