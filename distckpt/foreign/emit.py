@@ -7,11 +7,11 @@ tail needs the CRC-32 of the elements. So a record of any size is written from a
 from __future__ import annotations
 
 import struct
-import zlib
-from dataclasses import dataclass
+from dataclasses import replace
 from math import prod
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from distckpt.foreign.archive import Record, end, placed
 from distckpt.foreign.pickles import STORAGES
 from distckpt.format.box import strides
 from distckpt.format.dtype import item_size
@@ -125,10 +125,6 @@ class _Emitter:
 # -- records of tensors --------------------------------------------------------------------------------------------
 
 _KINDS = {dtype: name for name, dtype in STORAGES.items()}
-_ALIGNMENT = 64
-_DATE = 0x21  # 1 January 1980: the same tensor is the same bytes on every day
-_STREAMED = 8  # sizes and sum stand after the content
-_LARGEST = 0xFFFFFFFF
 
 
 def tensor_over(key: str, dtype: str, shape: Shape) -> Any:
@@ -145,15 +141,6 @@ def tensor_over(key: str, dtype: str, shape: Shape) -> Any:
     return Call(Global("torch._utils", "_rebuild_tensor_v3"), (*args, Global("torch", dtype)))
 
 
-@dataclass(frozen=True, slots=True)
-class _Entry:
-    name: bytes
-    start: int
-    size: int
-    crc: int
-    streamed: bool = False
-
-
 class TensorRecord:
     """What torch.save writes of one contiguous tensor, as `head`, the elements, and `tail(crc)`.
 
@@ -162,56 +149,16 @@ class TensorRecord:
 
     def __init__(self, dtype: str, shape: Shape, *, large: bool | None = None) -> None:
         self.nbytes = prod(shape) * item_size(dtype)
-        self._large = self.nbytes > _LARGEST - (1 << 20) if large is None else large
-        self._entries: list[_Entry] = []
-        head = bytearray()
-        for name, content in (
-            ("data.pkl", pickled(tensor_over("0", dtype, shape))),
-            ("byteorder", b"little"),
-            ("version", b"3\n"),
-        ):
-            entry = _Entry(f"archive/{name}".encode(), len(head), len(content), zlib.crc32(content))
-            self._entries.append(entry)
-            head += self._local(entry, b"") + content
-        data = _Entry(b"archive/data/0", len(head), self.nbytes, 0, streamed=True)
-        self._data = data
-        wide = struct.pack("<HHQQ", 1, 16, 0, 0) if self._large else b""
-        unpadded = len(head) + 30 + len(data.name) + len(wide) + 4
-        padding = -unpadded % _ALIGNMENT
-        head += self._local(data, wide + struct.pack("<HH", 0x4246, padding) + b"Z" * padding)
-        self.head = bytes(head)
-        self.size = len(self.head) + self.nbytes + len(self.tail(0))
-
-    def _local(self, entry: _Entry, extra: bytes) -> bytes:
-        known = (0, 0, 0) if entry.streamed else (entry.crc, entry.size, entry.size)
-        if entry.streamed and self._large:
-            known = (0, _LARGEST, _LARGEST)
-        flags = _STREAMED if entry.streamed else 0
-        version = 45 if entry.streamed and self._large else 20
-        fixed = struct.pack("<4s5H3I2H", b"PK\3\4", version, flags, 0, 0, _DATE, *known, len(entry.name), len(extra))
-        return fixed + entry.name + extra
+        small = [
+            Record.of("data.pkl", pickled(tensor_over("0", dtype, shape))),
+            Record.of("byteorder", b"little"),
+            Record.of("version", b"3\n"),
+        ]
+        self._records, self._end = placed([*small, Record.streamed("data/0", self.nbytes, wide=large)])
+        self.head = b"".join(record.head() for record in self._records)
+        self.size = self._end + len(end(self._records, self._end))
 
     def tail(self, crc: int) -> bytes:
         """What follows the elements, whose CRC-32 is `crc`."""
-        sizes = struct.pack("<QQ" if self._large else "<II", self.nbytes, self.nbytes)
-        descriptor = struct.pack("<4sI", b"PK\7\x08", crc) + sizes
-        start = len(self.head) + self.nbytes + len(descriptor)
-        data = _Entry(self._data.name, self._data.start, self.nbytes, crc, streamed=True)
-        directory = b"".join(self._central(entry) for entry in [*self._entries, data])
-        count, length = len(self._entries) + 1, len(directory)
-        wide = b""
-        if self._large:
-            wide = struct.pack("<4sQ2H2I4Q", b"PK\6\6", 44, 45, 45, 0, 0, count, count, length, start)
-            wide += struct.pack("<4sIQI", b"PK\6\7", 0, start + length, 1)
-            start = _LARGEST
-        end = struct.pack("<4s4H2IH", b"PK\5\6", 0, 0, count, count, length, start, 0)
-        return descriptor + directory + wide + end
-
-    def _central(self, entry: _Entry) -> bytes:
-        large = entry.streamed and self._large
-        extra = struct.pack("<HHQQ", 1, 16, entry.size, entry.size) if large else b""
-        size, version = (_LARGEST, 45) if large else (entry.size, 20)
-        flags = _STREAMED if entry.streamed else 0
-        fixed = (version, version, flags, 0, 0, _DATE, entry.crc, size, size, len(entry.name), len(extra))
-        rest = (0, 0, 0, 0, entry.start)
-        return struct.pack("<4s6H3I2H3H2I", b"PK\1\2", *fixed, *rest) + entry.name + extra
+        *small, data = self._records
+        return data.after(crc) + end([*small, replace(data, crc=crc)], self._end)

@@ -1,17 +1,14 @@
-"""A torch.save file, written as a stream, tensor by tensor: what torch.save would have written of the state dict.
-
-Every record of the zip says its size beforehand, and its CRC-32 after its content.
-"""
+"""A torch.save file, written as a stream, tensor by tensor: what torch.save would have written of the state dict."""
 
 from __future__ import annotations
 
-import struct
 import zlib
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from math import prod
 from typing import TYPE_CHECKING, Any
 
 from distckpt.errors import NotACheckpoint, Unsupported
+from distckpt.foreign.archive import Record, end, placed
 from distckpt.foreign.emit import pickled, tensor_over
 from distckpt.foreign.sink import Output, Sink
 from distckpt.format.box import Box
@@ -25,63 +22,6 @@ if TYPE_CHECKING:
 
     from distckpt.load.open import Checkpoint
     from distckpt.store.base import Store
-
-_ALIGNMENT = 64
-_DATE = 0x21  # 1 January 1980: the same content is the same bytes on every day
-_STREAMED = 8  # sizes and sum stand after the content
-_MANY = 0xFFFFFFFF
-
-
-@dataclass(frozen=True, slots=True)
-class _Record:
-    """An entry of the zip: `content` if it is small and known, else `size` bytes to come."""
-
-    name: bytes
-    size: int
-    content: bytes | None = None
-    start: int = 0
-    crc: int = 0
-
-    @property
-    def wide(self) -> bool:
-        """Whether its sizes take 8 bytes."""
-        return self.size >= _MANY - (1 << 20)
-
-    def head(self) -> bytes:
-        """Local header, padded so that the content is aligned."""
-        streamed = self.content is None
-        extra = struct.pack("<HHQQ", 1, 16, 0, 0) if self.wide else b""
-        padding = -(self.start + 30 + len(self.name) + len(extra) + 4) % _ALIGNMENT
-        extra += struct.pack("<HH", 0x4246, padding) + b"Z" * padding
-        known = (0, _MANY, _MANY) if self.wide else (0, 0, 0) if streamed else (self.crc, self.size, self.size)
-        flags, version = _STREAMED * streamed, 45 if self.wide else 20
-        fixed = struct.pack("<4s5H3I2H", b"PK\3\4", version, flags, 0, 0, _DATE, *known, len(self.name), len(extra))
-        return fixed + self.name + extra
-
-    def after(self, crc: int) -> bytes:
-        """What follows streamed content."""
-        return struct.pack("<4sI", b"PK\7\x08", crc) + struct.pack("<QQ" if self.wide else "<II", self.size, self.size)
-
-    def entry(self) -> bytes:
-        """Its entry in the directory at the end."""
-        far = self.start >= _MANY
-        wide = struct.pack("<QQ", self.size, self.size) if self.wide else b""
-        wide += struct.pack("<Q", self.start) if far else b""
-        extra = struct.pack("<HH", 1, len(wide)) + wide if wide else b""
-        size, version = (_MANY if self.wide else self.size), 45 if wide else 20
-        flags = _STREAMED * (self.content is None)
-        fixed = (version, version, flags, 0, 0, _DATE, self.crc, size, size, len(self.name), len(extra))
-        start = _MANY if far else self.start
-        return struct.pack("<4s6H3I2H3H2I", b"PK\1\2", *fixed, 0, 0, 0, 0, start) + self.name + extra
-
-
-def _end(records: list[_Record], start: int) -> bytes:
-    directory = b"".join(record.entry() for record in records)
-    count, length = len(records), len(directory)
-    end = struct.pack("<4sQ2H2I4Q", b"PK\6\6", 44, 45, 45, 0, 0, count, count, length, start)
-    end += struct.pack("<4sIQI", b"PK\6\7", 0, start + length, 1)
-    few, near = min(count, 0xFFFF), min(start, _MANY)
-    return directory + end + struct.pack("<4s4H2IH", b"PK\5\6", 0, 0, few, few, min(length, _MANY), near, 0)
 
 
 def torch_sink(checkpoint: Checkpoint, name: str, room: int) -> Sink:
@@ -100,16 +40,13 @@ def torch_sink(checkpoint: Checkpoint, name: str, room: int) -> Sink:
     except TypeError as e:
         raise Unsupported(f"{checkpoint.name}: a value has no place in a torch.save file: {e}") from e
     small = {"data.pkl": pickle, "byteorder": b"little", "version": b"3\n"}
-    records: list[_Record] = []
-    position = 0
-    for record in (
-        *(_Record(f"archive/{n}".encode(), len(data), data, crc=zlib.crc32(data)) for n, data in small.items()),
-        *(_Record(f"archive/data/{numbers[f]}".encode(), _nbytes(checkpoint, f)) for f in fqns),
-    ):
-        placed = replace(record, start=position)
-        records.append(placed)
-        position += len(placed.head()) + placed.size + (len(placed.after(0)) if record.content is None else 0)
-    size = position + len(_end(records, position))
+    records, position = placed(
+        (
+            *(Record.of(n, data) for n, data in small.items()),
+            *(Record.streamed(f"data/{numbers[f]}", _nbytes(checkpoint, f)) for f in fqns),
+        )
+    )
+    size = position + len(end(records, position))
 
     def write(store: Store) -> dict[str, Any]:
         store.write(name, _pieces(checkpoint, fqns, records, position, room), size=size)
@@ -124,7 +61,7 @@ def _nbytes(checkpoint: Checkpoint, fqn: str) -> int:
 
 
 def _pieces(
-    checkpoint: Checkpoint, fqns: list[str], records: list[_Record], end: int, room: int
+    checkpoint: Checkpoint, fqns: list[str], records: list[Record], stop: int, room: int
 ) -> Iterator[memoryview]:
     infos = [checkpoint.manifest.tensors[fqn] for fqn in fqns]
     wanted = (Stretch.whole(f, Box.whole(i.shape), i.dtype) for f, i in zip(fqns, infos, strict=True))
@@ -134,7 +71,6 @@ def _pieces(
     for record in records:
         yield memoryview(record.head())
         if record.content is not None:
-            yield memoryview(record.content)
             written.append(record)
             continue
         crc = 0
@@ -145,7 +81,7 @@ def _pieces(
         index += 1
         yield memoryview(record.after(crc))
         written.append(replace(record, crc=crc))
-    yield memoryview(_end(written, end))
+    yield memoryview(end(written, stop))
 
 
 def _tree(checkpoint: Checkpoint) -> dict[str, Any]:
