@@ -83,12 +83,15 @@ class Directory:
     """What whoever loads it must know."""
 
 
-def describe(found: Directory, names: Mapping[str, str] | None = None) -> Described:
+def describe(
+    found: Directory, names: Mapping[str, str] | None = None, like: Mapping[Any, Any] | None = None
+) -> Described:
     """Checkpoint over a directory. FormatError, with the fqn, for chunks that do not make up their tensor.
 
-    `names`: entry of the tree -> lead (`model`, `optim`, ...), where they are not the usual ones.
+    `names`: entry of the tree -> lead (`model`, `optim`, ...), where they are not the usual ones. `like`: the state
+    dict that is to be loaded, whose entries are called what they are called there.
     """
-    named = canonical(arranged(found.tree, names or {}, kind_of), kind_of)
+    named = canonical(arranged(found.tree, names or {}, kind_of, like), kind_of)
     aliases = _ties(named.tensors)
     tensors: dict[str, TensorInfo] = {}
     chunks: list[dict[str, Chunk]] = [{} for _ in found.files]
@@ -105,7 +108,8 @@ def describe(found: Directory, names: Mapping[str, str] | None = None) -> Descri
             chunks[chunk.file][chunk_name(fqn, chunk.box, tensor.shape)] = chunk
     unreadable, objects = dict[str, str](), dict[str, Any]()
     for name, value in named.objects.items():
-        why = "another tool's, of a form of its own" if name in OWN_FORMS else _first_undecodable(value)
+        own = like is None and name in OWN_FORMS
+        why = "another tool's, of a form of its own" if own else _first_undecodable(value)
         if why:
             unreadable[name] = why
         else:

@@ -22,12 +22,15 @@ USUAL = {
 _PREFIXES = ("_orig_mod.", "_checkpoint_wrapped_module.", "_fsdp_wrapped_module.")
 
 
-def arranged(tree: Mapping[Any, Any], names: Mapping[str, str], kind_of: KindOf) -> dict[Any, Any]:
+def arranged(
+    tree: Mapping[Any, Any], names: Mapping[str, str], kind_of: KindOf, like: Mapping[Any, Any] | None = None
+) -> dict[Any, Any]:
     """Tree with its entries under our leads: those that `names` gives (entry -> lead) first, then the usual ones.
 
     A usual name is taken only where no other claims the same lead. Tensors at the top are a model's. Mismatch for an
-    entry that is not there.
+    entry that is not there. `like`: the state dict that is to be loaded: what that has, too, keeps its name.
     """
+    like = like or {}
     rest = dict(tree)
     chosen: dict[str, Any] = {}
     for entry, lead in names.items():
@@ -35,19 +38,21 @@ def arranged(tree: Mapping[Any, Any], names: Mapping[str, str], kind_of: KindOf)
             raise Mismatch(f"names={dict(names)!r}: two entries are to be {lead!r}")
         chosen[lead] = _taken(rest, entry, tree)
     rest = {key: value for key, value in rest.items() if key not in chosen} | chosen
-    rest = _lifted(rest)
+    rest = _lifted(rest, like)
     for lead, usual in USUAL.items():
-        claims = [name for name in usual if isinstance(rest.get(name), dict) and name not in chosen]
+        claims = [name for name in usual if isinstance(rest.get(name), dict) and name not in {*chosen, *like}]
         if lead not in rest and len(claims) == 1:
             rest[lead] = rest.pop(claims[0])
     bare = {key: value for key, value in rest.items() if type(key) is str and kind_of(value) == "torch"}
-    if bare and "model" not in rest:
+    if bare and "model" not in rest and not bare.keys() & like.keys():
         extra = {k for k in rest if type(k) is str and k.endswith("_extra_state")}
         rest = {"model": {k: v for k, v in rest.items() if k in bare or k in extra}} | {
             k: v for k, v in rest.items() if k not in bare and k not in extra
         }
     if isinstance(model := rest.get("model"), dict):
-        rest["model"] = _unwrapped(model)
+        known = like.get("model")
+        if not isinstance(known, dict) or not known.keys() & model.keys():
+            rest["model"] = _unwrapped(model)
     return rest
 
 
@@ -65,8 +70,15 @@ def _taken(rest: dict[Any, Any], entry: str, tree: Mapping[Any, Any]) -> Any:
     raise Mismatch(f"names= speaks of the entry {entry!r}; the source has {shown(sorted(map(str, tree)))}")
 
 
-def _lifted(tree: dict[Any, Any]) -> dict[Any, Any]:
-    """Entries of the one dict that holds all there is (`app`, in torch's own tutorial) as those of the tree."""
+def _lifted(tree: dict[Any, Any], like: Mapping[Any, Any]) -> dict[Any, Any]:
+    """Entries of the one dict that holds all there is (`app`, in torch's own tutorial) as those of the tree.
+
+    Also those of a model (all that a safetensors file is) for a state dict that is a model's own.
+    """
+    if "model" not in like and isinstance(model := tree.get("model"), dict) and model.keys() & like.keys():
+        return {k: v for k, v in tree.items() if k != "model"} | model
+    if tree.keys() & like.keys():
+        return tree
     known = {name for lead, usual in USUAL.items() for name in (lead, *usual)}
     holders = [k for k, v in tree.items() if isinstance(v, dict) and v.keys() & known]
     if tree.keys() & known or len(holders) != 1:

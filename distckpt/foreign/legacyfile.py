@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 from distckpt.errors import Corrupt, DistckptError, FormatError
 from distckpt.foreign.files import View, read_bytes
 from distckpt.foreign.located import Record
-from distckpt.foreign.pickles import PLAIN, plain, unpickle_stream
+from distckpt.foreign.pickles import PLAIN, unpickle_stream
+from distckpt.foreign.plain_values import plain
 from distckpt.foreign.torchfile import LEGACY, parse, refuse_other
 
 if TYPE_CHECKING:

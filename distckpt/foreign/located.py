@@ -11,6 +11,7 @@ from distckpt.format.box import strides
 from distckpt.format.datafile import Stored
 from distckpt.format.dtype import item_size, stored_as
 from distckpt.format.manifest import MAX_DIMS
+from distckpt.format.text import shown
 
 if TYPE_CHECKING:
     from distckpt.format.box import Shape
@@ -57,7 +58,7 @@ def within(record: Record, dtype: str, first: Any, shape: Any, steps: Any) -> Lo
     """Tensor over a storage: elements from `first` on. FormatError unless all of it lies inside the storage."""
     numbers = (first, *shape, *steps) if type(shape) is tuple and type(steps) is tuple else (None,)
     if not all(type(n) is int and n >= 0 for n in numbers) or not len(shape) == len(steps) <= MAX_DIMS:
-        raise FormatError(f"not the geometry of a tensor: offset {first!r}, shape {shape!r}, strides {steps!r}")
+        raise FormatError(f"not the geometry of a tensor: offset, shape and strides {shown((first, shape, steps))}")
     size = item_size(dtype)
     reach = first + sum((n - 1) * step for n, step in zip(shape, steps, strict=True)) + 1 if prod(shape) else first
     if reach * size > record.nbytes or prod(shape) * size > max(record.nbytes, _MOST_EXPANDED):

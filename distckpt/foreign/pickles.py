@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from distckpt.errors import DistckptError, FormatError
 from distckpt.foreign.located import Located, Record, Undecodable, within
+from distckpt.foreign.opcodes import check_memo
 from distckpt.format.dtype import ITEM_SIZE, item_size
 from distckpt.format.text import shown
 
@@ -94,6 +95,8 @@ class Dtype(str):
 
 
 INDEX, VALUES = "index", "values"
+_WINDOWS = 1 << 20, 16 << 20
+"""Bytes in which the end of a pickle is looked for: in the second only where it is not in the first."""
 PLAIN: Mapping[tuple[str, str], Any] = MappingProxyType({})
 """No globals beside those that plain values and tensors need."""
 
@@ -105,6 +108,7 @@ def unpickle(
 
     `storage` tells where the data of a storage lies. more: globals that are known besides.
     """
+    check_memo(data, where)
     return _unpickled(io.BytesIO(data), where, kind, storage, more)
 
 
@@ -115,6 +119,14 @@ def unpickle_stream(
     storage: Storage | None = None,
 ) -> Any:
     """Value in the pickle that begins here, as VALUES; the stream is left behind it."""
+    start = stream.tell()
+    for window in _WINDOWS:
+        ends = check_memo(stream.read(window), where)
+        stream.seek(start)
+        if ends:
+            break
+    else:
+        raise FormatError(f"{where}: a pickle that does not end within {_WINDOWS[-1]} bytes of byte {start}")
     return _unpickled(stream, where, VALUES, storage, more)
 
 
@@ -236,8 +248,8 @@ def _values() -> dict[tuple[str, str], Any]:
         ("collections", "defaultdict"): Function(lambda *_: {}),
         ("collections", "Counter"): Function(Counter),
         ("torch", "Size"): Function(_size),
-        ("torch", "device"): Function(lambda *at: ":".join(map(str, at))),
-        ("torch.serialization", "_get_layout"): Function(str),
+        ("torch", "device"): Function(lambda *at: _text(":", *at)),
+        ("torch.serialization", "_get_layout"): Function(lambda name: _text("", name)),
         ("_codecs", "encode"): Function(_encoded),
         ("numpy", "dtype"): _NumpyDtype,
         ("torch._utils", "_rebuild_tensor_v2"): Function(_tensor),
@@ -252,6 +264,7 @@ def _values() -> dict[tuple[str, str], Any]:
     known |= {(f"numpy.{core}.multiarray", "scalar"): Function(_numpy_scalar) for core in ("core", "_core")}
     for module in ("builtins", "__builtin__"):
         known |= {(module, kind.__name__): kind for kind in (set, frozenset, complex)}
+        known[module, "bytes"] = Function(lambda: b"")  # protocol 2 calls it for empty bytes
         known |= {(module, name): f"{module}.{name}" for name in ("int", "float", "list", "dict", "str", "bool")}
     return known
 
@@ -275,6 +288,17 @@ def _size(sizes: Any = ()) -> tuple[int, ...]:
     if not all(type(n) is int and n >= 0 for n in found):
         raise FormatError(f"not a torch.Size: {shown(found)}")
     return found
+
+
+def _text(between: str, *parts: Any) -> str:
+    """Parts of a name, joined. FormatError for what could grow without end: a pickle can join what it has joined."""
+    found = between.join(str(p) for p in parts if type(p) in {str, int})
+    if len(found) > _LONGEST_NAME or not all(type(p) in {str, int} for p in parts):
+        raise FormatError(f"a name of {len(parts)} parts, {len(found)} characters long")
+    return found
+
+
+_LONGEST_NAME = 4096
 
 
 def _encoded(text: Any, encoding: Any) -> bytes:
@@ -314,50 +338,6 @@ _NUMPY_FORMS = {
 }
 
 
-def plain(value: Any, where: str) -> Any:
-    """Value with what cannot be carried replaced by Undecodable, which says what it is; dtypes by their names.
-
-    FormatError for one that unfolds without end: of members that it shares, or that contain it.
-    """
-    return _Plain(where).visit(value, 0)
-
-
-class _Plain:
-    def __init__(self, where: str) -> None:
-        self._where, self._left = where, _MOST_VALUES
-
-    def visit(self, value: Any, depth: int) -> Any:
-        """One value, `depth` levels down."""
-        self._left -= 1
-        if self._left < 0 or depth > _MOST_DEPTH:
-            raise FormatError(f"{self._where}: unfolds to more than {_MOST_VALUES} values, or {_MOST_DEPTH} levels")
-        kind = type(value)
-        if kind is Dtype:
-            return f"torch.{value}"
-        if value is None or kind in {bool, int, float, complex, str, bytes, Located, Undecodable}:
-            return value
-        if kind in {dict, OrderedDict, Counter}:
-            keys = [self.visit(key, depth + 1) for key in value]
-            if odd := [key for key in keys if type(key) in {Located, Undecodable}]:
-                return Undecodable(f"{self._where}: a dict with a {type(odd[0]).__name__} as a key")
-            members = [self.visit(member, depth + 1) for member in value.values()]
-            return kind(dict(zip(keys, members, strict=True)))
-        if kind in {list, tuple, set, frozenset}:
-            return kind([self.visit(member, depth + 1) for member in value])
-        if isinstance(value, Attributes):
-            return self.visit(value.state, depth + 1)
-        return Undecodable(f"{self._where}: {_name(value)}, which is no plain value: neither imported nor called")
-
-
-def _name(value: Any) -> str:
-    if isinstance(value, type) and issubclass(value, Unknown):
-        return f"the global {value.name}"
-    return f"an object of {value.name}" if isinstance(value, Unknown) else f"a {type(value).__name__}"
-
-
-_MOST_DEPTH, _MOST_VALUES = 100, 2_000_000
-
-
 # -- the index of a DCP directory ----------------------------------------------------------------------------------
 
 
@@ -382,10 +362,10 @@ def _index() -> dict[tuple[str, str], Any]:
     return known | {
         (metadata, "_MEM_FORMAT_ENCODING"): Function(lambda number: number),
         ("torch", "Size"): Function(_size),
-        ("torch.serialization", "_get_layout"): Function(str),
+        ("torch.serialization", "_get_layout"): Function(lambda name: _text("", name)),
         ("collections", "OrderedDict"): OrderedDict,
         **{
-            (module, name): Function(lambda *parts: "/".join(map(str, parts)))
+            (module, name): Function(lambda *parts: _text("/", *parts))
             for module in ("pathlib", "pathlib._local")
             for name in ("PosixPath", "WindowsPath")
         },

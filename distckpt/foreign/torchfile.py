@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 from distckpt.errors import Corrupt, DistckptError, FormatError, KeyTruncated, Unsupported
 from distckpt.foreign.files import View, read_bytes
 from distckpt.foreign.located import Record
-from distckpt.foreign.pickles import PLAIN, VALUES, plain, unpickle
+from distckpt.foreign.pickles import PLAIN, VALUES, unpickle
+from distckpt.foreign.plain_values import plain
 from distckpt.format.manifest import MAX_BYTES
 
 if TYPE_CHECKING:

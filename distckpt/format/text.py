@@ -8,6 +8,7 @@ from typing import Any
 from distckpt.errors import FormatError
 
 _MOST_SHOWN = 200
+_MOST_MEMBERS = 1000
 _INT_LIMIT = 2**63
 
 
@@ -22,12 +23,26 @@ def read_json(data: bytes | memoryview) -> Any:
 
 
 def shown(value: object) -> str:
-    """Short text of a value."""
+    """Short text of a value. One that unfolds without end, of members that it shares, is not unfolded."""
     try:
-        text = repr(value)
+        text = repr(value) if _unfolds(value) else f"a {type(value).__name__} too large to show"
     except (RecursionError, ValueError):  # nested too deep, or an integer of thousands of digits
         return f"a {type(value).__name__} too large to show"
     return text if len(text) < _MOST_SHOWN else text[:_MOST_SHOWN] + "..."
+
+
+def _unfolds(value: object) -> bool:
+    """Whether a value has a thousand members in all, or fewer."""
+    left: list[Any] = [value]
+    for _ in range(_MOST_MEMBERS):
+        if not left:
+            break
+        found = left.pop()
+        if isinstance(found, (dict, list, tuple, set, frozenset)):
+            if len(found) > _MOST_MEMBERS:
+                return False
+            left += [*found, *found.values()] if isinstance(found, dict) else found
+    return not left
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -32,12 +32,14 @@ class Options:
     strict: missing and unexpected names are errors; else they are reported. only: leads of the names to load
     (`("model",)`), all others being neither missing nor unexpected. cast: narrow dtypes too. rename: what to make of
     a saved fqn, without its lead. per_rank: object name -> "first", for per-rank objects at another world size.
-    verify: check what reading does not (other tools' files), before anything moves.
+    verify: check what reading does not (other tools' files), before anything moves. foreign: the source is another
+    tool's: strict about its models and optimizers only. complete: yet all that the state has must be there.
     """
 
     strict: bool = True
     foreign: bool = False
     verify: bool = False
+    complete: bool = False
     only: tuple[str, ...] | None = None
     cast: bool = False
     rename: Callable[[str], str] | None = None
@@ -56,8 +58,12 @@ class Options:
         return self.only is None or _of(self.only, name)
 
     def strict_about(self, name: str) -> bool:
-        """Whether it is an error if this name is missing, or nobody takes it."""
+        """Whether it is an error if nobody takes this name, or (but see `complete`) it is missing."""
         return self.strict and (not self.foreign or _of(("model", "optim"), name))
+
+    def needs(self, name: str) -> bool:
+        """Whether it is an error if the checkpoint lacks this name."""
+        return self.strict if self.complete else self.strict_about(name)
 
     def renamed(self, name: str) -> str:
         """Live name of a saved tensor: its lead (`model.`, `optim.`, `grad.`) stays, the rest is renamed."""
@@ -138,7 +144,7 @@ def plan(
     for fqn in made.missing:
         if why := [text for name, text in (unreadable or {}).items() if _of((name,), fqn)]:
             problems.append(f"{fqn}: cannot be read: {why[0]}")
-        elif options.strict_about(fqn):
+        elif options.needs(fqn):
             problems.append(f"{fqn}: missing from the checkpoint")
     if problems:
         problems += [_unexpected(fqn, targets) for fqn in made.unexpected if options.strict_about(fqn)]

@@ -116,7 +116,7 @@ def load(
     with _ranks(comm, timeout) as ranks:
         loaded = load_newest(Search(ranks, where.history, where.step), live, options)
         if loaded is None and (root := foreign_root(ranks, where.store)):
-            return load_source(ranks, root, live, options)
+            return load_source(ranks, root, live, options, like=into if isinstance(into, dict) else None)
         if loaded is None:
             raise NotACheckpoint(f"{where.store} holds no committed checkpoint: {where.history.why_nothing()}")
         return loaded[0]

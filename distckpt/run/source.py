@@ -9,7 +9,7 @@ from __future__ import annotations
 import warnings
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from distckpt.comm import together
 from distckpt.errors import Mismatch, NotACheckpoint, StateWarning
@@ -42,11 +42,13 @@ def load_source(
     *,
     step: int | None = None,
     names: Mapping[str, str] | None = None,
+    like: Mapping[Any, Any] | None = None,
 ) -> LoadReport:
     """Load what lies at `source` into the state, and leave the source alone.
 
     step: of a run. names: of another tool's state dict, entry -> lead (`{"ema.model": "model"}`), where they are not
-    the usual ones. NotACheckpoint where nothing is there that can be read.
+    the usual ones. like: the state dict that the state is, whose entries another tool's are called like: what
+    that asks for must all be there. NotACheckpoint where nothing is there that can be read.
     """
     path = _followed(source)
     kind = together(comm, f"looking at {path}", lambda: _kind(path) if comm.rank == 0 else b"")[0]
@@ -63,11 +65,11 @@ def load_source(
 
     def attempt() -> None:
         nonlocal opened
-        opened = _opened(path, kind, names, state.parameter_order() if kind == _FOREIGN else None)
+        opened = _opened(path, kind, names, state.parameter_order() if kind == _FOREIGN else None, like)
 
     together(comm, f"opening {path}", attempt)
     assert opened is not None
-    return _load(comm, opened, state, replace(options, foreign=kind == _FOREIGN), path)
+    return _load(comm, opened, state, replace(options, foreign=kind == _FOREIGN, complete=like is not None), path)
 
 
 def open_source(
@@ -123,13 +125,17 @@ def _kind(path: Path) -> bytes:
 
 
 def _opened(
-    path: Path, kind: bytes, names: Mapping[str, str] | None, order: Sequence[Sequence[str]] | None
+    path: Path,
+    kind: bytes,
+    names: Mapping[str, str] | None,
+    order: Sequence[Sequence[str]] | None,
+    like: Mapping[Any, Any] | None = None,
 ) -> Checkpoint:
     if kind == _STEP:
         directory = StepDir.parse(path.absolute().name)
         assert directory is not None
         return open_checkpoint(LocalStore(path.absolute().parent), directory)
-    found = open_foreign(path, names, order)
+    found = open_foreign(path, names, order, like)
     if found is None:
         raise NotACheckpoint(f"{path}: nothing is there that this rank can see; every rank must see the same files")
     return found
@@ -140,7 +146,7 @@ def _load(comm: Comm, checkpoint: Checkpoint, state: Loadable, options: Options,
     try:
         report = load(comm, checkpoint, state, options, about_to_change=lambda: mark(state))
     except Mismatch as e:
-        if not options.foreign:
+        if not options.foreign or options.complete:
             raise
         raise Mismatch(
             f"{e}\n{path} is another tool's: only=('model',) loads its model alone, names={{'ENTRY': 'model'}} says "

@@ -8,10 +8,11 @@ import pickle
 import pytest
 
 from distckpt.errors import FormatError
-from distckpt.foreign import pickles
+from distckpt.foreign import pickles, plain_values
 from distckpt.foreign.emit import Call, Global, Persistent, pickled
 from distckpt.foreign.located import Record, Undecodable
-from distckpt.foreign.pickles import INDEX, VALUES, Stub, plain, unpickle
+from distckpt.foreign.pickles import INDEX, VALUES, Stub, unpickle
+from distckpt.foreign.plain_values import plain
 
 
 def values(data):
@@ -81,7 +82,7 @@ def test_what_is_no_pickle_is_one_error(data):
 
 
 def test_a_pickle_that_unfolds_without_end_is_refused(monkeypatch):
-    monkeypatch.setattr(pickles, "_MOST_VALUES", 20_000)
+    monkeypatch.setattr(plain_values, "_MOST_VALUES", 20_000)
     doubled = b"(l" + b"".join(b"p%d\n(lg%d\nag%d\na" % (i, i, i) for i in range(60)) + b"."
     with pytest.raises(FormatError, match="unfolds to more than"):
         values(doubled)
@@ -89,6 +90,40 @@ def test_a_pickle_that_unfolds_without_end_is_refused(monkeypatch):
     itself.append(itself)
     with pytest.raises(FormatError, match="unfolds to more than"):
         values(pickle.dumps(itself))
+
+
+@pytest.mark.parametrize(
+    "put", [b"r\x00\x00\x00\x10", b"p268435456\n", b"r\x00\x04\x00\x00", b"p-1\n", b"p" + b"1" * 5000 + b"\n"]
+)
+@pytest.mark.parametrize("kind", [INDEX, VALUES])
+def test_a_memo_index_that_would_take_memory_is_refused(put, kind):
+    """The unpickler makes room for all smaller ones: for 0x10000000 that is 4 GB."""
+    for before in (b"", b"]", b"X\x02\x00\x00\x00no"):
+        with pytest.raises(FormatError, match=r"here: not a pickle that can be read: opcode b'[rp]"):
+            unpickle(b"\x80\x02" + before + b"N" + put + b".", "here", kind)
+
+
+@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
+def test_every_opcode_of_plain_values_is_passed(protocol):
+    value = {
+        "texts": ["", "ü", "r" * 300, "r" * 70_000],
+        "bytes": [b"", b"r", b"r" * 300],
+        "numbers": [0, 255, 65_535, -1, 2**31, 2**70, -(2**3000), 1.5, True, None, 1 + 2j],
+        "members": [(), (1,), (1, 2), (1, 2, 3), (1, 2, 3, 4), [], {}, set(), {5}, frozenset({6})],
+        "many": [[i, str(i)] for i in range(1000)],
+    }
+    data = pickle.dumps(value, protocol)
+    assert values(data) == value
+    for length in range(0, len(data), 211):
+        with pytest.raises(FormatError, match="here"):
+            values(data[:length])
+
+
+@pytest.mark.parametrize(("kind", "name"), [(INDEX, b"cpathlib\nPosixPath\n"), (VALUES, b"ctorch\ndevice\n")])
+def test_a_name_that_is_joined_of_itself_again_and_again_is_refused(kind, name):
+    twice = b"".join(b"0h\x00(h\x01h\x01tRq\x01" for _ in range(40))
+    with pytest.raises(FormatError, match="a name of 2 parts"):
+        unpickle(b"\x80\x02" + name + b"q\x00X\x01\x00\x00\x00aq\x01" + twice + b".", "here", kind)
 
 
 @pytest.mark.parametrize(

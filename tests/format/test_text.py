@@ -57,6 +57,10 @@ def test_a_value_too_deep_or_too_long_to_print_is_still_shown():
         deep = [deep]
     assert shown(deep) == "a list too large to show"
     assert shown(10**5000) == "a int too large to show"
+    for _ in range(60):
+        deep = [deep, deep]
+    assert shown(deep) == "a list too large to show"
+    assert shown({1: (2, {3})}) == "{1: (2, {3})}"
     assert shown("x" * 1000) == "'" + "x" * 199 + "..."
     while deep:  # unwound by hand: the interpreter's own deallocation may recurse as deep
         deep = deep.pop()

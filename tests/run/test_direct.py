@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 
 import distckpt
 from distckpt.adapters.tensors import kind_of
@@ -430,6 +431,51 @@ def test_what_another_tool_saved_is_loaded_too(tmp_path):
     into = {"model": {"w": torch.zeros(2)}, "x": {"k": 0}}
     distckpt.load(tmp_path, into)
     assert same(into, {"model": {"w": torch.ones(2)}, "x": {"k": [1, 2]}})
+
+
+@pytest.mark.parametrize(
+    "tree",
+    [
+        {"w": 0, "b": 1},
+        {"model_state_dict": {"w": 0}, "optimizer_state_dict": "optimizer", "epoch": 3},
+        {"model": {"w": 0}, "optimizer": "optimizer", "scheduler": {"last": 4}},
+        {"app": {"model": {"w": 0}, "optimizer": "optimizer"}},
+        {"model": {"module.w": 0, "module.b": 1}},
+        {"generator": {"w": 0}, "net": {"w": 1}, "rng": {"seed": 5}},
+    ],
+)
+def test_what_another_tool_saved_is_called_what_it_is_called_in_the_state_dict(tmp_path, tree):
+    def filled(value, start):
+        if isinstance(value, dict):
+            return {k: filled(v, start) for k, v in value.items()}
+        if value == "optimizer":
+            states = {0: {"step": torch.tensor(start), "exp_avg": torch.full((2,), start)}}
+            return {"state": states, "param_groups": [{"lr": start, "params": [0]}]}
+        return torch.full((2,), start + value) if value in {0, 1} else [value, start]
+
+    torch.save(filled(tree, 7.0), tmp_path / "saved.pt")
+    into = filled(tree, 0.0)
+    distckpt.load(tmp_path / "saved.pt", into)
+    assert same(into, filled(tree, 7.0))
+
+
+def test_a_model_s_own_state_dict_is_loaded_from_safetensors(tmp_path):
+    save_file({"w": torch.ones(2), "b": torch.ones(1)}, tmp_path / "model.safetensors")
+    into = {"w": torch.zeros(2), "b": torch.zeros(1)}
+    distckpt.load(tmp_path, into)
+    assert same(into, {"w": torch.ones(2), "b": torch.ones(1)})
+
+
+def test_what_another_tool_did_not_save_is_missing(tmp_path):
+    """Of a TrainState's generators and counters that is told; a state dict asks for what is in it."""
+    torch.save({"gen": {"w": torch.ones(2)}, "disc": {"w": torch.ones(2)}}, tmp_path / "saved.pt")
+    into = {"generator": {"w": torch.zeros(2)}, "disc": {"w": torch.zeros(2)}}
+    with pytest.raises(Mismatch, match=r"generator\.w: missing"):
+        distckpt.load(tmp_path / "saved.pt", into)
+    assert same(into, {"generator": {"w": torch.zeros(2)}, "disc": {"w": torch.zeros(2)}})
+    with pytest.warns(StateWarning, match=r"it has no generator\.w(?s:.*)nothing takes its gen\.w"):
+        report = distckpt.load(tmp_path / "saved.pt", into, strict=False)
+    assert (report.missing, report.unexpected) == (["generator.w"], ["gen.w"])
 
 
 # -- ranks -------------------------------------------------------------------------------------------------------
