@@ -65,7 +65,7 @@ def _of_object(name: str, value: Any) -> Iterator[tuple[TreePath, Any]]:
     elif name.endswith(_EXTRA) and isinstance(value, dict):
         lead = (name.removesuffix(_EXTRA),)
         for owner, state in value.items():
-            yield (*lead, f"{owner}._extra_state" if owner else "_extra_state"), state
+            yield from _leaves(state, (*lead, f"{owner}._extra_state" if owner else "_extra_state"))
     elif name == LEFT_OVER and isinstance(value, dict):
         yield from _leaves(value, ())
     else:

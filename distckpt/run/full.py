@@ -83,15 +83,28 @@ def _gather(comm: Comm, model: nn.Module, optimizer: Optimizer | None, file: Pat
     parts: list[ModuleAdapter | OptimizerAdapter] = [ModuleAdapter(model, "model")]
     parts += [OptimizerAdapter(optimizer, lambda: named_slots(model), "optim")] if optimizer is not None else []
     state, agreed = agree(comm, lambda: State.merged(p.capture() for p in parts), step=0, generation=lambda: 0)
-    _refuse_own_states(agreed)
-    whole = _Whole(comm, state, agreed)
+    agreed.objects.update(agreed.rank_objects)  # of what differs between ranks, rank 0 takes its own
+    whole: _Whole | None = None
+
+    def lay_out() -> None:
+        nonlocal whole
+        _refuse_own_states(agreed)
+        whole = _Whole(comm, state, agreed)
+
+    together(comm, "laying out the full state", lay_out)
+    assert whole is not None
+    gathered = _gathered(comm, whole, agreed, file)
+    for note in agreed.notes if comm.rank == 0 else ():
+        warnings.warn(f"full_state_dict: {note}; a full state dict has the first's", StateWarning, stacklevel=3)
+    return gathered
+
+
+def _gathered(comm: Comm, whole: _Whole, agreed: Agreement, file: Path | None) -> dict[str, Any]:
     if comm.rank == 0:
         where = f"streams {whole.nbytes / 1e9:.2f} GB to {file}" if file else f"holds {whole.nbytes / 1e9:.2f} GB"
         logging.getLogger("distckpt").warning(
             "full_state_dict: rank 0 gathers and %s; sharded saves gather nothing", where
         )
-        for note in agreed.notes:
-            warnings.warn(f"full_state_dict: {note}; a full state dict has the first's", StateWarning, stacklevel=3)
     result: dict[str, Any] = {}
 
     def run() -> None:

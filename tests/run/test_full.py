@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from safetensors import safe_open
 from torch import nn
 
 from distckpt import Checkpointer, TrainState, full_state_dict
-from distckpt.errors import RankFailed, StoreError, Unsupported
+from distckpt.errors import RankFailed, StateWarning, StoreError, Unsupported
 from tests import layouts, ranks
 
 
@@ -181,6 +182,47 @@ def _own_states():
 
 def test_states_of_one_rank_s_shard_are_refused_by_name():
     assert "optim.@rank0.bias.rows" in ranks.run(2, _own_states)[0]
+
+
+class Told(nn.Linear):
+    """A module that keeps a value of its own, and a tensor, beside its parameters."""
+
+    said = 0
+
+    def get_extra_state(self):
+        return {"said": self.said, "tensor": torch.full((2,), float(self.said))}
+
+    def set_extra_state(self, state):
+        self.said = state["said"]
+
+
+def _differing():
+    import torch.distributed as dist
+
+    model = nn.parallel.DistributedDataParallel(Told(3, 2))
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0 + dist.get_rank())
+    model.module.said = 5 + dist.get_rank()
+    with pytest.warns(StateWarning, match="has the first's") if dist.get_rank() == 0 else nullcontext():
+        full = full_state_dict(model, optimizer, timeout=20)
+    return full and (full["model"]["_extra_state"], full["optim"]["param_groups"][0]["lr"])
+
+
+def test_of_what_differs_between_ranks_it_has_rank_0_s():
+    (extra, lr), nothing = ranks.run(2, _differing)
+    assert (extra["said"], extra["tensor"].tolist(), lr, nothing) == (5, [5.0, 5.0], 1.0, {})
+
+
+def _different_calls():
+    import torch.distributed as dist
+
+    model, optimizer = layouts.build("fsdp1x2")
+    layouts.make_moments(model, optimizer)
+    given = (model, optimizer) if dist.get_rank() else (model,)
+    return ranks.expect_error(lambda: full_state_dict(*given, timeout=20), Unsupported)
+
+
+def test_a_rank_that_was_given_something_else_fails_on_every_rank_at_once():
+    assert all("rank 0 should hold" in said for said in ranks.run(2, _different_calls, timeout=15))
 
 
 def test_the_full_way_says_what_it_costs(caplog):
