@@ -56,7 +56,7 @@ def test_what_is_written_is_what_dcp_saves_of_the_same_dict(tmp_path):
         "empty": torch.zeros(0, 3),
         "map": {1: torch.ones(1), "k": None},
         "step": torch.tensor(4),
-        "ema": {"w": torch.ones(2), "fp8._extra_state": {"seen": 3, "scale": torch.ones(2)}},
+        "ema": {"fp8._extra_state": {"scale": torch.ones(2), "seen": 3}, "w": torch.ones(2)},
     }
     dcp_save(tree, tmp_path / "theirs")
     write_dcp(open_foreign(tmp_path / "theirs"), tmp_path / "ours")
