@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from distckpt.errors import Corrupt, DistckptError, FormatError, NotACheckpoint
 from distckpt.foreign.deepspeed_files import MODEL, TagFiles
 from distckpt.foreign.deepspeed_groups import MASTER, base_of, by_position, chunk, sharded, universal
-from distckpt.foreign.deepspeed_layout import apart
+from distckpt.foreign.deepspeed_layout import apart, before_round_robin
 from distckpt.foreign.described import Directory, Tensor, whole
 from distckpt.foreign.files import PlainFile, inside, read_bytes
 from distckpt.foreign.located import Located
@@ -48,8 +48,8 @@ _OWN = {
     "skipped_steps",
 }
 """Entries of a model file that are no values of the training state by themselves."""
+_COMPUTED = {"float32", "bfloat16", "float16"}
 _COUNTED = ("global_steps", "global_samples", "skipped_steps", "random_ltd", "data_sampler")
-_SCALE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 
 def is_deepspeed(folder: Path) -> bool:
@@ -106,7 +106,9 @@ class _Tag:
         tree["model"] = model
         if optim := self._named_optimizer(members) if members else self._unnamed_optimizer():
             tree["optim"] = optim
-        tree["deepspeed"] = {"version": first.get("ds_version"), "engines": {"model": self._counted()}}
+        trained = {n for part in members for n in part.shapes}
+        engine = self._counted() | {"module": self._module(trained)}
+        tree["deepspeed"] = {"version": first.get("ds_version"), "engines": {"model": engine}}
         step = first.get("global_steps", 0)
         step = step if type(step) is int and step >= 0 else 0
         return Directory(
@@ -195,11 +197,18 @@ class _Tag:
         state: dict[str, dict[str, Any]] = {}
         made = [{k: v for k, v in group.items() if k != "params"} | {"params": []} for group in groups]
         for g, part in zip(owner, members, strict=True):
-            made[g]["params"] += part.shapes
+            made[g]["params"] += self._in_group_order([*part.shapes])
             for fqn in part.shapes:
                 of_state = {n: tensors[fqn] for n, tensors in part.tensors.items() if n != MASTER and fqn in tensors}
                 state[fqn] = of_state | part.values
         return {"state": state, "param_groups": made}
+
+    def _in_group_order(self, names: list[str]) -> list[str]:
+        """Parameters of a flat buffer in the order of their group, which `round_robin_gradients` changes."""
+        config = self._files.model.get("ds_config")
+        zero = config.get("zero_optimization") if isinstance(config, dict) else None
+        changed = isinstance(zero, dict) and zero.get("round_robin_gradients") and "zero_stage" in self._optimizer
+        return before_round_robin(names, len(self._files.ranks)) if changed and not self._files.partitioned else names
 
     def _unnamed_optimizer(self) -> dict[str, Any] | None:
         """State dict of a stage 0 optimizer, its parameters by position: a live one must name them."""
@@ -230,5 +239,14 @@ class _Tag:
         scaler = self._optimizer.get("loss_scaler")
         scaler = scaler if isinstance(scaler, dict) else self._optimizer
         if scaler.get("dynamic", scaler.get("dynamic_loss_scale")):
-            said["loss_scale"] = {name: scaler[name] for name in _SCALE if scaler.get(name) is not None}
+            said["loss_scale"] = {k: v for k, v in scaler.items() if type(v) in {int, float, bool}}
         return said
+
+    def _module(self, trained: set[str]) -> dict[str, Any]:
+        """What a tag that is written anew needs to know of the model, and nothing else tells."""
+        buffers = {*(self._files.model.get("buffer_names") or ())}
+        module = {n: t for n, t in self._files.model["module"].items() if isinstance(t, Located)}
+        dtypes = {t.dtype for n, t in module.items() if n not in buffers and t.dtype in _COMPUTED}
+        known = trained | buffers | {*(self._files.model.get("shared_params") or ())}
+        frozen = [n for n in module if n not in known] if trained else []
+        return {"frozen": frozen} | ({"dtype": dtypes.pop()} if len(dtypes) == 1 else {})

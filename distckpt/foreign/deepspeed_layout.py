@@ -60,3 +60,39 @@ def apart(numels: Mapping[str, int], ranks: int) -> Iterator[Piece]:
 def piece_of(numel: int, ranks: int) -> int:
     """Elements that each rank has room for, of a parameter cut for itself."""
     return -(-numel // ranks)
+
+
+def apart_on(numels: Mapping[str, int], ranks: int, rank: int) -> Iterator[Piece]:
+    """Pieces of a sub-group on one rank."""
+    start = 0
+    for name, numel in numels.items():
+        length = piece_of(numel, ranks)
+        if rank * length < numel:
+            yield Piece(rank, name, Run(rank * length, min((rank + 1) * length, numel)), start)
+        start += length
+
+
+def sub_groups(numels: Mapping[str, int], ranks: int, most: int) -> list[list[str]]:
+    """Parameters of each sub-group that ZeRO-3 makes of a group: one is closed once a rank's pieces reach `most`."""
+    if sum(piece_of(n, ranks) for n in numels.values()) <= most:
+        return [[*numels]]
+    found: list[list[str]] = [[]]
+    length = 0
+    for name, numel in numels.items():
+        found[-1].append(name)
+        length += piece_of(numel, ranks)
+        if length >= most:
+            found.append([])
+            length = 0
+    return [names for names in found if names]
+
+
+def round_robin(names: Sequence[str], ranks: int) -> list[str]:
+    """Order in which `round_robin_gradients` lays a group out."""
+    return [name for first in range(min(ranks, len(names))) for name in names[first::ranks]]
+
+
+def before_round_robin(names: Sequence[str], ranks: int) -> list[str]:
+    """Order of a group that `round_robin_gradients` laid out so."""
+    places = round_robin([*map(str, range(len(names)))], ranks)
+    return [name for _, name in sorted(zip(map(int, places), names, strict=True))]

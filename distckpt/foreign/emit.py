@@ -7,6 +7,7 @@ tail needs the CRC-32 of the elements. So a record of any size is written from a
 from __future__ import annotations
 
 import struct
+from collections import Counter
 from dataclasses import replace
 from math import prod
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -95,6 +96,8 @@ class _Emitter:
                 self._all((state,), b"b")
             case Persistent(pid):
                 self._all((pid,), b"Q")
+            case Counter():
+                self.emit(Call(Global("collections", "Counter"), (dict(value),)))
             case dict() | Pairs():
                 out += b"}("
                 pairs = value.items() if isinstance(value, dict) else value

@@ -25,10 +25,16 @@ class Sink:
     """The files of a checkpoint in some format.
 
     finish: given what each output returned, by name, the files (key, content) that make the whole a checkpoint, in
-    order. kind: "file" where the destination is one file, "step" where it is a directory in a run, else "directory".
+    order. kind: "file" where the destination is one file, "inside" where it is the directory `top` in the destination,
+    else "directory". pointers: files (name, content) of the destination that are switched once all is in place.
+    dtypes: of tensors that are written as another than they have. order: names by position, to read it back with.
     """
 
     outputs: list[Output]
     finish: Callable[[Mapping[str, Any]], list[tuple[str, bytes]]]
     notes: list[str] = field(default_factory=list)
     kind: str = "directory"
+    top: str = ""
+    pointers: list[tuple[str, bytes]] = field(default_factory=list)
+    dtypes: dict[str, str] = field(default_factory=dict)
+    order: list[list[str]] | None = None

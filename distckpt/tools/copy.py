@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from distckpt.errors import Corrupt, RankFailed, RunConflict, StateWarning
 from distckpt.foreign.dcp_write import METADATA, dcp_sink
+from distckpt.foreign.deepspeed_write import Wanted, deepspeed_sink
 from distckpt.foreign.safetensors_write import safetensors_sink
 from distckpt.foreign.torch_write import torch_sink
 from distckpt.format import manifest
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
 
     from distckpt.foreign.sink import Sink
 
-FORMATS = ("distckpt", "dcp", "safetensors", "torch")
+FORMATS = ("distckpt", "dcp", "deepspeed", "safetensors", "torch")
 
 _LEAST_ROOM, _MOST_ROOM = 1 << 20, 64 << 20
 
@@ -71,6 +72,8 @@ class _Request:
     change: Change
     shard_bytes: int
     room: int
+    order: tuple[tuple[str, ...], ...] | None = None
+    tag: Wanted | None = None
 
 
 def copy(
@@ -84,6 +87,12 @@ def copy(
     rename: Sequence[tuple[str, str]] = (),
     dtype: str | None = None,
     world_size: int | None = None,
+    zero_stage: int | None = None,
+    tag: str | None = None,
+    round_robin: bool = False,
+    frozen: Sequence[str] = (),
+    sub_group_size: int = 1_000_000_000,
+    order: Sequence[Sequence[str]] | None = None,
     shard_bytes: int = 5_000_000_000,
     verify: bool = False,
     memory: int | None = None,
@@ -99,7 +108,10 @@ def copy(
     tool's), "dcp" (a directory), "safetensors" (a file `*.safetensors`, or a directory as Hugging Face has it, files of
     at most `shard_bytes`), "torch" (a file). names: as in Checkpointer.load. only: leads of the names to keep. rename:
     (regular expression, replacement) for names of parameters. dtype: of the model's floating-point tensors. world_size:
-    how many files to divide the tensors over (distckpt and dcp). verify: check another tool's records against their
+    how many files to divide the tensors over (distckpt and dcp); to="deepspeed", which writes a tag into the
+    destination: ranks of the engine that will load it, as zero_stage, round_robin, frozen, sub_group_size (see Wanted)
+    and dtype are its own; tag: None for DeepSpeed's name of the step. order: names of the optimizer's parameters by
+    group, for a source that has them by position. verify: check another tool's records against their
     CRC-32 first, and read the result back. memory: bytes that buffers take at most. workers: processes on this machine.
     worker: this machine's share of a copy that several do (`Worker(rank, world_size)`), through a file system they
     share; rank 0 finishes it. timeout: seconds it waits for the others while nothing comes. dry_run: only plan. tell:
@@ -109,11 +121,29 @@ def copy(
         raise ValueError(f"to={to!r}: one of {', '.join(FORMATS)}")
     room = ROOM if memory is None else max(_LEAST_ROOM, min(_MOST_ROOM, memory // max(1, workers) // 8))
     change = Change(only=tuple(only) if only else None, rename=tuple(rename), dtype=dtype, files=world_size)
-    request = _Request(str(source), str(destination), to, step, tuple((names or {}).items()), change, shard_bytes, room)
+    wanted = None
+    if to == "deepspeed":
+        wanted = Wanted(zero_stage, world_size, dtype, tag, round_robin, tuple(frozen), sub_group_size)
+        change = replace(change, dtype=None, files=None)
+    request = _Request(
+        str(source),
+        str(destination),
+        to,
+        step,
+        tuple((names or {}).items()),
+        change,
+        shard_bytes,
+        room,
+        tuple(tuple(of_group) for of_group in order) if order is not None else None,
+        wanted,
+    )
     started = time.monotonic()
     plan = _Plan(request)
     report = CopyReport(
-        plan.where, plan.view.nbytes, {o.name: o.size for o in plan.sink.outputs}, notes=plan.sink.notes
+        plan.where,
+        plan.view.nbytes,
+        {o.name: o.size for o in plan.sink.outputs},
+        notes=[*plan.view.notes, *plan.sink.notes],
     )
     if dry_run:
         return report
@@ -142,10 +172,18 @@ class _Plan:
     def __init__(self, request: _Request) -> None:
         self._request = request
         self._destination = Path(request.destination).absolute()
-        checkpoint = open_source(request.source, step=request.step, names=dict(request.names) or None)
+        checkpoint = open_source(
+            request.source, step=request.step, names=dict(request.names) or None, order=request.order
+        )
         foreign_step = request.step if checkpoint.foreign else None
         self.view = View(checkpoint, replace(request.change, step=foreign_step))
-        told = [manifest.to_json(self.view.manifest), asdict(request.change), request.to, request.shard_bytes]
+        told = [
+            manifest.to_json(self.view.manifest),
+            asdict(request.change),
+            request.to,
+            request.shard_bytes,
+            repr(request.tag),
+        ]
         identity = [str(Path(request.source).absolute()), str(self._destination), *map(repr, _files_of(self.view))]
         self.digest = digest(json.dumps([told, identity], sort_keys=True, default=str).encode())[:12]
         self.staging = Staging(self._destination, self.digest)
@@ -156,6 +194,8 @@ class _Plan:
         request, name = self._request, self._destination.name
         if request.to == "dcp":
             return dcp_sink(self.view, request.room)
+        if request.tag:
+            return deepspeed_sink(self.view, request.tag, request.room)
         if request.to == "torch":
             return torch_sink(self.view, name, request.room)
         if request.to == "safetensors":
@@ -169,7 +209,7 @@ class _Plan:
     @property
     def where(self) -> str:
         """What the copy is called in the end."""
-        return str(self._destination / str(self._directory)) if self._directory else str(self._destination)
+        return str(self._destination / self.sink.top) if self.sink.kind == "inside" else str(self._destination)
 
     def refuse_taken(self) -> None:
         """RunConflict where the destination holds something already."""
@@ -181,6 +221,9 @@ class _Plan:
                     f"{store}: holds step {step} already, or is a run that jobs have resumed, where a copy would not "
                     "count: copy into a new directory"
                 )
+        elif self.sink.kind == "inside":
+            if (self._destination / self.sink.top).exists():
+                raise RunConflict(f"{self.where}: exists already; give another tag or destination, or remove it first")
         elif (self._destination / METADATA).exists():
             raise RunConflict(f"{self._destination}: holds a DCP checkpoint already; give a new directory")
         elif self._destination.is_file() or (self._destination.is_dir() and any(self._destination.iterdir())):
@@ -190,13 +233,15 @@ class _Plan:
         """Write what makes the copy whole, check it, and move it into place."""
         for name, data in self.sink.finish(results):
             write_all(self.staging.data, name, data)
-        top = str(self._directory) if self._directory else self._destination.name if self.sink.kind == "file" else ""
+        top = self._destination.name if self.sink.kind == "file" else self.sink.top
         self._check(self.staging.data.root / top, verify=verify)
         move_into_place(self.sink, self.staging, self._destination, top)
+        for name, data in self.sink.pointers:
+            write_all(LocalStore(self._destination), name, data)
 
     def _check(self, written: Path, *, verify: bool) -> None:
         """Corrupt unless what was written opens, and has the tensors that it should."""
-        copied = open_source(written)
+        copied = open_source(written, order=self.sink.order)
         for index in range(len(copied.manifest.files)):
             copied.data_file(index)
         lacking = [
@@ -204,7 +249,7 @@ class _Plan:
             for fqn, info in self.view.manifest.tensors.items()
             if fqn.startswith("model.") and not fqn.startswith("model.extra_state.")
             if (found := copied.manifest.tensors.get(copied.manifest.aliases.get(fqn, fqn))) is None
-            or (found.shape, found.dtype) != (info.shape, info.dtype)
+            or (found.shape, found.dtype) != (info.shape, self.sink.dtypes.get(fqn, info.dtype))
         ]
         if lacking:
             raise Corrupt(f"{written}: was written without {lacking[:5]}; it was not moved to {self.where}")

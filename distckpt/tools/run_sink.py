@@ -56,7 +56,7 @@ def run_sink(view: View, directory: StepDir, attempt: str, room: int) -> Sink:
         return [*readable, (f"{directory}/{COMMIT}", manifest.encode(whole))]
 
     notes = [f"{name}: cannot be read safely; left out: {why}" for name, why in view.unreadable.items()]
-    return Sink(outputs, finish, notes, "step")
+    return Sink(outputs, finish, notes, "inside", top=str(directory))
 
 
 def _data_file(view: View, lead: str, index: int, attempt: str, room: int) -> Output:

@@ -104,7 +104,7 @@ def move_into_place(sink: Sink, staging: Staging, destination: Path, top: str) -
     top: what of the data is moved: "" all of it, else the one file or directory in it.
     """
     source = staging.data.root / top if top else staging.data.root
-    target = destination / top if sink.kind == "step" else destination
+    target = destination / top if sink.kind == "inside" else destination
     target.parent.mkdir(parents=True, exist_ok=True)
     if target.is_dir() and not any(target.iterdir()):
         target.rmdir()

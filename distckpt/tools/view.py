@@ -96,7 +96,7 @@ class View(Checkpoint):
             aliases=self._aliases,
         )
         super().__init__(source.store, source.directory, changed)
-        self.name, self.foreign = source.name, source.foreign
+        self.name, self.foreign, self.notes = source.name, source.foreign, source.notes
         self.unreadable = {n: why for n, why in source.unreadable.items() if change.keeps(n)}
 
     # -- names -----------------------------------------------------------------------------------------------------

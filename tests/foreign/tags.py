@@ -194,8 +194,9 @@ def save(case, folder, tag="first", steps=3):
         assert engine.save_checkpoint(str(folder), tag=tag, client_state={"epoch": 3, "history": [0.5, None]})
         holding, others = held(engine), rest(engine)
         lr, scale = engine.get_lr(), getattr(getattr(engine.optimizer, "loss_scaler", None), "cur_scale", None)
+        counts = (engine.global_steps, engine.global_samples, engine.skipped_steps)
         losses = [deepspeeds.step(engine, None, i) for i in range(steps, steps + 2)]
-    return {"held": holding, "rest": others, "losses": losses, "lr": lr, "scale": scale}
+    return {"held": holding, "rest": others, "losses": losses, "lr": lr, "scale": scale, "counts": counts}
 
 
 def state_of(model, optimizer, schedule=None):

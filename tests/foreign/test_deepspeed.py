@@ -99,7 +99,8 @@ def test_what_deepspeed_counted_and_the_client_gave_are_objects(made):
     assert found.object("history") == [0.5, None]
     assert found.object("lr_scheduler")["last_epoch"] == 3
     counted = found.object("deepspeed")["engines"]["model"]
-    assert counted == {"global_steps": 3, "global_samples": 36, "skipped_steps": 0}
+    module = {"frozen": ["still.weight", "still.bias"], "dtype": "float32"}
+    assert counted == {"global_steps": 3, "global_samples": 36, "skipped_steps": 0, "module": module}
     assert found.manifest.aliases == {"model.head.weight": "model.emb.weight"}
     assert not found.unreadable
     assert found.manifest.world_size == 3
