@@ -154,10 +154,14 @@ def named_slots(module: nn.Module) -> Iterator[tuple[str, Slot]]:
 
 
 def _slots_of_engine(engine: nn.Module) -> Iterator[tuple[str, Slot]]:
-    """(fqn, slot) of every parameter of a DeepSpeed engine. Unsupported for a setup that cannot be saved."""
+    """(fqn, slot) of every parameter of a DeepSpeed engine, in the order of its groups.
+
+    Unsupported for a setup that cannot be saved.
+    """
     engines.check(engine)
-    found = flats.found_in(engine)
-    for name, parameter in bare(engine).named_parameters(remove_duplicate=False):
+    found, places = flats.found_in(engine), flats.in_group_order(engine)
+    named = bare(engine).named_parameters(remove_duplicate=False)
+    for name, parameter in sorted(named, key=lambda item: places.get(id(item[1]), len(places))):
         master = found.get(id(parameter), parameter)
         yield clean(name), OwnSlot(master, trusted=True) if isinstance(master, torch.Tensor) else master
 

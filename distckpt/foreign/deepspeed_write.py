@@ -71,8 +71,8 @@ class Wanted:
     def __post_init__(self) -> None:
         if self.stage not in range(4) or self.ranks is None or self.ranks < 1:
             raise ValueError(
-                f"a tag of ZeRO stage {self.stage} and {self.ranks} ranks: zero_stage= (0 to 3) and world_size= are those "
-                "of the engine that will load it"
+                f"a tag of ZeRO stage {self.stage} and {self.ranks} ranks: zero_stage= (0 to 3) and world_size= are "
+                "those of the engine that will load it"
             )
         if self.dtype not in {None, *DTYPES}:
             raise Unsupported(f"dtype {self.dtype!r}: DeepSpeed's weights are {', '.join(DTYPES)}")

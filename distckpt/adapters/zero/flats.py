@@ -45,6 +45,19 @@ def masters(engine: Any) -> list[list[torch.Tensor]]:
     return found
 
 
+def in_group_order(engine: Any) -> dict[int, int]:
+    """Place of each trained parameter in the optimizer's groups as they were given, by its id.
+
+    Not in the flat buffers, in which `round_robin_gradients` changes it.
+    """
+    owner = owner_of(engine)
+    names = ("bit16_groups", "bf16_groups", "fp16_groups")
+    groups = next((getattr(owner, name) for name in names if getattr(owner, name, None)), None)
+    if groups is None:
+        groups = [group["params"] for group in getattr(owner, "param_groups", ())]
+    return {id(p): i for i, p in enumerate(p for group in groups for p in group)}
+
+
 def found_in(engine: Any) -> dict[int, FlatSlot | torch.Tensor]:
     """Where each parameter has its master, by the parameter's id; those of which it is the parameter are not in it."""
     owner = owner_of(engine)
