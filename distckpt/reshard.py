@@ -2,6 +2,7 @@
 
     python -m distckpt.reshard runs/first exported.safetensors --only model --dtype bfloat16
     python -m distckpt.reshard dcp_dir runs/next --step 4000 --world-size 8 --workers 4
+    python -m distckpt.reshard runs/first tags --to deepspeed --zero-stage 3 --world-size 16 --dtype bf16
     srun python -m distckpt.reshard runs/first /shared/dcp --to dcp      # tasks share the files out
 
 What SRC is is told by its content. Nothing is under DST before all of it is; one that was interrupted goes on where it
@@ -18,6 +19,7 @@ import sys
 import time
 import warnings
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -69,14 +71,22 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("source", metavar="SRC", help="a run or a step of one, a DCP directory, a DeepSpeed tag, .pt, safetensors")
     add("destination", metavar="DST", help="a run's directory, a directory, or a file, by --to")
-    add("--to", choices=("distckpt", "dcp", "safetensors", "torch"), help="format (default: by the name of DST)")
-    add("--world-size", type=_positive, metavar="N", help="files to divide the tensors over (distckpt, dcp)")
+    add(
+        "--to",
+        choices=("distckpt", "dcp", "deepspeed", "safetensors", "torch"),
+        help="format (default: by the name of DST)",
+    )
+    add("--world-size", type=_positive, metavar="N", help="files to divide tensors over; ranks of a DeepSpeed engine")
     add("--dtype", type=lambda name: _DTYPES.get(name, name), help="of the model's floating-point tensors: bf16, ...")
     add("--only", action="append", metavar="PART", help="part to keep, such as model (may be given again)")
     add("--rename", action="append", type=_pair, metavar="REGEX=NEW", default=[], help="for names of parameters")
-    add(
-        "--step", "--tag", type=int, dest="step", help="step of a run to read; or what a foreign SRC is called in a run"
-    )
+    add("--step", type=int, help="step of a run to read; or what a foreign SRC is called in a run")
+    add("--zero-stage", type=int, choices=range(4), help="of the engine that will load the tag (--to deepspeed)")
+    add("--tag", help="what the tag is called (default: global_stepN)")
+    add("--round-robin", action="store_true", help="that engine has round_robin_gradients")
+    add("--frozen", action="append", default=[], metavar="NAME", help="parameter without gradients (--zero-stage 3)")
+    add("--sub-group-size", type=_positive, default=10**9, metavar="N", help="of that engine (--zero-stage 3)")
+    add("--param-order", type=_order, metavar="FILE", help="JSON: names of the optimizer's parameters, a list a group")
     add(
         "--name",
         action="append",
@@ -104,6 +114,12 @@ def _wanted(options: argparse.Namespace) -> dict[str, Any]:
         "rename": options.rename,
         "dtype": options.dtype,
         "world_size": options.world_size,
+        "zero_stage": options.zero_stage,
+        "tag": options.tag,
+        "round_robin": options.round_robin,
+        "frozen": options.frozen,
+        "sub_group_size": options.sub_group_size,
+        "order": options.param_order,
         "shard_bytes": options.shard_size,
         "memory": options.memory,
     }
@@ -119,6 +135,16 @@ def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r}: a number of at least 1 is expected")
     return int(text)
+
+
+def _order(text: str) -> list[list[str]]:
+    try:
+        found = json.loads(Path(text).read_text())
+    except (OSError, ValueError) as e:
+        raise argparse.ArgumentTypeError(f"{text}: {e}") from None
+    if isinstance(found, list) and all(isinstance(g, list) and all(isinstance(n, str) for n in g) for g in found):
+        return found
+    raise argparse.ArgumentTypeError(f"{text}: a list of lists of names is expected")
 
 
 def _bytes(text: str) -> int:

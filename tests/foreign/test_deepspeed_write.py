@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
 import signal
@@ -14,6 +15,7 @@ import torch
 from distckpt import Checkpointer
 from distckpt.errors import Mismatch, RunConflict, Unsupported
 from distckpt.foreign.open import open_foreign
+from distckpt.reshard import main
 from distckpt.run.source import open_source
 from distckpt.tools.copy import copy
 from tests import deepspeeds, ranks
@@ -344,3 +346,19 @@ def test_a_tag_of_no_stage_or_without_an_optimizer_is_refused(tmp_path):
         convert(root, tmp_path / "out", Case(2, 2), only=("model",))
     convert(root, tmp_path / "out", Case(1, 0), only=("model",))
     assert "optim" not in open_foreign(tmp_path / "out").manifest.objects
+
+
+def test_the_command_reads_a_zero0_tag_with_an_order_and_writes_a_tag(made, tmp_path, capsys):  # noqa: F811
+    folder, masters, _ = made("zero0-bf16")
+    model = CASES["zero0-bf16"].model()
+    names = {id(p): n for n, p in model.named_parameters()}
+    order = [[names[id(p)] for p in group["params"]] for group in deepspeeds.groups(model)]
+    (tmp_path / "order.json").write_text(json.dumps(order))
+    wanted = ["--to", "deepspeed", "--zero-stage", "3", "--world-size", "2", "--dtype", "bf16"]
+    assert main([str(folder), str(tmp_path / "out"), *wanted]) == 1
+    assert "parameters by position" in capsys.readouterr().err
+    assert main([str(folder), str(tmp_path / "out"), *wanted, "--param-order", str(tmp_path / "order.json")]) == 0
+    case = replace(CASES["zero3-bf16"], size=2)
+    of_ranks = deepspeeds.run(2, _go_on, case, str(tmp_path / "out"))
+    again = tags.joined([rank["held"] for rank in of_ranks])
+    assert all(torch.equal(again[key], value) for key, value in masters.items())
