@@ -11,7 +11,7 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from distckpt.errors import Corrupt, FormatError, KeyMissing, NewerFormat, RunConflict
+from distckpt.errors import Corrupt, FormatError, KeyMissing, NewerFormat, NotACheckpoint, RunConflict
 from distckpt.format.layout import COMMIT, REGISTRY, StepDir, attempt_of, pointer_file
 from distckpt.load.open import Checkpoint, open_checkpoint
 from distckpt.run.launches import counts, read_launches
@@ -66,6 +66,8 @@ class History:
                     self._opened[directory] = open_checkpoint(self.store, directory)
                 except NewerFormat:
                     raise
+                except NotACheckpoint:
+                    continue  # another save has removed it since it was listed
                 except (Corrupt, FormatError) as e:
                     yield Found(directory, None, str(e))
                     continue

@@ -72,7 +72,7 @@ def load_newest(search: Search, state: Loadable, options: Options) -> tuple[Load
             report = load(search.comm, _open(search, directory), state, options, about_to_change=lambda: mark(state))
         except NewerFormat:
             raise
-        except (Corrupt, FormatError) as e:
+        except (Corrupt, FormatError, NotACheckpoint) as e:  # not one: removed since it was chosen
             search.passed_over(directory, str(e))
             damage = e
             continue

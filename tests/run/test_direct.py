@@ -397,6 +397,34 @@ def test_a_crash_at_any_point_of_a_save_leaves_the_one_before_or_the_new_one(tmp
     assert {(True, 2), (False, 1)} <= seen
 
 
+class Removing(MemoryStore):
+    """Another save removes a generation after it was seen, just before it is read."""
+
+    victim = None
+
+    def read(self, key, start, buffers):
+        if self.victim and key.startswith(f"{self.victim}/"):
+            for entry in self.list(self.victim):
+                self.delete(f"{self.victim}/{entry.name}")
+            self.victim = None
+        super().read(key, start, buffers)
+
+
+def test_a_generation_that_another_save_removes_is_passed_over():
+    store = Removing()
+    for a in range(3):
+        distckpt.save(store, {"a": a})
+    store.victim = "step-00000000.2"
+    distckpt.save(store, {"a": 3})
+    assert not store.victim
+    store.victim = "step-00000000.4"
+    distckpt.save(store, {"a": 4})
+    store.victim = "step-00000000.5"
+    into = {"a": None}
+    distckpt.load(store, into)
+    assert into["a"] == 2
+
+
 def test_a_checkpointer_goes_on_from_what_was_saved(tmp_path):
     model = torch.nn.Linear(3, 2)
     distckpt.save(tmp_path, {"model": model.state_dict()})
