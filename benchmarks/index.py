@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING
 from distckpt.format import manifest
 from distckpt.format.manifest import FileInfo, Manifest, TensorInfo
 from distckpt.format.partition import Grid, Split
-from distckpt.save.agree import Agreed
-from distckpt.save.divide import divide
+from distckpt.saving.agree import Agreed
+from distckpt.saving.divide import divide
 from distckpt.state import Layout
 
 if TYPE_CHECKING:

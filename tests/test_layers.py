@@ -18,7 +18,7 @@ LAYERS = [
     {"comm"},
     {"state", "statedict"},
     {"adapters"},
-    {"save", "load"},
+    {"saving", "loading"},
     {"foreign"},
     {"run"},
     {"drop-ins"},
@@ -101,9 +101,9 @@ def faults(source: str, module: str) -> list[str]:
                     f"{where}: {layer} is below {wanted}. A lower layer that knows a higher one can neither be tested "
                     "nor be understood without it"
                 )
-            elif {layer, wanted} == {"save", "load"}:
+            elif {layer, wanted} == {"saving", "loading"}:
                 wrong.append(
-                    f"{where}: save and load do not know each other. What both need is part of the format, or of the "
+                    f"{where}: saving and loading do not know each other. What both need is part of the format, or of the "
                     "state; else a change of one would change what the other reads or writes"
                 )
             elif {layer, wanted} == {"format", "store"}:
@@ -151,18 +151,18 @@ def test_every_layer_that_stands_below_the_others_has_files():
             "if TYPE_CHECKING:\n    from distckpt.run.trainstate import TrainState",
             "state is below run",
         ),
-        ("distckpt.save.plan", "from distckpt.load.plan import cover", "do not know each other"),
-        ("distckpt.load.plan", "from distckpt.save import plan", "do not know each other"),
-        ("distckpt.load.plan", "from distckpt import Checkpointer", "the module it lives in"),
+        ("distckpt.saving.plan", "from distckpt.loading.plan import cover", "do not know each other"),
+        ("distckpt.loading.plan", "from distckpt.saving import plan", "do not know each other"),
+        ("distckpt.loading.plan", "from distckpt import Checkpointer", "the module it lives in"),
         ("distckpt.run.checkpointer", "from distckpt import cli", "run is below cli"),
         ("distckpt.run.direct", "from distckpt.adapters.dcp import StorageWriter", "run is below drop-ins"),
         ("distckpt.state", "import torch.distributed as dist", "named only in comm"),
         ("distckpt.state", "from torch import distributed", "named only in comm"),
         ("distckpt.run.checkpointer", "import torch\ntorch.distributed.barrier()", "named only in comm"),
-        ("distckpt.load.read", "x = torch.load(path)", "runs no code"),
-        ("distckpt.load.read", "from torch import load", "runs no code"),
+        ("distckpt.loading.read", "x = torch.load(path)", "runs no code"),
+        ("distckpt.loading.read", "from torch import load", "runs no code"),
         ("distckpt.adapters.plain", "import pickle", "runs no code"),
-        ("distckpt.load.read", "importlib.import_module('distckpt.run.history')", "load is below run"),
+        ("distckpt.loading.read", "importlib.import_module('distckpt.run.history')", "loading is below run"),
         ("distckpt.misc", "", "no place in LAYERS"),
     ],
 )

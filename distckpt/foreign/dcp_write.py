@@ -19,7 +19,7 @@ from distckpt.foreign.paths import entries_of
 from distckpt.foreign.sink import Output, Sink
 from distckpt.format.box import Box, parts
 from distckpt.format.partition import Copies
-from distckpt.load.stream import ROOM, Stretch, stream
+from distckpt.loading.stream import ROOM, Stretch, stream
 from distckpt.state import torch_dtype
 from distckpt.statedict import insert, references
 from distckpt.store.base import write_all
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from distckpt.foreign.paths import TreePath
     from distckpt.format.box import Shape
     from distckpt.format.manifest import TensorInfo
-    from distckpt.load.open import Checkpoint
+    from distckpt.loading.open import Checkpoint
 
 METADATA = ".metadata"
 _VERSION = "1.0.0"

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any
 from distckpt.errors import Mismatch, Unsupported
 from distckpt.format.box import Box
 from distckpt.format.text import shown
-from distckpt.load.stream import Stretch, stream
+from distckpt.loading.stream import Stretch, stream
 from distckpt.statedict import is_optimizer_object, parameters_of, references, state_of
 
 if TYPE_CHECKING:
     from distckpt.format.box import Shape
     from distckpt.format.manifest import TensorInfo
-    from distckpt.load.open import Checkpoint
+    from distckpt.loading.open import Checkpoint
 
 
 @dataclass(slots=True, eq=False)

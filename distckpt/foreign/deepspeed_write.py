@@ -19,7 +19,7 @@ from distckpt.foreign.sink import Sink
 from distckpt.foreign.torch_zip import TorchFile
 from distckpt.format.box import Box, Run
 from distckpt.format.dtype import item_size
-from distckpt.load.stream import Stretch
+from distckpt.loading.stream import Stretch
 from distckpt.statedict import insert, references
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from distckpt.foreign.sink import Output
     from distckpt.format.box import Shape
-    from distckpt.load.open import Checkpoint
+    from distckpt.loading.open import Checkpoint
 
 DTYPES = ("float32", "bfloat16", "float16")
 _VERSION = "0.19.8"

@@ -20,7 +20,7 @@ from distckpt.format.box import Box
 from distckpt.format.layout import StepDir, chunk_name, fqn_of
 from distckpt.format.manifest import Manifest, ObjectInfo, TensorInfo
 from distckpt.format.partition import Pieces
-from distckpt.load.open import Checkpoint, DataFile
+from distckpt.loading.open import Checkpoint, DataFile
 from distckpt.statedict import canonical, rebuilt
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from distckpt.foreign.files import Readable
     from distckpt.format.box import Region, Shape
     from distckpt.format.datafile import Stored
-    from distckpt.load.plan import Item
+    from distckpt.loading.plan import Item
 
 OWN_FORMS = ("rng", "environment", "dataloader")
 """Objects whose form is this library's own: what another tool saved under such a name is something else."""

@@ -15,7 +15,7 @@ from distckpt.statedict import LEFT_OVER, is_optimizer_object
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
-    from distckpt.load.open import Checkpoint
+    from distckpt.loading.open import Checkpoint
 
 TreePath: TypeAlias = tuple[str | int, ...]
 

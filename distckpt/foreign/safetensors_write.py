@@ -13,13 +13,13 @@ from distckpt.foreign.sink import Output, Sink
 from distckpt.format.box import Box
 from distckpt.format.datafile import DATA_ALIGNMENT
 from distckpt.format.dtype import DTYPE_OF_TAG, item_size, stored_as
-from distckpt.load.stream import Stretch, stream
+from distckpt.loading.stream import Stretch, stream
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
     from distckpt.format.box import Shape
-    from distckpt.load.open import Checkpoint
+    from distckpt.loading.open import Checkpoint
     from distckpt.store.base import Store
 
 LEAD = "model."

@@ -10,12 +10,12 @@ from distckpt.foreign.sink import Sink
 from distckpt.foreign.torch_zip import TorchFile
 from distckpt.format.box import Box
 from distckpt.format.objects import TensorRef
-from distckpt.load.stream import Stretch
+from distckpt.loading.stream import Stretch
 from distckpt.statedict import insert, is_optimizer_object, parameters_of, state_of
 
 if TYPE_CHECKING:
     from distckpt.format.manifest import TensorInfo
-    from distckpt.load.open import Checkpoint
+    from distckpt.loading.open import Checkpoint
 
 
 def torch_sink(checkpoint: Checkpoint, name: str, room: int) -> Sink:

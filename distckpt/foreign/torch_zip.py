@@ -15,13 +15,13 @@ from distckpt.foreign.archive import Record, end, placed
 from distckpt.foreign.emit import pickled, tensor_over
 from distckpt.foreign.sink import Output
 from distckpt.format.dtype import item_size
-from distckpt.load.stream import Stretch, stream
+from distckpt.loading.stream import Stretch, stream
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
     from distckpt.format.box import Shape
-    from distckpt.load.open import Checkpoint
+    from distckpt.loading.open import Checkpoint
     from distckpt.store.base import Store
 
     Parts = Callable[[], Iterable[Stretch | int]]

@@ -15,14 +15,14 @@ from distckpt.errors import (
     RunConflict,
     Unsupported,
 )
-from distckpt.load.plan import Options
+from distckpt.loading.plan import Options
+from distckpt.run.choose import Search, load_newest
 from distckpt.run.history import History
 from distckpt.run.launches import open_launch, read_launches
-from distckpt.run.loading import Search, load_newest
-from distckpt.run.saving import SaveReport, now, plain_metrics, save_and_publish
+from distckpt.run.publish import SaveReport, now, plain_metrics, save_and_publish
 from distckpt.run.source import foreign_root, load_source
-from distckpt.save.image import Arena
-from distckpt.save.save import Request
+from distckpt.saving.image import Arena
+from distckpt.saving.save import Request
 from distckpt.store.local import LocalStore
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
     from typing_extensions import Self
 
-    from distckpt.load.report import LoadReport
+    from distckpt.loading.report import LoadReport
     from distckpt.run.trainstate import TrainState
     from distckpt.state import State
     from distckpt.store.base import Store

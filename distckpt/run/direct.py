@@ -14,20 +14,20 @@ from distckpt import comm as comms
 from distckpt.adapters.statedict import StateDictAdapter
 from distckpt.comm import together
 from distckpt.errors import NotACheckpoint
-from distckpt.load.plan import Options
-from distckpt.run.loading import Search, load_newest
+from distckpt.loading.plan import Options
+from distckpt.run.choose import Search, load_newest
 from distckpt.run.place import Place, place
-from distckpt.run.saving import SaveReport, now, plain_metrics, save_and_publish
+from distckpt.run.publish import SaveReport, now, plain_metrics, save_and_publish
 from distckpt.run.source import foreign_root, load_source
-from distckpt.save.image import Arena
-from distckpt.save.save import Request
+from distckpt.saving.image import Arena
+from distckpt.saving.save import Request
 
 if TYPE_CHECKING:
     import os
     from collections.abc import Callable, Iterator, Mapping
 
     from distckpt.comm import Comm
-    from distckpt.load.report import LoadReport
+    from distckpt.loading.report import LoadReport
     from distckpt.state import State
     from distckpt.store.base import Store
 

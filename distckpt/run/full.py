@@ -30,9 +30,9 @@ from distckpt.format.box import Box, Part, Run
 from distckpt.format.datafile import DATA_ALIGNMENT
 from distckpt.format.dtype import DTYPE_OF_TAG, item_size, stored_as
 from distckpt.format.objects import TensorRef
-from distckpt.save.agree import agree
-from distckpt.save.divide import divide
-from distckpt.save.image import own_chunks
+from distckpt.saving.agree import agree
+from distckpt.saving.divide import divide
+from distckpt.saving.image import own_chunks
 from distckpt.state import Shard, State, as_bytes, part_of, torch_dtype
 from distckpt.statedict import insert, is_extra_state
 from distckpt.store.local import LocalStore
@@ -47,7 +47,7 @@ if TYPE_CHECKING:
     from distckpt.comm import Comm
     from distckpt.format.box import Region
     from distckpt.format.partition import Partition
-    from distckpt.save.agree import Agreed, Agreement
+    from distckpt.saving.agree import Agreed, Agreement
 
 WINDOW = 16 << 20
 """Bytes sent at once."""

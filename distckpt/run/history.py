@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 from distckpt.errors import Corrupt, FormatError, KeyMissing, NewerFormat, NotACheckpoint, RunConflict
 from distckpt.format.layout import COMMIT, REGISTRY, StepDir, attempt_of, pointer_file
-from distckpt.load.open import Checkpoint, open_checkpoint
+from distckpt.loading.open import Checkpoint, open_checkpoint
 from distckpt.run.launches import counts, read_launches
-from distckpt.save.commit import (
+from distckpt.saving.commit import (
     Attempt,
     acked_ranks,
     commit,

@@ -16,7 +16,7 @@ from distckpt.errors import FormatError, RunConflict, StateWarning, StoreError, 
 from distckpt.format.layout import COMMIT, StepDir
 from distckpt.run.history import History
 from distckpt.run.launches import read_launches
-from distckpt.save.commit import is_committed
+from distckpt.saving.commit import is_committed
 from distckpt.store.local import LocalStore, local_path
 
 if TYPE_CHECKING:

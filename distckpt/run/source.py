@@ -15,10 +15,10 @@ from distckpt.comm import together
 from distckpt.errors import Mismatch, NotACheckpoint, StateWarning
 from distckpt.foreign.open import KINDS, holds_foreign, open_foreign
 from distckpt.format.layout import COMMIT, StepDir
-from distckpt.load.load import load
-from distckpt.load.open import Checkpoint, open_checkpoint
+from distckpt.loading.load import load
+from distckpt.loading.open import Checkpoint, open_checkpoint
+from distckpt.run.choose import Search, load_newest, loaded_whole, mark
 from distckpt.run.history import History
-from distckpt.run.loading import Search, load_newest, loaded_whole, mark
 from distckpt.store.local import LocalStore
 
 if TYPE_CHECKING:
@@ -26,9 +26,9 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from distckpt.comm import Comm
-    from distckpt.load.plan import Options
-    from distckpt.load.report import LoadReport
-    from distckpt.run.loading import Loadable
+    from distckpt.loading.plan import Options
+    from distckpt.loading.report import LoadReport
+    from distckpt.run.choose import Loadable
     from distckpt.store.base import Store
 
 _RUN, _STEP, _FOREIGN = b"run", b"step", b"foreign"

@@ -23,7 +23,7 @@ from distckpt.foreign.torch_write import torch_sink
 from distckpt.format import manifest
 from distckpt.format.checksum import digest
 from distckpt.format.layout import StepDir
-from distckpt.load.stream import ROOM
+from distckpt.loading.stream import ROOM
 from distckpt.run.history import History
 from distckpt.run.launches import read_launches
 from distckpt.run.source import open_source

@@ -14,9 +14,9 @@ from distckpt.format.box import Box
 from distckpt.format.checksum import digest
 from distckpt.format.layout import COMMIT, chunk_name, data_file, object_file
 from distckpt.format.manifest import FileInfo, ObjectInfo
-from distckpt.load.stream import Stretch, stream
-from distckpt.run.saving import now
-from distckpt.save.image import MODEL_LEAD, Arena, ImageStream
+from distckpt.loading.stream import Stretch, stream
+from distckpt.run.publish import now
+from distckpt.saving.image import MODEL_LEAD, Arena, ImageStream
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

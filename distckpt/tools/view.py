@@ -15,10 +15,10 @@ from distckpt.format.box import Box
 from distckpt.format.dtype import ITEM_SIZE
 from distckpt.format.layout import chunk_name
 from distckpt.format.partition import Copies, Grid, Pieces, Split
-from distckpt.load.open import Checkpoint
-from distckpt.load.stream import Stretch, stream
-from distckpt.save.agree import Agreed
-from distckpt.save.divide import divide
+from distckpt.loading.open import Checkpoint
+from distckpt.loading.stream import Stretch, stream
+from distckpt.saving.agree import Agreed
+from distckpt.saving.divide import divide
 from distckpt.state import Layout
 from distckpt.statedict import is_optimizer_object, parameters_of, references, state_of
 

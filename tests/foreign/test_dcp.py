@@ -22,8 +22,8 @@ from distckpt import Checkpointer, TrainState
 from distckpt.errors import Corrupt, FormatError, Mismatch, NotACheckpoint, StateWarning, Unsupported
 from distckpt.foreign.open import open_foreign
 from distckpt.format.box import Box
-from distckpt.load.plan import Item
-from distckpt.load.read import read
+from distckpt.loading.plan import Item
+from distckpt.loading.read import read
 from distckpt.state import Shard
 from tests import layouts, ranks
 

@@ -67,8 +67,8 @@ def on_threads(size, fn):
 
 
 def test_the_functions_are_the_package_s_whatever_subpackages_are_imported():
-    import distckpt.load.load
-    import distckpt.save.save
+    import distckpt.loading.load
+    import distckpt.saving.save
     from distckpt import load, save
 
     assert distckpt.save is save

@@ -9,7 +9,7 @@ import pytest
 from distckpt import Checkpointer
 from distckpt.errors import FormatError, NotACheckpoint, RunConflict, StateWarning, StoreError
 from distckpt.format.layout import StepDir
-from distckpt.load.open import open_checkpoint
+from distckpt.loading.open import open_checkpoint
 from distckpt.store.local import LocalStore
 from distckpt.store.memory import MemoryStore
 from tests import layouts

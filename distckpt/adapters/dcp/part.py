@@ -16,7 +16,7 @@ from distckpt.format.box import Box
 from distckpt.format.checksum import crc_of, digest
 from distckpt.format.layout import chunk_name, data_file
 from distckpt.format.manifest import FileInfo
-from distckpt.save.image import Arena, ImageStream, build, live
+from distckpt.saving.image import Arena, ImageStream, build, live
 from distckpt.state import as_bytes, plain
 from distckpt.statedict import extract, is_extra_state
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem
 
     from distckpt.format.box import Shape
-    from distckpt.save.commit import Attempt
+    from distckpt.saving.commit import Attempt
     from distckpt.store.base import Store
 
 _ARENA = 8 << 20

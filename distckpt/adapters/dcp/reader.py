@@ -30,11 +30,11 @@ from distckpt.errors import Mismatch, NotACheckpoint
 from distckpt.format.box import Box, parts
 from distckpt.format.objects import TensorRef
 from distckpt.format.partition import Copies
-from distckpt.load.open import open_checkpoint
-from distckpt.load.plan import items_of
-from distckpt.load.read import read
-from distckpt.load.shared import refuse_shared
-from distckpt.run.loading import Search, look_for
+from distckpt.loading.open import open_checkpoint
+from distckpt.loading.plan import items_of
+from distckpt.loading.read import read
+from distckpt.loading.shared import refuse_shared
+from distckpt.run.choose import Search, look_for
 from distckpt.run.place import place
 from distckpt.state import Shard, torch_dtype
 from distckpt.statedict import insert, references
@@ -46,8 +46,8 @@ if TYPE_CHECKING:
 
     from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
 
-    from distckpt.load.open import Checkpoint
-    from distckpt.load.plan import Item
+    from distckpt.loading.open import Checkpoint
+    from distckpt.loading.plan import Item
 
 
 class StorageReader(storage.StorageReader):

@@ -27,10 +27,10 @@ from distckpt.errors import StoreError, Unsupported
 from distckpt.format.checksum import digest
 from distckpt.format.layout import StepDir, ack_file, attempt_of, data_file, object_file
 from distckpt.format.manifest import Manifest, ObjectInfo
-from distckpt.load.open import Checkpoint
+from distckpt.loading.open import Checkpoint
 from distckpt.run.place import Place, place
-from distckpt.run.saving import now, publish
-from distckpt.save.commit import Attempt, abandon, commit_when_acked, remove_acks, write_ack
+from distckpt.run.publish import now, publish
+from distckpt.saving.commit import Attempt, abandon, commit_when_acked, remove_acks, write_ack
 from distckpt.store.base import write_all
 from distckpt.store.local import local_path
 

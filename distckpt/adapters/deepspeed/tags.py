@@ -18,13 +18,13 @@ from distckpt.comm import exchange, together
 from distckpt.errors import Corrupt, Mismatch, NotACheckpoint, StateWarning, Unsupported
 from distckpt.format.checksum import digest
 from distckpt.format.layout import COMMIT
-from distckpt.load.plan import Options
+from distckpt.loading.plan import Options
+from distckpt.run.choose import Search, load_newest
 from distckpt.run.direct import save_to
 from distckpt.run.history import History
-from distckpt.run.loading import Search, load_newest
 from distckpt.run.place import place
 from distckpt.run.trainstate import TrainState
-from distckpt.save.image import Arena
+from distckpt.saving.image import Arena
 from distckpt.state import State
 from distckpt.store.base import write_all
 from distckpt.store.local import LocalStore

@@ -18,7 +18,7 @@ from distckpt.errors import Unsupported
 from distckpt.format.box import Run
 from distckpt.format.layout import StepDir
 from distckpt.format.partition import Grid, Pieces, divided
-from distckpt.load.open import open_checkpoint
+from distckpt.loading.open import open_checkpoint
 from distckpt.store.local import LocalStore
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is (disabled|unavailable)")

@@ -15,7 +15,7 @@ import distckpt
 from distckpt.adapters.dcp import StorageReader, StorageWriter
 from distckpt.format.layout import StepDir
 from distckpt.format.partition import Grid
-from distckpt.load.open import open_checkpoint
+from distckpt.loading.open import open_checkpoint
 from distckpt.store.local import LocalStore
 from tests import layouts, ranks
 from tests.products.test_state_dicts import build, state_dict

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 from distckpt.comm import exchange, together
 from distckpt.errors import Mismatch
-from distckpt.load.plan import Options, Plan, listed, plan, refuse_unexpected
-from distckpt.load.read import equal, read, refuse_damaged
-from distckpt.load.report import LoadReport
-from distckpt.load.shared import refuse_shared
+from distckpt.loading.plan import Options, Plan, listed, plan, refuse_unexpected
+from distckpt.loading.read import equal, read, refuse_damaged
+from distckpt.loading.report import LoadReport
+from distckpt.loading.shared import refuse_shared
 from distckpt.state import Saved
 from distckpt.statedict import references
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from distckpt.comm import Comm
-    from distckpt.load.open import Checkpoint
+    from distckpt.loading.open import Checkpoint
     from distckpt.state import State, Stateful
 
 

@@ -21,7 +21,7 @@ from distckpt.format import partition
 from distckpt.format.box import Run
 from distckpt.format.checksum import DIGEST_SIZE, crc_of, digest
 from distckpt.format.partition import Copies, FlatEven, Grid, Pieces, Split
-from distckpt.save.objects import encoded, of_rank, share
+from distckpt.saving.objects import encoded, of_rank, share
 from distckpt.state import Everywhere, Layout, Listed, RankObject, State, as_bytes
 
 if TYPE_CHECKING:

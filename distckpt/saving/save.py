@@ -16,8 +16,8 @@ from distckpt.errors import RanksMissing, StoreError
 from distckpt.format.checksum import digest
 from distckpt.format.layout import StepDir, ack_file, data_file, object_file
 from distckpt.format.manifest import FileInfo, Manifest, ObjectInfo, TensorInfo
-from distckpt.save.agree import agree
-from distckpt.save.commit import (
+from distckpt.saving.agree import agree
+from distckpt.saving.commit import (
     Attempt,
     abandon,
     commit_when_acked,
@@ -25,8 +25,8 @@ from distckpt.save.commit import (
     write_ack,
     write_refusal,
 )
-from distckpt.save.divide import divide
-from distckpt.save.image import ImageStream, build, live, own_chunks
+from distckpt.saving.divide import divide
+from distckpt.saving.image import ImageStream, build, live, own_chunks
 from distckpt.store.base import write_all
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
     from distckpt.comm import Comm
     from distckpt.format.partition import Partition
-    from distckpt.save.agree import Agreement
+    from distckpt.saving.agree import Agreement
     from distckpt.state import State
     from distckpt.store.base import Store
 

@@ -14,15 +14,15 @@ from typing import TYPE_CHECKING, Protocol
 from distckpt.comm import exchange, together
 from distckpt.errors import Corrupt, FormatError, NewerFormat, NotACheckpoint, StateWarning
 from distckpt.format.layout import StepDir
-from distckpt.load.load import load
-from distckpt.load.open import Checkpoint, open_checkpoint
+from distckpt.loading.load import load
+from distckpt.loading.open import Checkpoint, open_checkpoint
 from distckpt.state import Stateful
 
 if TYPE_CHECKING:
     from distckpt.comm import Comm
     from distckpt.errors import DistckptError
-    from distckpt.load.plan import Options
-    from distckpt.load.report import LoadReport
+    from distckpt.loading.plan import Options
+    from distckpt.loading.report import LoadReport
     from distckpt.run.history import History
 
 _STEP = 8  # bytes of a step in a message

@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING
 import torch
 
 from distckpt.errors import Mismatch
-from distckpt.load.read import read
+from distckpt.loading.read import read
 from distckpt.state import Shard, as_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from distckpt.load.open import Checkpoint
-    from distckpt.load.plan import Item
+    from distckpt.loading.open import Checkpoint
+    from distckpt.loading.plan import Item
 
 
 def refuse_shared(checkpoint: Checkpoint, items: Iterable[Item]) -> None:

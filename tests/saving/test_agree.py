@@ -17,8 +17,8 @@ from distckpt.comm import ThreadComm
 from distckpt.errors import Mismatch
 from distckpt.format import manifest
 from distckpt.format.partition import Copies, Grid, Split
-from distckpt.save.agree import Agreed
-from distckpt.save.divide import divide
+from distckpt.saving.agree import Agreed
+from distckpt.saving.divide import divide
 from distckpt.state import Layout
 from distckpt.store.memory import MemoryStore
 from tests import layouts, ranks

@@ -18,7 +18,7 @@ from distckpt.state import Layout, Listed
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from distckpt.save.agree import Agreed
+    from distckpt.saving.agree import Agreed
 
 SLICE_BYTES = 16 << 10
 """A cell of at least this many bytes a replica is sliced between its replicas."""

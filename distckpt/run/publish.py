@@ -8,8 +8,8 @@ from datetime import datetime, timezone
 from typing import TYPE_CHECKING, Any
 
 from distckpt.errors import FormatError, RunConflict, StateWarning, StoreError, Unsupported
-from distckpt.load.open import Checkpoint
-from distckpt.save.save import Committed, Request, save
+from distckpt.loading.open import Checkpoint
+from distckpt.saving.save import Committed, Request, save
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping

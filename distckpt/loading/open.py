@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from distckpt.format.datafile import Stored
     from distckpt.format.manifest import Manifest
-    from distckpt.load.plan import Item
+    from distckpt.loading.plan import Item
     from distckpt.store.base import Store
 
 

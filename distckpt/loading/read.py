@@ -19,15 +19,15 @@ from distckpt.format.box import Box, overlaps, spans, strides
 from distckpt.format.checksum import BLOCK
 from distckpt.format.layout import fqn_of
 from distckpt.format.partition import Copies
-from distckpt.load.plan import items_of
+from distckpt.loading.plan import items_of
 from distckpt.state import Shard, as_bytes, is_plain_memory, part_of, torch_dtype
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
     from distckpt.format.datafile import Stored
-    from distckpt.load.open import Checkpoint, DataFile
-    from distckpt.load.plan import Item
+    from distckpt.loading.open import Checkpoint, DataFile
+    from distckpt.loading.plan import Item
 
 WINDOW = 16 << 20
 """Bytes of a file that one read covers at most, in whole blocks."""

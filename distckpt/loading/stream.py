@@ -12,15 +12,15 @@ import torch
 
 from distckpt.format.box import Box, Run, parts
 from distckpt.format.layout import chunk_name
-from distckpt.load.plan import Item
-from distckpt.load.read import read
+from distckpt.loading.plan import Item
+from distckpt.loading.read import read
 from distckpt.state import Shard, as_bytes, torch_dtype
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
     from distckpt.format.box import Region
-    from distckpt.load.open import Checkpoint
+    from distckpt.loading.open import Checkpoint
 
 ROOM = 8 << 20
 """Bytes read at once."""
