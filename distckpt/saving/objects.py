@@ -80,7 +80,21 @@ def _join(a: Any, b: Any, joins: str, key: str = "") -> Any:
             return [*a, *(member for member in b if member not in a)]
         if len(a) == len(b):
             return [_join(x, y, joins) for x, y in zip(a, b, strict=True)]
+        if all(isinstance(item, dict) and isinstance(item.get(joins), list) for item in [*a, *b]):
+            some, more = sorted((a, b), key=len)
+            return _join_groups(some, more, joins)
     raise ValueError(f"{a!r:.50} and {b!r:.50}")
+
+
+def _join_groups(some: list[dict[str, Any]], more: list[dict[str, Any]], joins: str) -> list[dict[str, Any]]:
+    """Groups of two parts, one of which lacks some. ValueError where it has one that the other has not."""
+    whole = list(more)
+    for group in some:
+        same = (i for i, other in enumerate(whole) if {**other, joins: group[joins]} == group)
+        if (i := next(same, None)) is None:
+            raise ValueError(f"{group!r:.50} is no group of {more!r:.50}")
+        whole[i] = _join(whole[i], group, joins)
+    return whole
 
 
 def _tagged(value: dict[str, Any]) -> bool:

@@ -56,7 +56,8 @@ def optimizer_of(engine: Any) -> Any:
 
 def describe(engine: Any) -> str:
     """How an engine is parallel, in words."""
-    return f"DeepSpeed ZeRO-{int(engine.zero_optimization_stage())}, {type(owner_of(engine)).__name__}"
+    said = f"DeepSpeed ZeRO-{int(engine.zero_optimization_stage())}, {type(owner_of(engine)).__name__}"
+    return f"{said}, a pipeline of {engine.num_stages} stages" if engine.pipeline_parallelism else said
 
 
 def check(engine: Any) -> None:
@@ -67,6 +68,13 @@ def check(engine: Any) -> None:
     for lies, what, instead in _REFUSED:
         if lies(engine, owner):
             raise Unsupported(f"a DeepSpeed engine with {what} cannot be saved or loaded: {instead}")
+
+
+def _tensor_parallel(engine: Any) -> int:
+    """Ranks that share out each tensor. To DeepSpeed the stages of a pipeline are model parallel, too."""
+    if engine.pipeline_parallelism:
+        return int(private(engine, "grid").get_slice_parallel_world_size())
+    return int(private(engine, "mp_world_size"))
 
 
 def _has(owner: Any, name: str) -> bool:
@@ -91,7 +99,7 @@ _REFUSED = (
     ),
     (lambda _, owner: _has(owner, "zenflow"), "ZenFlow", "turn it off"),
     (
-        lambda engine, _: private(engine, "mp_world_size") > 1,
+        lambda engine, _: _tensor_parallel(engine) > 1,
         "tensor parallelism",
         "its ranks hold different tensors under one name; use FSDP2 with tensor parallelism",
     ),
@@ -99,11 +107,6 @@ _REFUSED = (
         lambda engine, _: _has(engine, "has_moe_layers"),
         "MoE layers",
         "its ranks hold different experts under one name",
-    ),
-    (
-        lambda engine, _: _has(engine, "pipeline_parallelism"),
-        "pipeline parallelism",
-        "its stages hold tied weights at different places of their flat buffers",
     ),
 )
 """(whether an engine is so, what it has, what to do)."""

@@ -21,6 +21,7 @@ from torch.distributed import get_process_group_ranks, get_rank
 
 from distckpt.adapters.flat import FlatSlot, Ranks
 from distckpt.adapters.zero.engine import owner_of, private
+from distckpt.adapters.zero.stages import TiedSlot, copies
 from distckpt.errors import Unsupported
 from distckpt.format.box import Run
 from distckpt.format.partition import FlatEven
@@ -58,7 +59,7 @@ def in_group_order(engine: Any) -> dict[int, int]:
     return {id(p): i for i, p in enumerate(p for group in groups for p in group)}
 
 
-def found_in(engine: Any) -> dict[int, FlatSlot | torch.Tensor]:
+def found_in(engine: Any) -> dict[int, FlatSlot | TiedSlot | torch.Tensor]:
     """Where each parameter has its master, by the parameter's id; those of which it is the parameter are not in it."""
     owner = owner_of(engine)
     if hasattr(owner, "fp32_partitioned_groups_flat"):
@@ -74,10 +75,14 @@ def found_in(engine: Any) -> dict[int, FlatSlot | torch.Tensor]:
         pieces = ((p, copy) for group, copies in pairs for p, copy in zip(group, copies, strict=True))
     else:
         pieces = iter(())
-    found = {id(parameter): slot for parameter, slot in pieces}
+    found: dict[int, FlatSlot | TiedSlot | torch.Tensor] = {id(parameter): slot for parameter, slot in pieces}
     for parameter in engine.module.parameters():
         if id(parameter) not in found and hasattr(parameter, "ds_tensor"):
             found[id(parameter)] = _frozen(parameter)
+    for parameter, saved_by in copies(engine):
+        slot = found.get(id(parameter))
+        if isinstance(slot, FlatSlot) and slot.sharded:
+            found[id(parameter)] = TiedSlot(slot, saved_by)
     return found
 
 
