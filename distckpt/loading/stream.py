@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from distckpt.format.box import Region
     from distckpt.loading.open import Checkpoint
 
-ROOM = 8 << 20
-"""Bytes read at once."""
+ROOM = 24 << 20
+"""Bytes read at once: many, as a block that two reads share is read twice."""
 
 _ALIGNMENT = 16
 

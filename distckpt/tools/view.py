@@ -17,9 +17,6 @@ from distckpt.format.layout import chunk_name
 from distckpt.format.partition import Copies, Grid, Pieces, Split
 from distckpt.loading.open import Checkpoint
 from distckpt.loading.stream import Stretch, stream
-from distckpt.saving.agree import Agreed
-from distckpt.saving.divide import divide
-from distckpt.state import Layout
 from distckpt.statedict import is_optimizer_object, parameters_of, references, state_of
 
 if TYPE_CHECKING:
@@ -126,13 +123,8 @@ class View(Checkpoint):
         infos = {live: self._cast(live, self._source.manifest.tensors[saved]) for live, saved in self._saved.items()}
         if self._change.files is None:
             return {live: replace(i, partition=self._at_home(i.partition)) for live, i in infos.items()}
-        split = (Split(self._change.files, 1),) if self._change.files > 1 else ()
-        wanted = {
-            live: Agreed(i.shape, i.dtype, Layout(Grid(i.shape, ((),) * len(i.shape), 0), split))
-            for live, i in infos.items()
-            if not isinstance(i.partition, Copies)
-        }
-        partitions = divide(wanted)
+        wanted = {live: i for live, i in infos.items() if not isinstance(i.partition, Copies)}
+        partitions = _dealt(wanted, self._change.files)
         return {live: replace(i, partition=partitions.get(live, i.partition)) for live, i in infos.items()}
 
     def _at_home(self, partition: Partition) -> Partition:
@@ -190,6 +182,33 @@ class View(Checkpoint):
     def verify_all(self) -> None:
         """Check what reading does not check, of all that is kept. Corrupt."""
         self.base.verify((file, name) for fqn in self._saved for file, name in _chunks(self.base, self.saved_name(fqn)))
+
+
+def _dealt(infos: Mapping[str, TensorInfo], files: int) -> dict[str, Partition]:
+    """Partition over `files` files of about the same bytes. Whole tensors that lie beside each other stay together, as
+    every cut costs its reader parts of blocks; only one that is most of a file's share is cut.
+    """  # noqa: D205
+    sizes = {fqn: prod(i.shape) * ITEM_SIZE[i.dtype] for fqn, i in infos.items()}
+    total = sum(sizes.values())
+    found: dict[str, Partition] = {}
+    for fqn, info in infos.items():
+        shape = info.shape
+        longest = max(range(len(shape)), key=lambda d: shape[d], default=None)
+        if files > 1 and longest is not None and 2 * files * sizes[fqn] > total and shape[longest] >= files:
+            splits = tuple((Split(files, 1),) if d == longest else () for d in range(len(shape)))
+            found[fqn] = Grid(shape, splits, 0)
+    rest = sum(sizes[fqn] for fqn in infos if fqn not in found)
+    position = 0
+    for fqn in sorted(infos.keys() - found.keys(), key=lambda n: (-ITEM_SIZE[infos[n].dtype], not _of_model(n), n)):
+        shape = infos[fqn].shape
+        middle = position + sizes[fqn] // 2
+        found[fqn] = Grid(shape, ((),) * len(shape), min(files - 1, middle * files // max(1, rest)))
+        position += sizes[fqn]
+    return found
+
+
+def _of_model(fqn: str) -> bool:
+    return fqn.startswith("model.")
 
 
 def _chunks(checkpoint: Checkpoint, fqn: str) -> Iterator[tuple[int, str]]:
