@@ -22,11 +22,17 @@ if TYPE_CHECKING:
 OWN_FLAGS = {"params", "param_names", "foreach", "fused", "capturable", "differentiable"}
 """Keys of a group that say how this process computes, not what: they stay the live optimizer's own."""
 
+_OF_EXPERTS = {"moe", "name"}
+"""Keys by which DeepSpeed tells which ranks share the experts of a group: they stay the live optimizer's own."""
+
 
 def described(optimizer: Optimizer, slots: Sequence[Named], prefix: str) -> list[dict[str, Any]]:
     """Groups as the checkpoint has them."""
+    left = {"params", "param_names"}
+    if any("moe" in group for group in optimizer.param_groups):
+        left |= _OF_EXPERTS
     groups = [
-        {k: _plain(v, k, prefix) for k, v in group.items() if k not in {"params", "param_names"}} | {"params": []}
+        {k: _plain(v, k, prefix) for k, v in group.items() if k not in left} | {"params": []}
         for group in optimizer.param_groups
     ]
     for fqn, _, g in slots:

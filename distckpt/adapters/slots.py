@@ -14,11 +14,11 @@ from torch.nn.parallel import DistributedDataParallel
 
 from distckpt.adapters import dtensor, fsdp1, tensors
 from distckpt.adapters.zero import engine as engines
-from distckpt.adapters.zero import flats
+from distckpt.adapters.zero import experts, flats
 from distckpt.adapters.zero import refresh as zero
 
 if TYPE_CHECKING:
-    from collections.abc import Hashable, Iterator, Mapping
+    from collections.abc import Callable, Hashable, Iterator, Mapping
 
     from torch import nn
 
@@ -130,6 +130,12 @@ def clean(name: str) -> str:
     return name
 
 
+def naming(module: nn.Module) -> Callable[[str], str]:
+    """What gives the fqn, equal on every rank, for a name that torch gives in the bare module."""
+    of_experts = experts.naming(bare(module))
+    return lambda name: clean(of_experts(name))
+
+
 def keeps_replicas_equal(module: nn.Module) -> bool:
     """Whether DDP or DeepSpeed keeps plain parameters equal on all ranks.
 
@@ -140,17 +146,17 @@ def keeps_replicas_equal(module: nn.Module) -> bool:
 
 def named_slots(module: nn.Module) -> Iterator[tuple[str, Slot]]:
     """(fqn, slot) of every parameter of a model, tied ones under each of their names."""
-    trusted = keeps_replicas_equal(module)
+    trusted, named = keeps_replicas_equal(module), naming(module)
     if engines.is_engine(module):
         yield from _slots_of_engine(module)
         return
     flat: set[int] = set()
     for name, slot, parameters in fsdp1.slots(bare(module)):
         flat.update(map(id, parameters))
-        yield clean(name), slot
+        yield named(name), slot
     for name, parameter in bare(module).named_parameters(remove_duplicate=False):
         if id(parameter) not in flat:
-            yield clean(name), OwnSlot(parameter, trusted=trusted)
+            yield named(name), OwnSlot(parameter, trusted=trusted)
 
 
 def _slots_of_engine(engine: nn.Module) -> Iterator[tuple[str, Slot]]:
@@ -160,10 +166,10 @@ def _slots_of_engine(engine: nn.Module) -> Iterator[tuple[str, Slot]]:
     """
     engines.check(engine)
     found, places = flats.found_in(engine), flats.in_group_order(engine)
-    named = bare(engine).named_parameters(remove_duplicate=False)
-    for name, parameter in sorted(named, key=lambda item: places.get(id(item[1]), len(places))):
+    parameters, named = bare(engine).named_parameters(remove_duplicate=False), naming(engine)
+    for name, parameter in sorted(parameters, key=lambda item: places.get(id(item[1]), len(places))):
         master = found.get(id(parameter), parameter)
-        yield clean(name), OwnSlot(master, trusted=True) if isinstance(master, torch.Tensor) else master
+        yield named(name), OwnSlot(master, trusted=True) if isinstance(master, torch.Tensor) else master
 
 
 def slots_of(models: Mapping[str, nn.Module]) -> Iterator[tuple[str, Slot]]:
@@ -175,16 +181,18 @@ def slots_of(models: Mapping[str, nn.Module]) -> Iterator[tuple[str, Slot]]:
 
 def named_buffers(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     """(fqn, buffer) of every persistent buffer."""
+    named = naming(module)
     for lead, owner in bare(module).named_modules(remove_duplicate=False):
         for name, buffer in owner.named_buffers(recurse=False, remove_duplicate=False):
             if name not in owner._non_persistent_buffers_set:
-                yield clean(f"{lead}.{name}" if lead else name), buffer
+                yield named(f"{lead}.{name}" if lead else name), buffer
 
 
 def named_modules(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """(fqn, module) of every module but wrappers, each once."""
+    named = naming(module)
     for name, owner in bare(module).named_modules():
-        yield clean(name + ".").removesuffix("."), owner
+        yield named(name + ".").removesuffix("."), owner
 
 
 def gather_nothing(module: nn.Module) -> None:

@@ -6,7 +6,7 @@ import torch
 
 from distckpt import Checkpointer, TrainState
 from tests import deepspeeds
-from tests.layouts import quiet
+from tests.layouts import _region, quiet
 
 
 class Lion(torch.optim.Optimizer):
@@ -66,3 +66,23 @@ def resumed(root, engine, **options):
 def saved(root, engine, step=2):
     with Checkpointer(root, timeout=20) as checkpointer:
         checkpointer.save(step, TrainState(model=engine, rng=False), check_replicas=True)
+
+
+def captured(engine):
+    """What this rank holds of each tensor."""
+    tensors = TrainState(model=engine, rng=False).capture().tensors
+    return {f: (t.shape, [(s.region, s.tensor.clone()) for s in t.shards]) for f, t in tensors.items()}
+
+
+def joined(of_ranks):
+    """Whole tensors of what ranks hold; what several hold must be equal."""
+    whole = {}
+    for of_rank in of_ranks:
+        for fqn, (shape, shards) in of_rank.items():
+            tensor = whole.setdefault(fqn, torch.full(shape, float("nan")))
+            for region, part in shards:
+                place = _region(tensor, region)
+                assert place.isnan().all() or torch.equal(place, part.view(place.shape)), fqn
+                place.copy_(part.view(place.shape))
+    assert not any(t.isnan().any() for t in whole.values())
+    return whole

@@ -9,8 +9,8 @@ from torch import nn
 from distckpt import Checkpointer, TrainState, comm
 from distckpt.errors import Unsupported
 from tests import deepspeeds, ranks
-from tests.adapters.engines import OPTIMIZERS, assert_equal, held, resumed, saved
-from tests.layouts import _region, quiet
+from tests.adapters.engines import OPTIMIZERS, assert_equal, captured, held, joined, resumed, saved
+from tests.layouts import quiet
 
 
 class Normed(nn.Module):
@@ -106,40 +106,21 @@ def test_a_pipeline_resumed_with_the_same_setup_is_the_uninterrupted_run_bit_for
 # -- other topologies -----------------------------------------------------------------------------------------------------
 
 
-def _captured(engine):
-    tensors = TrainState(model=engine, rng=False).capture().tensors
-    return {f: (t.shape, [(s.region, s.tensor.clone()) for s in t.shards]) for f, t in tensors.items()}
-
-
-def _joined(of_ranks):
-    """Whole tensors of what ranks hold; what several hold must be equal."""
-    whole = {}
-    for captured in of_ranks:
-        for fqn, (shape, shards) in captured.items():
-            tensor = whole.setdefault(fqn, torch.full(shape, float("nan")))
-            for region, part in shards:
-                place = _region(tensor, region)
-                assert place.isnan().all() or torch.equal(place, part.view(place.shape)), fqn
-                place.copy_(part.view(place.shape))
-    assert not any(t.isnan().any() for t in whole.values())
-    return whole
-
-
 def _save(root, stages):
     engine = made(stages, 1, "fp32", strided=stages > 1)
     train(engine, 0, 2)
     saved(root, engine)
-    captured = _captured(engine)
+    found = captured(engine)
     x = torch.arange(30).view(6, 5) % 13
     parts = x.chunk(2)
     loss = engine.eval_batch(iter([(part, (part + 1) % 13) for part in parts]))
-    return captured, train(engine, 2, 4), loss.item()
+    return found, train(engine, 2, 4), loss.item()
 
 
 def _load(root, stages, zero):
     engine = made(stages, zero, "fp32", seed=7)
     report = resumed(root, engine)
-    return _captured(engine), train(engine, 2, 4), report.notes
+    return captured(engine), train(engine, 2, 4), report.notes
 
 
 @pytest.fixture(scope="module")
@@ -153,8 +134,8 @@ def told(root):
 
 
 def _same_state_goes_on(told, others):
-    assert _joined(c for c, _, _ in told).keys() == (wanted := _joined(c for c, _, _ in others)).keys()
-    assert all(torch.equal(t, wanted[f]) for f, t in _joined(c for c, _, _ in told).items())
+    assert joined(c for c, _, _ in told).keys() == (wanted := joined(c for c, _, _ in others)).keys()
+    assert all(torch.equal(t, wanted[f]) for f, t in joined(c for c, _, _ in told).items())
     assert others[0][1] == pytest.approx(told[0][1], rel=1e-5)
 
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 from distckpt import comm as comms
+from distckpt.adapters.slots import naming
 from distckpt.adapters.zero.engine import model_of
 from distckpt.comm import exchange, together
 from distckpt.errors import Corrupt, Mismatch, NotACheckpoint, StateWarning, Unsupported
@@ -187,7 +188,8 @@ class Tags:
 
 
 def _without_frozen(state: State, engine: Any) -> State:
-    frozen = {f"model.{name}" for name, p in model_of(engine).named_parameters() if not p.requires_grad}
+    named = naming(engine)
+    frozen = {f"model.{named(name)}" for name, p in model_of(engine).named_parameters() if not p.requires_grad}
     kept = {fqn: tensor for fqn, tensor in state.tensors.items() if fqn not in frozen}
     aliases = {alias: fqn for alias, fqn in state.aliases.items() if fqn not in frozen}
     return State(kept, aliases, state.objects)

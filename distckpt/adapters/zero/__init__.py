@@ -8,6 +8,7 @@ with `round_robin_gradients` they are scrambled.
     engine.py      what an engine is, which parts of it there are, which setups cannot be saved
     flats.py       its parameters as slots
     stages.py      weights that several stages of a pipeline use
+    experts.py     names of experts, of which each rank has some
     refresh.py     working weights from masters that a load has filled
     counters.py    steps, samples, loss scale
 """

@@ -104,9 +104,14 @@ _REFUSED = (
         "its ranks hold different tensors under one name; use FSDP2 with tensor parallelism",
     ),
     (
-        lambda engine, _: _has(engine, "has_moe_layers"),
-        "MoE layers",
-        "its ranks hold different experts under one name",
+        lambda engine, _: len(private(engine, "moe_layers")) < len(private(engine, "num_experts")),
+        "MoE layers that DeepSpeed put in (AutoEP)",
+        "its ranks hold different experts under one name; use deepspeed.moe.layer.MoE",
+    ),
+    (
+        lambda engine, _: _has(engine, "has_moe_layers") and engine.pipeline_parallelism,
+        "MoE layers in a pipeline",
+        "use one of the two",
     ),
 )
 """(whether an engine is so, what it has, what to do)."""
