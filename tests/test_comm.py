@@ -13,7 +13,7 @@ from distckpt import comm
 from distckpt.comm import MAX_PAYLOAD, ThreadComm, exchange, together
 from distckpt.errors import Corrupt, RankFailed, RanksMissing
 from tests import ranks
-from tests.saveing.test_agree import on_threads
+from tests.saving.test_agree import on_threads
 
 
 def test_together_returns_every_ranks_result_by_rank():
