@@ -176,7 +176,7 @@ def _offloaded(root):
 
 
 def test_parameters_offloaded_to_the_cpu_are_saved(tmp_path):
-    """Of a model that has not trained yet: FSDP1 trains with offloading on an accelerator only (tests/gpu)."""
+    """Of a model that has not trained yet: FSDP1 trains with offloading on an accelerator only."""
     ranks.run(2, _offloaded, str(tmp_path))
 
 
