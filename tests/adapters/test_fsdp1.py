@@ -352,48 +352,27 @@ def test_states_that_are_not_elementwise_are_kept_and_not_resharded(tmp_path):
     assert "model.emb.weight" in ranks.run(1, _model_alone, str(tmp_path))[0]
 
 
-def _low_bit(root, save):
-    from torchao.optim import AdamW8bit
-
-    torch.manual_seed(0)
-    model = shard(nn.Sequential(nn.Linear(128, 128, bias=False)))
-    optimizer = AdamW8bit(model.parameters(), lr=0.01)
-    state = TrainState(model=model, optimizer=optimizer, rng=False)
-    x = torch.randn(4, 128, generator=torch.Generator().manual_seed(1))
-
-    def train():
-        model(x).square().mean().backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-    if save:
-        train()
-        with Checkpointer(root, timeout=20) as checkpointer:
-            checkpointer.save(1, state)
-        train()
-        wanted = [p.detach().clone() for p in model.parameters()]
-        with Checkpointer(root, timeout=20) as checkpointer:
-            checkpointer.resume(state)
-        train()
-        return all(torch.equal(a, b) for a, b in zip(wanted, model.parameters(), strict=True))
-    with Checkpointer(root, timeout=20) as checkpointer, quiet():
-        return ranks.expect_error(lambda: checkpointer.load(state), Mismatch)
-
-
-def test_blocks_of_8_bit_states_are_kept_where_the_layout_is_unchanged_and_refused_where_it_is_not(tmp_path):
-    assert ranks.run(2, _low_bit, str(tmp_path), True) == [True, True]
-    assert "optim.0.weight.exp_avg: is not laid out" in ranks.run(3, _low_bit, str(tmp_path), False)[0]
-
-
-def _low_bit_fsdp2(root, save):
+def _sharded_by(kind):
     from torch.distributed.fsdp import fully_shard
-    from torchao.optim import AdamW8bit
 
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(128, 128, bias=False))
-    fully_shard(model)
+    return shard(model) if kind == "fsdp1" else fully_shard(model)
+
+
+def _local(p):
+    return p.to_local() if hasattr(p, "to_local") else p
+
+
+def _low_bit(root, kind, save):
+    from torchao.optim import AdamW8bit
+
+    model = _sharded_by(kind)
     optimizer = AdamW8bit(model.parameters(), lr=0.01)
     state = TrainState(model=model, optimizer=optimizer, rng=False)
+    if not save:
+        with Checkpointer(root, timeout=20) as checkpointer, quiet():
+            return ranks.expect_error(lambda: checkpointer.load(state), Mismatch)
     x = torch.randn(4, 128, generator=torch.Generator().manual_seed(1))
 
     def train():
@@ -401,26 +380,25 @@ def _low_bit_fsdp2(root, save):
         optimizer.step()
         optimizer.zero_grad()
 
-    if save:
-        train()
-        with Checkpointer(root, timeout=20) as checkpointer:
-            checkpointer.save(1, state)
-        train()
-        wanted = [p.full_tensor().detach().clone() for p in model.parameters()]
-        with Checkpointer(root, timeout=20) as checkpointer:
-            checkpointer.resume(state)
-        train()
-        return all(torch.equal(a, b.full_tensor()) for a, b in zip(wanted, model.parameters(), strict=True))
-    with Checkpointer(root, timeout=20) as checkpointer, quiet():
-        return ranks.expect_error(lambda: checkpointer.load(state), Mismatch)
+    train()
+    with Checkpointer(root, timeout=20) as checkpointer:
+        checkpointer.save(1, state)
+    train()
+    wanted = [_local(p).detach().clone() for p in model.parameters()]
+    with Checkpointer(root, timeout=20) as checkpointer:
+        checkpointer.resume(state)
+    train()
+    return all(torch.equal(a, _local(b)) for a, b in zip(wanted, model.parameters(), strict=True))
 
 
-def test_the_same_holds_for_fsdp2(tmp_path):
-    assert ranks.run(2, _low_bit_fsdp2, str(tmp_path), True) == [True, True]
-    assert "optim.0.weight.exp_avg: is not laid out" in ranks.run(1, _low_bit_fsdp2_on_one, str(tmp_path))[0]
+@pytest.mark.parametrize("kind", ["fsdp1", "fsdp2"])
+def test_blocks_of_8_bit_states_are_kept_where_the_layout_is_unchanged_and_refused_where_it_is_not(tmp_path, kind):
+    assert ranks.run(2, _low_bit, str(tmp_path), kind, True) == [True, True]
+    assert "optim.0.weight.exp_avg: is not laid out" in ranks.run(3, _low_bit, str(tmp_path), kind, False)[0]
+    assert "optim.0.weight.exp_avg: is not laid out" in ranks.run(1, _low_bit_on_one, str(tmp_path))[0]
 
 
-def _low_bit_fsdp2_on_one(root):
+def _low_bit_on_one(root):
     from torchao.optim import AdamW8bit
 
     model = nn.Sequential(nn.Linear(128, 128, bias=False))
