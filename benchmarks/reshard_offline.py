@@ -72,7 +72,8 @@ PROGRAMS = {
     },
     "tag -> weights": {
         "distckpt": (
-            "from distckpt.tools.copy import copy\nmeasure(lambda: copy(tag, out, to='safetensors', only=['model']))"
+            "from distckpt.tools.copy import Change, copy\n"
+            "measure(lambda: copy(tag, out, 'safetensors', change=Change(only=('model',))))"
         ),
         "zero_to_fp32": (
             "from deepspeed.utils.zero_to_fp32 import convert_zero_checkpoint_to_fp32_state_dict as convert\n"

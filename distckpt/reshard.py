@@ -19,6 +19,7 @@ import sys
 import time
 import warnings
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,25 +37,17 @@ def main(arguments: list[str] | None = None) -> int:
     from distckpt.tools.copy import copy
     from distckpt.tools.transfer import Worker
 
-    worker = Worker(*_place())
+    worker = Worker(*_place(), options.workers, options.timeout)
     bar = _Bar(shown=sys.stderr.isatty() and not options.json and worker.index == 0)
     warnings.simplefilter("ignore")  # what they say is among the notes
     try:
-        planned = copy(options.source, options.destination, **_wanted(options), dry_run=True)
+        copied = partial(copy, memory=options.memory, worker=worker, tell=bar.add, **_wanted(options))
+        planned = copied(dry_run=True)
         if options.dry_run:
             _show(planned, options)
             return 0
         bar.total = sum(planned.files.values())
-        report = copy(
-            options.source,
-            options.destination,
-            **_wanted(options),
-            verify=options.verify,
-            workers=options.workers,
-            worker=worker,
-            timeout=options.timeout,
-            tell=bar.add,
-        )
+        report = copied(verify=options.verify)
     except (DistckptError, ValueError) as e:
         print(f"{type(e).__name__}: {e}", file=sys.stderr)
         return 1
@@ -106,22 +99,33 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _wanted(options: argparse.Namespace) -> dict[str, Any]:
+    from distckpt.tools.copy import Source, format_of
+    from distckpt.tools.formats import DeepSpeed, Safetensors
+    from distckpt.tools.view import Change
+
+    name, dtype, files = options.to or _format_of(options.destination), options.dtype, options.world_size
+    to: Any = name
+    if name == "deepspeed":
+        to = DeepSpeed(
+            options.zero_stage,
+            files,
+            dtype,
+            options.tag,
+            options.round_robin,
+            tuple(options.frozen),
+            options.sub_group_size,
+        )
+        dtype = files = None
+    elif name == "safetensors":
+        to = Safetensors(options.shard_size)
+    order = tuple(tuple(group) for group in options.param_order) if options.param_order else None
     return {
-        "to": options.to or _format_of(options.destination),
-        "step": options.step,
-        "names": dict(options.name),
-        "only": options.only,
-        "rename": options.rename,
-        "dtype": options.dtype,
-        "world_size": options.world_size,
-        "zero_stage": options.zero_stage,
-        "tag": options.tag,
-        "round_robin": options.round_robin,
-        "frozen": options.frozen,
-        "sub_group_size": options.sub_group_size,
-        "order": options.param_order,
-        "shard_bytes": options.shard_size,
-        "memory": options.memory,
+        "source": Source(options.source, options.step, tuple(options.name), order),
+        "destination": options.destination,
+        "to": format_of(to),
+        "change": Change(
+            only=tuple(options.only) if options.only else None, rename=tuple(options.rename), dtype=dtype, files=files
+        ),
     }
 
 

@@ -24,6 +24,7 @@ from distckpt.statedict import insert, references
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
+    from pathlib import Path
 
     from distckpt.foreign.sink import Output
     from distckpt.format.box import Shape
@@ -50,18 +51,17 @@ _SCALER = {
 
 
 @dataclass(frozen=True, slots=True)
-class Wanted:
-    """What tag is wanted. tag: None for DeepSpeed's own name of it.
+class DeepSpeed:
+    """A tag for an engine of this ZeRO stage on so many ranks, which must be made the same.
 
-    dtype: of the weights that are computed with; None for that of the tag which is read, else float32.
-
-    round_robin: whether that engine has `round_robin_gradients`, which changes the order in the buffers (stages 1, 2).
-    frozen: names of parameters without gradients, where the checkpoint does not tell them from buffers (stage 3).
-    sub_group_size: as in the engine's configuration (stage 3).
+    dtype: of the weights that are computed with; None for that of the tag which is read, else float32. tag: None for
+    DeepSpeed's name of the step. round_robin: whether that engine has `round_robin_gradients`, which changes the order
+    in the buffers (stages 1, 2). frozen: names of parameters without gradients, where the checkpoint does not tell them
+    from buffers (stage 3). sub_group_size: as in the engine's configuration (stage 3).
     """
 
-    stage: int | None
-    ranks: int | None
+    stage: int | None = None
+    ranks: int | None = None
     dtype: str | None = None
     tag: str | None = None
     round_robin: bool = False
@@ -71,22 +71,21 @@ class Wanted:
     def __post_init__(self) -> None:
         if self.stage not in range(4) or self.ranks is None or self.ranks < 1:
             raise ValueError(
-                f"a tag of ZeRO stage {self.stage} and {self.ranks} ranks: zero_stage= (0 to 3) and world_size= are "
-                "those of the engine that will load it"
+                f"a tag of ZeRO stage {self.stage} and {self.ranks} ranks: stage (0 to 3) and ranks are those of the "
+                "engine that will load it; give both (--zero-stage, --world-size)"
             )
         if self.dtype not in {None, *DTYPES}:
             raise Unsupported(f"dtype {self.dtype!r}: DeepSpeed's weights are {', '.join(DTYPES)}")
 
-
-def deepspeed_sink(checkpoint: Checkpoint, wanted: Wanted, room: int) -> Sink:
-    """Plan the files of a tag. Unsupported for what ZeRO has no place for, Mismatch for steps that differ."""
-    return _Tag(checkpoint, wanted, room).sink()
+    def sink(self, checkpoint: Checkpoint, destination: Path, attempt: str, room: int) -> Sink:  # noqa: ARG002
+        """Plan the files of the tag. Unsupported for what ZeRO has no place for, Mismatch for steps that differ."""
+        return _Tag(checkpoint, self, room).sink()
 
 
 class _Tag:
     """One tag, as it is planned."""
 
-    def __init__(self, checkpoint: Checkpoint, wanted: Wanted, room: int) -> None:
+    def __init__(self, checkpoint: Checkpoint, wanted: DeepSpeed, room: int) -> None:
         self.checkpoint, self.wanted, self.room = checkpoint, wanted, room
         self.notes: list[str] = []
         said = checkpoint.object("deepspeed") if "deepspeed" in checkpoint.manifest.objects else {}

@@ -30,10 +30,21 @@ _MOST = 1 << 20
 
 @dataclass(frozen=True, slots=True)
 class Worker:
-    """Which of `count` workers this is, over all processes and nodes."""
+    """Which of `count` workers this is, over all nodes.
+
+    processes: how many it divides its own share among, on its machine. timeout: seconds that the first waits for the
+    others while nothing comes.
+    """
 
     index: int = 0
     count: int = 1
+    processes: int = 1
+    timeout: float = 600.0
+
+    def divided(self) -> list[Worker]:
+        """One for each of its processes."""
+        total = self.count * self.processes
+        return [Worker(self.index * self.processes + i, total) for i in range(self.processes)]
 
 
 class Staging:
@@ -80,8 +91,8 @@ def shares(sink: Sink, count: int) -> list[list[Output]]:
     return found
 
 
-def collect(sink: Sink, staging: Staging, workers: int, timeout: float) -> dict[str, Any]:
-    """Wait for every output. RanksMissing, with the workers and files, once none has come for `timeout` seconds."""
+def collect(sink: Sink, staging: Staging, worker: Worker) -> dict[str, Any]:
+    """Wait for every output. RanksMissing, with the workers and files, once none has come for too long."""
     results: dict[str, Any] = {}
     changed = time.monotonic()
     while True:
@@ -92,9 +103,10 @@ def collect(sink: Sink, staging: Staging, workers: int, timeout: float) -> dict[
         missing = [o.name for o in sink.outputs if o.name not in results]
         if not missing:
             return results
-        if time.monotonic() - changed > timeout:
-            late = [i for i, share in enumerate(shares(sink, workers)) if any(o.name in missing for o in share)]
-            raise RanksMissing(f"workers {late} have not written {missing[:8]}; none came for {timeout:g} s")
+        if time.monotonic() - changed > worker.timeout:
+            total = worker.count * worker.processes
+            late = [i for i, share in enumerate(shares(sink, total)) if any(o.name in missing for o in share)]
+            raise RanksMissing(f"workers {late} have not written {missing[:8]}; none came for {worker.timeout:g} s")
         time.sleep(0.2)
 
 

@@ -18,6 +18,8 @@ from distckpt.foreign.open import open_foreign
 from distckpt.reshard import main
 from distckpt.run.source import open_source
 from distckpt.tools.copy import copy
+from distckpt.tools.formats import DeepSpeed
+from distckpt.tools.view import Change
 from tests import deepspeeds, ranks
 from tests.foreign import tags
 from tests.foreign.tags import CASES, Case
@@ -42,7 +44,7 @@ def _go_on(case, folder, start=3):
         return said | {"losses": [deepspeeds.step(engine, None, i) for i in range(start, start + 2)]}
 
 
-def convert(source, destination, case, **more):
+def convert(source, destination, case, *, tag=None, **more):
     dtype = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}[case.dtype]
     sub = case.zero.get("sub_group_size", 10**9)
     robin = case.zero.get("round_robin_gradients", False)
@@ -51,12 +53,7 @@ def convert(source, destination, case, **more):
         return copy(
             source,
             destination,
-            to="deepspeed",
-            zero_stage=case.stage,
-            world_size=case.size,
-            dtype=dtype,
-            sub_group_size=sub,
-            round_robin=robin,
+            DeepSpeed(case.stage, case.size, dtype, tag, sub_group_size=sub, round_robin=robin),
             **more,
         )
 
@@ -156,11 +153,7 @@ def test_a_run_of_fsdp2_goes_on_in_deepspeed(target, tmp_path):
         copy(
             tmp_path / "run",
             tmp_path / "tags",
-            to="deepspeed",
-            zero_stage=target.stage,
-            world_size=target.size,
-            frozen=still,
-            tag="from-fsdp",
+            DeepSpeed(target.stage, target.size, frozen=still, tag="from-fsdp"),
         )
     found = deepspeeds.run(target.size, _go_on_without_schedule, target, str(tmp_path / "tags"))[0]
     assert found["losses"] == pytest.approx(losses, abs=1e-6)
@@ -340,11 +333,11 @@ def test_states_that_cannot_be_cut_are_refused(tmp_path):
 
 def test_a_tag_of_no_stage_or_without_an_optimizer_is_refused(tmp_path):
     root = _saved(tmp_path / "run", tags.adamw)
-    with pytest.raises(ValueError, match=r"zero_stage= \(0 to 3\) and world_size="):
+    with pytest.raises(ValueError, match=r"stage \(0 to 3\) and ranks"):
         copy(root, tmp_path / "out", to="deepspeed")
     with pytest.raises(Unsupported, match="has no optimizer"):
-        convert(root, tmp_path / "out", Case(2, 2), only=("model",))
-    convert(root, tmp_path / "out", Case(1, 0), only=("model",))
+        convert(root, tmp_path / "out", Case(2, 2), change=Change(only=("model",)))
+    convert(root, tmp_path / "out", Case(1, 0), change=Change(only=("model",)))
     assert "optim" not in open_foreign(tmp_path / "out").manifest.objects
 
 

@@ -14,7 +14,7 @@ from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from distckpt import Checkpointer, TrainState
 from distckpt.errors import Corrupt, RunConflict, StateWarning
 from distckpt.run.source import open_source
-from distckpt.tools.copy import copy
+from distckpt.tools.copy import Source, copy
 from tests import layouts, ranks
 from tests.foreign.test_dcp import data_at, dcp_save, fresh, load, named_tensors, state_dict_of, trained
 
@@ -23,7 +23,7 @@ def test_a_dcp_directory_becomes_a_run_and_training_goes_on_from_it(tmp_path):
     model, optimizer = trained()
     dcp_save(state_dict_of(model, optimizer) | {"epoch": 3, "evil": os.getcwd}, tmp_path / "dcp")
     with pytest.warns(StateWarning, match=r"evil: cannot be read safely; left out: .*getcwd"):
-        report = copy(tmp_path / "dcp", tmp_path / "run", step=40, verify=True)
+        report = copy(Source(str(tmp_path / "dcp"), step=40), tmp_path / "run", verify=True)
     assert report.destination == str(tmp_path / "run" / "step-00000040")
     again, its_optimizer = fresh()
     with Checkpointer(tmp_path / "run") as c:

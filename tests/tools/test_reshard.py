@@ -17,7 +17,9 @@ from distckpt import Checkpointer
 from distckpt.errors import Corrupt, Mismatch, RunConflict, Unsupported
 from distckpt.reshard import main
 from distckpt.run.source import open_source
-from distckpt.tools.copy import copy
+from distckpt.tools.copy import Source, copy
+from distckpt.tools.transfer import Worker
+from distckpt.tools.view import Change
 from tests import layouts, ranks
 
 SOURCES = {"one": 1, "fsdp3": 3, "fsdp1x2": 2, "tp2": 2}
@@ -75,7 +77,7 @@ def test_whatever_was_saved_comes_back_from_every_format(runs, tmp_path, layout,
 def test_a_round_trip_through_another_format_loses_nothing(runs, tmp_path, hop):
     with layouts.quiet():  # a note says that the generators of the ranks have no place there
         copy(runs / "fsdp3", tmp_path / "there", to=hop)
-        report = copy(tmp_path / "there", tmp_path / "back", step=7, world_size=4)
+        report = copy(Source(str(tmp_path / "there"), step=7), tmp_path / "back", change=Change(files=4))
     assert report.destination == str(tmp_path / "back" / "step-00000007")
     assert len(report.files) == 4
     wrong, _ = loaded(tmp_path / "back", strict=False)
@@ -83,7 +85,7 @@ def test_a_round_trip_through_another_format_loses_nothing(runs, tmp_path, hop):
 
 
 def test_files_of_another_world_size_share_the_bytes_evenly(runs, tmp_path):
-    report = copy(runs / "fsdp3", tmp_path / "out", world_size=5)
+    report = copy(runs / "fsdp3", tmp_path / "out", change=Change(files=5))
     sizes = sorted(report.files.values())
     assert len(sizes) == 5
     assert sizes[-1] - sizes[0] < 0.35 * sizes[-1]  # three of them have a rank's own values, too
@@ -113,21 +115,28 @@ def test_weights_alone_in_another_dtype_for_inference(runs, tmp_path, alone):
 
 
 def test_parameters_are_renamed_with_their_moments_and_groups(runs, tmp_path):
-    copy(runs / "one", tmp_path / "out", rename=[("^up\\.", "mlp.up."), ("^emb", "embedding")])
+    copy(runs / "one", tmp_path / "out", change=Change(rename=(("^up\\.", "mlp.up."), ("^emb", "embedding"))))
     content = open_source(tmp_path / "out").manifest
     assert {"model.mlp.up.weight", "optim.mlp.up.weight.exp_avg", "model.embedding.weight"} <= content.tensors.keys()
     assert content.aliases == {"model.head.weight": "model.embedding.weight"}
     groups = open_source(tmp_path / "out").object("optim")["groups"]
     assert "mlp.up.bias" in groups[0]["params"]
     with pytest.raises(Mismatch, match="the same name"):
-        copy(runs / "one", tmp_path / "clash", rename=[("weight", "bias")])
+        copy(runs / "one", tmp_path / "clash", change=Change(rename=(("weight", "bias"),)))
 
 
 @pytest.mark.parametrize("to", ["distckpt", "dcp"])
 def test_workers_share_the_files(runs, tmp_path, to):
     done = []
     with layouts.quiet():
-        report = copy(runs / "fsdp3", tmp_path / "out", to=to, world_size=6, workers=2, tell=done.append)
+        report = copy(
+            runs / "fsdp3",
+            tmp_path / "out",
+            to=to,
+            change=Change(files=6),
+            worker=Worker(processes=2),
+            tell=done.append,
+        )
     assert sum(done) == sum(report.files.values())
     assert not loaded(tmp_path / "out")[0]
 
@@ -169,12 +178,12 @@ def test_an_interrupted_one_leaves_nothing_under_its_name_and_goes_on_where_it_s
 
     monkeypatch.setattr(transfer.Staging, "finish", stop)
     with pytest.raises(KeyboardInterrupt):
-        copy(runs / "fsdp3", tmp_path / "out", world_size=4)
+        copy(runs / "fsdp3", tmp_path / "out", change=Change(files=4))
     assert not (tmp_path / "out").exists()
     monkeypatch.setattr(transfer.Staging, "finish", finish)
     before = {p.name: p.stat().st_mtime_ns for p in tmp_path.rglob("*.safetensors")}
     assert len(before) == 3
-    copy(runs / "fsdp3", tmp_path / "out", world_size=4)
+    copy(runs / "fsdp3", tmp_path / "out", change=Change(files=4))
     after = {p.name: p.stat().st_mtime_ns for p in tmp_path.rglob("*.safetensors")}
     assert sum(after[name] == at for name, at in before.items()) == 2, "what was finished is not written again"
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
@@ -237,7 +246,7 @@ def test_errors_are_one_line_and_exit_status_1(runs, tmp_path, capsys):
     with pytest.raises(SystemExit):
         reshard(runs / "one", tmp_path / "out", "--memory", "lots")
     with pytest.raises(Unsupported, match="dtype 'int4'"):
-        copy(runs / "one", tmp_path / "out", dtype="int4")
+        copy(runs / "one", tmp_path / "out", change=Change(dtype="int4"))
 
 
 def test_sizes_of_buffers_are_bounded_by_what_is_asked(runs, tmp_path):
@@ -247,10 +256,9 @@ def test_sizes_of_buffers_are_bounded_by_what_is_asked(runs, tmp_path):
 
 def test_a_lost_task_is_named(runs, tmp_path):
     from distckpt.errors import RanksMissing
-    from distckpt.tools.transfer import Worker
 
     started = time.monotonic()
     with pytest.raises(RanksMissing, match=r"workers \[1\] have not written"):
-        copy(runs / "fsdp3", tmp_path / "out", world_size=4, worker=Worker(0, 2), timeout=0.5)
+        copy(runs / "fsdp3", tmp_path / "out", change=Change(files=4), worker=Worker(0, 2, timeout=0.5))
     assert time.monotonic() - started < 20
     assert not (tmp_path / "out").exists()

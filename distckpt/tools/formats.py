@@ -1,0 +1,109 @@
+"""What a copy can be written as: each format with its own options, and how its files are planned."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+from distckpt.errors import RunConflict
+from distckpt.foreign.dcp_write import METADATA, dcp_sink
+from distckpt.foreign.deepspeed_write import DeepSpeed
+from distckpt.foreign.safetensors_write import safetensors_sink
+from distckpt.foreign.torch_write import torch_sink
+from distckpt.format.layout import StepDir
+from distckpt.run.history import History
+from distckpt.run.launches import read_launches
+from distckpt.store.local import LocalStore
+from distckpt.tools.run_sink import run_sink
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from distckpt.foreign.sink import Sink
+    from distckpt.tools.view import View
+
+__all__ = ["DCP", "FORMATS", "DeepSpeed", "Distckpt", "Format", "Safetensors", "Torch", "refuse_taken"]
+
+
+class Format(Protocol):
+    """A format with its options."""
+
+    def sink(self, view: View, destination: Path, attempt: str, room: int) -> Sink:
+        """Plan the files. attempt: a name for this copy. room: bytes that buffers take."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Distckpt:
+    """A run: the checkpoint becomes a step of it."""
+
+    def sink(self, view: View, destination: Path, attempt: str, room: int) -> Sink:
+        """See Format."""
+        step = view.manifest.step
+        taken = History(LocalStore(destination)).next_generation(step) if destination.is_dir() else 1
+        return run_sink(view, StepDir(step, taken), attempt, room)
+
+
+@dataclass(frozen=True, slots=True)
+class DCP:
+    """A directory of torch.distributed.checkpoint."""
+
+    def sink(self, view: View, destination: Path, attempt: str, room: int) -> Sink:  # noqa: ARG002
+        """See Format."""
+        return dcp_sink(view, room)
+
+
+@dataclass(frozen=True, slots=True)
+class Safetensors:
+    """A file, if the destination is called `*.safetensors`; else a directory as Hugging Face has it.
+
+    shard_bytes: most bytes of a file of such a directory.
+    """
+
+    shard_bytes: int = 5_000_000_000
+
+    def sink(self, view: View, destination: Path, attempt: str, room: int) -> Sink:  # noqa: ARG002
+        """See Format."""
+        alone = destination.name if destination.suffix == ".safetensors" else None
+        return safetensors_sink(view, alone, self.shard_bytes, room)
+
+
+@dataclass(frozen=True, slots=True)
+class Torch:
+    """A file that torch.load reads."""
+
+    def sink(self, view: View, destination: Path, attempt: str, room: int) -> Sink:  # noqa: ARG002
+        """See Format."""
+        return torch_sink(view, destination.name, room)
+
+
+FORMATS: dict[str, Callable[[], Format]] = {
+    "distckpt": Distckpt,
+    "dcp": DCP,
+    "deepspeed": DeepSpeed,
+    "safetensors": Safetensors,
+    "torch": Torch,
+}
+"""Formats by name. That of DeepSpeed needs options."""
+
+
+def refuse_taken(sink: Sink, destination: Path) -> None:
+    """RunConflict where the destination holds something already."""
+    step = StepDir.parse(sink.top) if sink.kind == "inside" else None
+    if step:
+        store = LocalStore(destination) if destination.is_dir() else None
+        if store and (read_launches(store) or any(f.directory.step == step.step for f in History(store).committed())):
+            raise RunConflict(
+                f"{store}: holds step {step.step} already, or is a run that jobs have resumed, where a copy would not "
+                "count: copy into a new directory"
+            )
+    elif sink.kind == "inside":
+        if (destination / sink.top).exists():
+            raise RunConflict(
+                f"{destination / sink.top}: exists already; give another tag or destination, or remove it first"
+            )
+    elif (destination / METADATA).exists():
+        raise RunConflict(f"{destination}: holds a DCP checkpoint already; give a new directory")
+    elif destination.is_file() or (destination.is_dir() and any(destination.iterdir())):
+        raise RunConflict(f"{destination}: exists already; give another destination, or remove it first")
