@@ -109,12 +109,9 @@ class OptimizerAdapter:
                 found += [(fqn, slot, g) for fqn, slot in of_parameter[id(p)].values()]
         return found
 
-    def order(self) -> list[list[str]]:
-        """Fqns of the parameters of each group, in order."""
-        found: list[list[str]] = [[] for _ in self._parameters()]
-        for fqn, _, g in self._slots():
-            found[g].append(fqn)
-        return found
+    def groups(self) -> list[dict[str, Any]]:
+        """Parameter groups as they are saved: fqns in order, and hyper-parameters."""
+        return groups.described(self._optimizer, self._slots(), self._prefix)
 
     # -- save --------------------------------------------------------------------------------------------------
 

@@ -38,8 +38,8 @@ class StateDictAdapter:
         self.unusable: str | None = None
         """See TrainState.unusable."""
 
-    def parameter_order(self) -> None:
-        """See Loadable.parameter_order: a state dict has no order of its own."""
+    def parameter_groups(self) -> None:
+        """See Loadable.parameter_groups: a state dict has no order of its own."""
 
     def capture(self) -> State:
         """See Stateful.capture."""

@@ -1,14 +1,22 @@
-"""The files of a DeepSpeed tag, parsed: all of one save, none missing, or one error that says what is wrong.
+"""The files of a DeepSpeed tag, parsed, by what they are of: see deepspeed_checks for what must be there.
 
-mp_rank_00_model_states.pt                  stages 0 to 2: the model, and in what order its parameters lie where
+mp_rank_MM_model_states.pt                  stages 0 to 2: the model, and in what order its parameters lie where
 zero_pp_rank_D_mp_rank_00_model_states.pt   stage 3: the same, of data-parallel rank D
-zero_pp_rank_D_mp_rank_00_optim_states.pt   flat buffers of data-parallel rank D ("pp" notwithstanding)
+zero_pp_rank_D_mp_rank_MM_optim_states.pt   flat buffers of data-parallel rank D ("pp" notwithstanding)
+
+of a pipeline, MM is its stage, and the model file has no weights:
+layer_NN-model_states.pt                    a layer by its place in the whole pipeline
+
+of a mixture of experts (deepspeed.moe.layer.MoE):
+layer_L_expert_E_mp_rank_00_model_states.pt expert E of the L-th such layer; the model file has the rest
+expp_rank_E_mp_rank_00_optim_states.pt      stage 0: the optimizer of expert-parallel rank E
 """
 
 from __future__ import annotations
 
 import re
 import struct
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from distckpt.errors import Corrupt, FormatError, NotACheckpoint, Unsupported
@@ -20,19 +28,48 @@ from distckpt.foreign.torchfile import ZIP
 from distckpt.format.text import shown
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Iterator, Mapping, Sequence
     from pathlib import Path
 
 MODEL = re.compile(r"(?:zero_pp_rank_([0-9]+)_)?mp_rank_([0-9]+)_model_states\.pt")
 _OPTIMIZER = re.compile(r"(?:bf16_|fp16_)?zero_pp_rank_([0-9]+)_mp_rank_([0-9]+)_optim_states\.pt")
-_OTHERS = {
-    re.compile(r"layer_.*expert_.*states\.pt"): "a mixture of experts",
-    re.compile(r"layer_[0-9]+-model_.*states\.pt"): "a pipeline module",
-}
+_LAYER = re.compile(r"layer_([0-9]+)(?:-model_([0-9]+))?-model_states\.pt")
+_EXPERT = re.compile(r"layer_([0-9]+)_expert_([0-9]+)_mp_rank_([0-9]+)_model_states\.pt")
+_OF_EXPERTS = re.compile(r"expp_rank_([0-9]+)_mp_rank_([0-9]+)_optim_states\.pt")
+_OLD_EXPERT = re.compile(r"expert_[0-9]+_mp_rank_[0-9]+_model_states\.pt")
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """Files of one stage of a pipeline, or of all there is: `models` and `ranks` are data-parallel rank -> index."""
+
+    files: TagFiles
+    number: int
+    models: dict[int, int]
+    ranks: dict[int, int]
+
+    @property
+    def first(self) -> int:
+        """Index of the first model file."""
+        return next(iter(self.models.values()))
+
+    @property
+    def model(self) -> dict[Any, Any]:
+        """What the first model file holds."""
+        return self.files.trees[self.first]
+
+    @property
+    def optimizers(self) -> list[dict[str, Any]]:
+        """What the optimizer files hold, by rank."""
+        return [self.files.optimizer(file) for file in self.ranks.values()]
 
 
 class TagFiles:
-    """Files by index: `sources`, and what each holds in `trees`. `models` and `ranks` are indices, by rank."""
+    """Files by index: `sources`, and what each holds in `trees`.
+
+    stages: of a pipeline; else one. layers: of a pipeline, number -> file. experts: (layer, expert) -> file.
+    of_experts: expert-parallel rank -> file of its optimizer.
+    """
 
     def __init__(self, folder: Path, *, universal: bool = False) -> None:
         self.folder = folder
@@ -41,23 +78,37 @@ class TagFiles:
         self.homes: list[int] = []
         self.has_sums = True
         names = sorted(p.name for p in folder.iterdir())
-        for pattern, what in _OTHERS.items():
-            if found := next((n for n in names if pattern.fullmatch(n)), None):
-                raise Unsupported(f"{folder / found}: a tag of {what} cannot be read; load it with DeepSpeed itself")
-        models = {(int(m[2]), int(m[1] or 0)): n for n in names if (m := MODEL.fullmatch(n))}
-        optimizers = {(int(m[2]), int(m[1])): n for n in names if (m := _OPTIMIZER.fullmatch(n))}
+        models = _numbered(names, MODEL)
+        optimizers = {} if universal else _numbered(names, _OPTIMIZER)
         if not models:
             raise NotACheckpoint(f"{folder}: has no *_model_states.pt: a save that did not finish")
-        if len({mp for mp, _ in models}) > 1:
-            raise Unsupported(f"{folder}: of {len(models)} model-parallel ranks, whose parts carry no common names")
-        self.models = [self.open(models[key], key[1]) for key in sorted(models)]
-        self.ranks = [] if universal else [self.open(optimizers[key], key[1]) for key in sorted(optimizers)]
-        self.model = self.trees[self.models[0]]
+        self._refuse(names)
         self.partitioned = any(m[1] for n in names if (m := MODEL.fullmatch(n)))
         """Whether the model itself is shared out over the ranks (stage 3)."""
-        self._check_models([dp for _, dp in sorted(models)])
-        if not universal:
-            self._check_optimizers([dp for _, dp in sorted(optimizers)])
+        width = 1 + max(dp for _, dp in (*models, *optimizers))
+        self.stages = [
+            Stage(self, mp, *(self._of_stage(kind, mp, width) for kind in (models, optimizers)))
+            for mp in sorted({mp for mp, _ in models})
+        ]
+        self.layers = {number: self.open(n) for (_, number), n in sorted(_numbered(names, _LAYER, (2, 1)).items())}
+        self.experts = {key: self.open(n) for key, n in sorted(_numbered(names, _EXPERT, (1, 2)).items())}
+        self.of_experts = {rank: self.open(n) for (_, rank), n in sorted(_numbered(names, _OF_EXPERTS).items())}
+        self.model = self.stages[0].model
+
+    def _of_stage(self, found: Mapping[tuple[int, int], str], stage: int, width: int) -> dict[int, int]:
+        return {dp: self.open(found[mp, dp], mp * width + dp) for mp, dp in sorted(found) if mp == stage}
+
+    def _refuse(self, names: Sequence[str]) -> None:
+        """Unsupported for what parts under one name, or other names, stand for."""
+        for pattern, part in ((_LAYER, 2), (_EXPERT, 3), (_OF_EXPERTS, 2)):
+            found = [n for n in names if (m := pattern.fullmatch(n)) and int(m[part] or 0)]
+            if sliced := next(iter(found), None):
+                raise Unsupported(f"{self.folder / sliced}: {TENSOR_PARALLEL}")
+        if old := next((n for n in names if _OLD_EXPERT.fullmatch(n)), None):
+            raise Unsupported(
+                f"{self.folder / old}: experts as DeepSpeed saved them before it counted their layers: load them with "
+                "DeepSpeed itself, and save again"
+            )
 
     def open(self, name: str, home: int = 0) -> int:
         """Index of a file, which is parsed. Corrupt where it is damaged."""
@@ -94,70 +145,23 @@ class TagFiles:
         data = read_bytes(self.sources[file], value.start, value.nbytes)
         return struct.unpack("<" + _FORMS[value.dtype], data)[0] if value.dtype in _FORMS else (value.dtype, data)
 
-    # -- one save, and all of it --------------------------------------------------------------------------------
-
-    def _same(self, what: str, files: list[int], told: Callable[[int], Any]) -> Any:
-        """What every file says. FormatError, with two that differ."""
-        values = [told(file) for file in files]
-        for file, value in zip(files, values, strict=True):
-            if value != values[0]:
-                raise FormatError(
-                    f"{self.folder}: files of different saves: {what} is {shown(values[0])} in "
-                    f"{self.sources[files[0]].name}, {shown(value)} in {self.sources[file].name}"
-                )
-        return values[0]
-
-    def _check_models(self, ranks: list[int]) -> None:
-        for name in ("global_steps", "dp_world_size", "ds_version", "param_shapes", "frozen_param_shapes"):
-            self._same(name, self.models, lambda file, name=name: self.trees[file].get(name))  # type: ignore[misc]
-        count = self.model.get("dp_world_size")
-        if self.partitioned and type(count) is int:
-            self._complete("model", ranks, count)
-
-    def _check_optimizers(self, ranks: list[int]) -> None:
-        if not ranks:
-            if self.model.get("param_shapes"):
-                raise NotACheckpoint(
-                    f"{self.folder}: all its *_optim_states.pt are missing: a save that did not finish"
-                )
-            return
-        count = self._same("partition_count", self.ranks, lambda file: self.optimizer(file).get("partition_count"))
-        counts = count if isinstance(count, list) else [count]
-        if not counts or not all(type(n) is int and n > 0 for n in counts):
-            raise FormatError(f"{self.name(self.ranks[0])}: partition_count is {shown(count)}")
-        if len(set(counts)) > 1:
-            raise Unsupported(f"{self.folder}: groups over {sorted(set(counts))} ranks (a mixture of experts)")
-        self._complete("optimizer", ranks, counts[0])
-        if self.model.get("dp_world_size", counts[0]) != counts[0]:
-            raise FormatError(
-                f"{self.folder}: files of different saves: the model was saved by {self.model['dp_world_size']} "
-                f"data-parallel ranks, the optimizer by {counts[0]}"
-            )
-        stage3 = "fp32_flat_groups" in self.optimizer(self.ranks[0])
-        if stage3 != self.partitioned:
-            raise FormatError(
-                f"{self.folder}: files of different saves: the model is {'' if self.partitioned else 'not '}one of "
-                f"stage 3, the optimizer is{'' if stage3 else ' not'}"
-            )
-        self._same("zero_stage", self.ranks, lambda file: self.optimizer(file).get("zero_stage"))
-        self._same("ds_version", [self.models[0], *self.ranks], lambda file: self.trees[file].get("ds_version"))
-        self._same("the optimizer's step", self.ranks, self._steps)
-
-    def _complete(self, what: str, ranks: list[int], count: int) -> None:
-        if missing := sorted(set(range(count)) - set(ranks)):
-            raise NotACheckpoint(
-                f"{self.folder}: the {what} files of data-parallel ranks {missing[:10]} are missing, of {count}: a "
-                "save that did not finish, or was copied in part"
-            )
-        if more := [rank for rank in ranks if rank >= count]:
-            raise FormatError(f"{self.folder}: files of different saves: {what} files of ranks {more[:10]}, of {count}")
-
-    def _steps(self, file: int) -> Any:
-        states = self.optimizer(file).get("base_optimizer_state", self.optimizer(file).get("optimizer_state_dict"))
-        states = states.get("state") if isinstance(states, dict) else None
-        if not isinstance(states, dict):
-            return None
-        return {p: self.number(file, s["step"]) for p, s in states.items() if isinstance(s, dict) and "step" in s}
+    def tensors(self, file: int, tree: Any) -> Iterator[tuple[str, Located]]:
+        """Tensors by name of a module's state dict. FormatError for anything else."""
+        if not isinstance(tree, dict):
+            raise FormatError(f"{self.name(file)}: its module is {shown(tree)}, not what DeepSpeed saves")
+        return ((str(name), value) for name, value in tree.items() if isinstance(value, Located))
 
 
+def _numbered(
+    names: Sequence[str], pattern: re.Pattern[str], parts: tuple[int, int] = (2, 1)
+) -> dict[tuple[int, int], str]:
+    """Names that match, by two of the numbers in them."""
+    first, second = parts
+    return {(int(m[first] or 0), int(m[second] or 0)): n for n in names if (m := pattern.fullmatch(n))}
+
+
+TENSOR_PARALLEL = (
+    "a tag of tensor parallelism, whose ranks hold different parts of a tensor under one name: convert it with "
+    "DeepSpeed's ds_to_universal, and read that"
+)
 _FORMS = {"float32": "f", "float64": "d", "int64": "q", "int32": "i"}

@@ -1,4 +1,4 @@
-"""Parameter groups of a tag, named: what the flat buffers of its ranks hold, or whole tensors, or universal files.
+"""Parameter groups of a tag, named: what the flat buffers of its ranks hold, or universal files.
 
 Every way to find them gives the same: for each flat buffer of the optimizer, its parameters' masters and states.
 """
@@ -10,6 +10,7 @@ from math import prod
 from typing import TYPE_CHECKING, Any
 
 from distckpt.errors import FormatError, NotACheckpoint, Unsupported
+from distckpt.foreign.deepspeed_checks import partition_counts
 from distckpt.foreign.deepspeed_layout import apart, period_of, piece_of, together
 from distckpt.foreign.described import Chunk, Tensor, whole
 from distckpt.foreign.files import inside
@@ -21,7 +22,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
     from pathlib import Path
 
-    from distckpt.foreign.deepspeed_files import TagFiles
+    from distckpt.foreign.deepspeed_experts import Experts
+    from distckpt.foreign.deepspeed_files import Stage, TagFiles
     from distckpt.foreign.deepspeed_layout import Piece
     from distckpt.format.box import Shape
 
@@ -30,22 +32,46 @@ MASTER = ""
 
 @dataclass(slots=True)
 class Members:
-    """Parameters of one flat buffer: their tensors, state -> name -> tensor, and states that are one for them all."""
+    """Parameters of one flat buffer: their tensors, state -> name -> tensor, and states that are one for them all.
 
+    number: of the buffer, in its optimizer. ranks: how many it is cut over.
+    """
+
+    number: int
     shapes: dict[str, Shape]
     tensors: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     values: dict[str, Any] = field(default_factory=dict)
+    ranks: int = 1
 
 
-def shapes_of(files: TagFiles) -> list[dict[str, Shape]]:
-    """Shapes by name, of each flat buffer in its order."""
-    found = files.model.get("param_shapes")
+def shapes_of(stage: Stage, shape_of: Mapping[str, Shape] | None = None) -> list[dict[str, Shape]]:
+    """Shapes by name, of each flat buffer in its order.
+
+    shape_of: of the weights that the model's files hold. BF16_Optimizer says no shapes at stage 0, yet each rank's file
+    has the names of what it holds.
+    """
+    found = stage.model.get("param_shapes")
+    if found is None and shape_of is not None:
+        found = [{n: shape_of[n] for n in names if n in shape_of} for names in held_by_ranks(stage)] or None
     if not isinstance(found, list) or not all(isinstance(group, dict) for group in found):
         raise FormatError(
-            f"{files.name(files.models[0])}: param_shapes is {shown(found)}: which parameters the flat buffers hold is "
-            "not said"
+            f"{stage.files.name(stage.first)}: param_shapes is {shown(found)}: which parameters the flat buffers hold "
+            "is not said"
         )
     return [{str(name): tuple(shape) for name, shape in group.items()} for group in found]
+
+
+def held_by_ranks(stage: Stage) -> list[dict[str, None]]:
+    """Names by flat buffer that BF16_Optimizer's files have for their parts. [] for any other: its may be scrambled."""
+    found: list[dict[str, None]] = []
+    for rank in stage.optimizers:
+        mappings = rank.get("param_slice_mappings")
+        if not isinstance(mappings, list) or "zero_stage" in rank:
+            return []
+        found += [{} for _ in mappings[len(found) :]]
+        for group, names in zip(found, mappings, strict=True):
+            group.update(dict.fromkeys(map(str, names)))
+    return found
 
 
 def base_of(content: Mapping[str, Any], where: str) -> dict[str, Any]:
@@ -66,29 +92,51 @@ def states_of(content: Mapping[str, Any], number: int, where: str) -> dict[str, 
     return found if isinstance(found, dict) else {}
 
 
-def sharded(files: TagFiles) -> Iterator[Members]:
-    """Members of each flat buffer, cut over the ranks."""
-    shapes = shapes_of(files)
-    first = files.optimizer(files.ranks[0])
-    apart_each = "fp32_flat_groups" in first
-    flats = first.get("fp32_flat_groups" if apart_each else "single_partition_of_fp32_groups")
+def sharded(stage: Stage, shapes: list[dict[str, Shape]], experts: Experts) -> Iterator[Members]:
+    """Members of each flat buffer, cut over the ranks; of one of experts, those of each expert-parallel rank."""
+    files, ranks = stage.files, [*stage.ranks.values()]
+    first = files.optimizer(ranks[0])
+    flats = first.get("fp32_flat_groups", first.get("single_partition_of_fp32_groups"))
     if not isinstance(flats, list) or len(flats) != len(shapes):
         raise FormatError(
             f"{files.folder}: files of different saves: the model has {len(shapes)} groups, the optimizer's fp32 "
             f"buffers are {shown(flats)}"
         )
+    counts = partition_counts(stage)
     for number, group in enumerate(shapes):
-        numels = {name: prod(shape) for name, shape in group.items()}
-        buffers = [_buffers(files, file, number) for file in files.ranks]
-        if apart_each:
-            length = sum(piece_of(n, len(buffers)) for n in numels.values())
-            _check_lengths(files, number, [length] * len(buffers), buffers)
-            pieces = apart(numels, len(buffers))
-        else:
-            gaps = (first.get("param_alignment_paddings") or [[0] * len(group)] * len(shapes))[number]
-            period = _period(files, number, sum(numels.values()) + sum(gaps), buffers)
-            pieces = together(numels, gaps, period)
-        yield _members(files, number, group, pieces, buffers)
+        count = counts[number] if number < len(counts) else counts[0]
+        for part, own in enumerate(experts.shares([*ranks], count)):
+            named = {experts.named(name, len(ranks) // count, part): shape for name, shape in group.items()}
+            yield _cut(files, _Buffers(number, own, [_buffers(files, f, number) for f in own]), named)
+
+
+@dataclass(frozen=True, slots=True)
+class _Buffers:
+    """Flat buffers of a group: in which files, and in each the master and the states that are laid out like it."""
+
+    number: int
+    own: list[int]
+    flats: list[dict[str, Located]]
+
+    @property
+    def lengths(self) -> list[int]:
+        """Elements of each rank's master."""
+        return [flats[MASTER].shape[0] for flats in self.flats]
+
+
+def _cut(files: TagFiles, found: _Buffers, shapes: dict[str, Shape]) -> Members:
+    """Members of one flat buffer."""
+    first = files.optimizer(found.own[0])
+    numels = {name: prod(shape) for name, shape in shapes.items()}
+    if "fp32_flat_groups" in first:
+        length = sum(piece_of(n, len(found.own)) for n in numels.values())
+        _check_lengths(files, found, [length] * len(found.own))
+        return _members(files, shapes, apart(numels, len(found.own)), found)
+    aligned = first.get("param_alignment_paddings")
+    gaps = aligned[found.number] if aligned else [0] * len(shapes)
+    return _members(
+        files, shapes, together(numels, gaps, _period(files, found, sum(numels.values()) + sum(gaps))), found
+    )
 
 
 def _buffers(files: TagFiles, file: int, number: int) -> dict[str, Located]:
@@ -109,48 +157,44 @@ def _buffers(files: TagFiles, file: int, number: int) -> dict[str, Located]:
     }
 
 
-def _period(files: TagFiles, number: int, total: int, buffers: list[dict[str, Located]]) -> int:
+def _period(files: TagFiles, found: _Buffers, total: int) -> int:
     """Elements that each rank has of a group. FormatError unless the buffers are cut that way."""
-    found = [flats[MASTER].shape[0] for flats in buffers]
-    content = files.optimizer(files.ranks[0])
+    count, content = len(found.own), files.optimizer(found.own[0])
     if "zero_stage" not in content:  # BF16_Optimizer keeps the padding
-        _check_lengths(files, number, [period_of(total, len(found))] * len(found), buffers)
-        return found[0]
-    period = found[0] + content["group_paddings"][number]
-    lean = [max(0, min(period, total - rank * period)) for rank in range(len(found))]
-    _check_lengths(files, number, lean if period * len(found) >= total else [-1] * len(found), buffers)
+        _check_lengths(files, found, [period_of(total, count)] * count)
+        return found.lengths[0]
+    period = found.lengths[0] + content["group_paddings"][found.number]
+    lean = [max(0, min(period, total - rank * period)) for rank in range(count)]
+    _check_lengths(files, found, lean if period * count >= total else [-1] * count)
     return int(period)
 
 
-def _check_lengths(files: TagFiles, number: int, wanted: list[int], buffers: list[dict[str, Located]]) -> None:
+def _check_lengths(files: TagFiles, found: _Buffers, wanted: list[int]) -> None:
     """FormatError unless the flat buffers are as long as the model says."""
-    found = [flats[MASTER].shape[0] for flats in buffers]
-    if found != wanted:
+    if found.lengths != wanted:
         raise FormatError(
-            f"{files.folder}: files of different saves: the parameters of group {number}, of the shapes that "
-            f"{files.name(files.models[0])} says, do not fill flat buffers of {shown(found)} elements"
+            f"{files.folder}: files of different saves: the parameters of group {found.number}, of the shapes that "
+            f"the model's file says, do not fill flat buffers of {shown(found.lengths)} elements"
         )
 
 
-def _members(
-    files: TagFiles, number: int, shapes: dict[str, Shape], pieces: Iterable[Piece], buffers: list[dict[str, Located]]
-) -> Members:
-    chunks: dict[str, dict[str, list[Chunk]]] = {state: {n: [] for n in shapes} for state in buffers[0]}
+def _members(files: TagFiles, shapes: dict[str, Shape], pieces: Iterable[Piece], found: _Buffers) -> Members:
+    states = found.flats[0]
+    chunks: dict[str, dict[str, list[Chunk]]] = {state: {n: [] for n in shapes} for state in states}
     for piece in pieces:
-        flats = buffers[piece.rank]
-        if flats.keys() != buffers[0].keys():
+        flats = found.flats[piece.rank]
+        if flats.keys() != states.keys():
             raise FormatError(
-                f"{files.folder}: files of different saves: the optimizer of rank 0 has the states "
-                f"{sorted(buffers[0])}, that of rank {piece.rank} {sorted(flats)}"
+                f"{files.folder}: files of different saves: the optimizer in {files.name(found.own[0])} has the states "
+                f"{sorted(states)}, that in {files.name(found.own[piece.rank])} {sorted(flats)}"
             )
         for state, flat in flats.items():
-            chunks[state][piece.name].append(chunk(files.ranks[piece.rank], flat, piece))
-    made = Members(shapes)
+            chunks[state][piece.name].append(chunk(found.own[piece.rank], flat, piece))
+    made = Members(found.number, shapes, ranks=len(found.own))
     for state, of_state in chunks.items():
-        dtype = buffers[0][state].dtype
-        made.tensors[state] = {n: Tensor(dtype, shapes[n], tuple(c)) for n, c in of_state.items()}
-    first = files.ranks[0]
-    for name, value in states_of(files.optimizer(first), number, files.name(first)).items():
+        made.tensors[state] = {n: Tensor(states[state].dtype, shapes[n], tuple(c)) for n, c in of_state.items()}
+    first = found.own[0]
+    for name, value in states_of(files.optimizer(first), found.number, files.name(first)).items():
         if name not in made.tensors:
             made.values[name] = whole(first, value) if isinstance(value, Located) else value
     return made
@@ -174,10 +218,11 @@ def universal(files: TagFiles, optimizer: int) -> list[Members]:
     optimizer: index of `zero/optimizer_state.pt`.
     """
     folder, tree = files.folder / "zero", files.trees[optimizer]
-    found = [Members(shapes) for shapes in shapes_of(files)]
+    stage = files.stages[0]
+    found = [Members(number, shapes) for number, shapes in enumerate(shapes_of(stage))]
     for number, made in enumerate(found):
         for name in made.shapes:
-            for path in sorted(inside(folder, name, files.name(files.models[0])).glob("*.pt")):
+            for path in sorted(inside(folder, name, files.name(stage.first)).glob("*.pt")):
                 _enter(made, files, name, path)
         if "step" not in made.values and "optimizer_state_dict" in tree:
             step = states_of(tree, number, files.name(optimizer)).get("step")
@@ -203,60 +248,3 @@ def _enter(made: Members, files: TagFiles, name: str, path: Path) -> None:
         raise FormatError(f"{files.name(file)}: holds {shown(value)}; {name} has shape {shape}")
     of_state = made.tensors.setdefault(MASTER if path.stem == "fp32" else path.stem, {})
     of_state[name] = whole(file, replace(value, shape=shape))
-
-
-# -- whole tensors, without names --------------------------------------------------------------------------------
-
-
-def by_position(files: TagFiles, saved: Mapping[str, Any], order: list[list[str]]) -> list[Members] | str:
-    """Members of each group of a stage 0 tag of 16-bit weights, or why this order does not fit it."""
-    file = files.models[0]
-    model = files.dict_of(files.model, "module", file)
-    masters = saved.get("fp32_groups", saved.get("fp32_groups_flat"))
-    if not isinstance(masters, list) or len(masters) != len(order):
-        return f"it has {len(masters) if isinstance(masters, list) else 'no'} groups, the optimizer has {len(order)}"
-    found = []
-    for number, (names, group) in enumerate(zip(order, masters, strict=True)):
-        if missing := [n for n in names if not isinstance(model.get(n), Located)]:
-            return f"it has no {missing[0]}"
-        shapes = {name: model[name].shape for name in names}
-        made = Members(shapes)
-        if isinstance(group, Located):
-            why = _from_flat(made, file, group, states_of(saved, number, files.name(file)))
-        else:
-            ids = saved["optimizer_state_dict"]["param_groups"][number]["params"]
-            why = _from_whole(made, file, group, [saved["optimizer_state_dict"]["state"].get(p, {}) for p in ids])
-        if why:
-            return f"group {number}: {why}"
-        found.append(made)
-    return found
-
-
-def _from_flat(made: Members, file: int, flat: Located, states: Mapping[str, Any]) -> str:
-    """FP16_Optimizer: one flat buffer a group."""
-    numels = {name: prod(shape) for name, shape in made.shapes.items()}
-    total = sum(numels.values())
-    if flat.shape != (total,):
-        return f"its buffer has shape {flat.shape}, the parameters {total} elements"
-    for state, value in {MASTER: flat, **states}.items():
-        if isinstance(value, Located) and value.shape == flat.shape:
-            pieces = together(numels, [0] * len(numels), max(1, total))
-            made.tensors[state] = {
-                p.name: Tensor(value.dtype, made.shapes[p.name], (chunk(file, value, p),)) for p in pieces
-            }
-        else:
-            made.values[state] = whole(file, value) if isinstance(value, Located) else value
-    return ""
-
-
-def _from_whole(made: Members, file: int, masters: list[Any], states: list[dict[str, Any]]) -> str:
-    """FP16_UnfusedOptimizer: a tensor for each parameter."""
-    if [getattr(m, "shape", None) for m in masters] != [*made.shapes.values()] or len(states) != len(masters):
-        return f"shapes {shown([getattr(m, 'shape', None) for m in masters])}, not {shown([*made.shapes.values()])}"
-    for name, master, state in zip(made.shapes, masters, states, strict=True):
-        for key, value in {MASTER: master, **state}.items():
-            if isinstance(value, Located):
-                made.tensors.setdefault(key, {})[name] = whole(file, value)
-            else:
-                made.values[key] = value
-    return ""

@@ -171,3 +171,40 @@ def _untag(value: Any, depth: int) -> Any:
     if len(value) != 1 or tag not in _TAGS:
         raise FormatError(f"unknown tag {tag!r}")
     return _TAGS[tag][2](value[tag], depth + 1)
+
+
+# -- parts of one value --------------------------------------------------------------------------------------------
+
+
+def join(a: Any, b: Any, joins: str, key: str = "") -> Any:
+    """Two parts of a value (tagged, or plain) in one: dicts by key, lists under the key `joins`. ValueError where they
+    contradict each other.
+    """  # noqa: D205
+    if a == b and type(a) is type(b):
+        return a
+    if isinstance(a, dict) and isinstance(b, dict) and (a.keys() == b.keys() or not _tagged(a) | _tagged(b)):
+        return {k: join(a[k], b[k], joins, k) if k in a and k in b else a.get(k, b.get(k)) for k in {**a, **b}}
+    if isinstance(a, list) and isinstance(b, list):
+        if key == joins:
+            return [*a, *(member for member in b if member not in a)]
+        if len(a) == len(b):
+            return [join(x, y, joins) for x, y in zip(a, b, strict=True)]
+        if all(isinstance(item, dict) and isinstance(item.get(joins), list) for item in [*a, *b]):
+            some, more = sorted((a, b), key=len)
+            return _join_groups(some, more, joins)
+    raise ValueError(f"{a!r:.50} and {b!r:.50}")
+
+
+def _join_groups(some: list[dict[str, Any]], more: list[dict[str, Any]], joins: str) -> list[dict[str, Any]]:
+    """Groups of two parts, one of which lacks some. ValueError where it has one that the other has not."""
+    whole = list(more)
+    for group in some:
+        same = (i for i, other in enumerate(whole) if {**other, joins: group[joins]} == group)
+        if (i := next(same, None)) is None:
+            raise ValueError(f"{group!r:.50} is no group of {more!r:.50}")
+        whole[i] = join(whole[i], group, joins)
+    return whole
+
+
+def _tagged(value: dict[str, Any]) -> bool:
+    return any(key.startswith("$") for key in value)

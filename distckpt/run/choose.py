@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import warnings
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from distckpt.comm import exchange, together
 from distckpt.errors import Corrupt, FormatError, NewerFormat, NotACheckpoint, StateWarning
@@ -33,8 +33,8 @@ class Loadable(Stateful, Protocol):
 
     unusable: str | None
 
-    def parameter_order(self) -> list[list[str]] | None:
-        """Names of the optimizer's parameters by group, where there is one optimizer: for what is saved by position."""
+    def parameter_groups(self) -> list[dict[str, Any]] | None:
+        """Groups of the optimizer as they are saved, where there is one: they name what is saved by position."""
         ...
 
 

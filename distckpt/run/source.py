@@ -15,10 +15,13 @@ from distckpt.comm import together
 from distckpt.errors import Mismatch, NotACheckpoint, StateWarning
 from distckpt.foreign.open import KINDS, holds_foreign, open_foreign
 from distckpt.format.layout import COMMIT, StepDir
+from distckpt.format.objects import decode
 from distckpt.loading.load import load
 from distckpt.loading.open import Checkpoint, open_checkpoint
 from distckpt.run.choose import Search, load_newest, loaded_whole, mark
 from distckpt.run.history import History
+from distckpt.saving.objects import encoded, share
+from distckpt.state import JoinedObject, State
 from distckpt.store.local import LocalStore
 
 if TYPE_CHECKING:
@@ -61,15 +64,36 @@ def load_source(
         return loaded[0]
     if step is not None:
         raise NotACheckpoint(f"step={step}: {path} is no run of several steps")
+    order = _order(comm, state) if kind == _FOREIGN else None
     opened: Checkpoint | None = None
 
     def attempt() -> None:
         nonlocal opened
-        opened = _opened(path, kind, names, state.parameter_order() if kind == _FOREIGN else None, like)
+        opened = _opened(path, kind, names, order, like)
 
     together(comm, f"opening {path}", attempt)
     assert opened is not None
     return _load(comm, opened, state, replace(options, foreign=kind == _FOREIGN, complete=like is not None), path)
+
+
+def _order(comm: Comm, state: Loadable) -> list[list[str]] | None:
+    """Names by group of the parameters that any rank's optimizer has: a stage of a pipeline has some. Collective."""
+    found: list[dict[str, Any]] | None = None
+    mine: dict[str, bytes] = {}
+
+    def attempt() -> None:
+        nonlocal found, mine
+        found = state.parameter_groups()
+        mine = encoded(_named(found))
+
+    together(comm, "naming parameters", attempt)
+    whole = share(comm, _named(found), mine, {}, []) if comm.world_size > 1 else {}
+    found = decode(whole["optim"])["groups"] if "optim" in whole else found
+    return None if found is None else [group["params"] for group in found]
+
+
+def _named(groups: list[dict[str, Any]] | None) -> State:
+    return State(objects={"optim": JoinedObject({"groups": groups}, joins="params")})
 
 
 def open_source(

@@ -144,10 +144,10 @@ class TrainState:
             )
         return State.merged(part.capture() for part in self._parts.values())
 
-    def parameter_order(self) -> list[list[str]] | None:
-        """See Loadable.parameter_order."""
+    def parameter_groups(self) -> list[dict[str, Any]] | None:
+        """See Loadable.parameter_groups."""
         part = self._parts.get("optim")
-        return part.order() if isinstance(part, OptimizerAdapter) else None
+        return part.groups() if isinstance(part, OptimizerAdapter) else None
 
     def targets(self, saved: Saved) -> State:
         """See Stateful.targets. A part's Mismatch becomes a problem of the targets: the plan tells them all at once."""

@@ -62,43 +62,11 @@ def _joined(
     for reply in exchange(comm, "joining objects", parts):
         for name, (joins, policy, value) in json.loads(reply).items():
             try:
-                found[name] = _join(found[name], value, joins) if name in found else value
+                found[name] = objects.join(found[name], value, joins) if name in found else value
             except ValueError:  # noqa: PERF203  of what ranks contradict each other on, each keeps its own
                 contradicted[name] = policy
     whole = {n: json.dumps(v, separators=(",", ":")).encode() for n, v in found.items() if n not in contradicted}
     return whole, contradicted
-
-
-def _join(a: Any, b: Any, joins: str, key: str = "") -> Any:
-    """Two parts of a value, as tagged JSON, in one. ValueError where they contradict each other."""
-    if a == b and type(a) is type(b):
-        return a
-    if isinstance(a, dict) and isinstance(b, dict) and (a.keys() == b.keys() or not _tagged(a) | _tagged(b)):
-        return {k: _join(a[k], b[k], joins, k) if k in a and k in b else a.get(k, b.get(k)) for k in {**a, **b}}
-    if isinstance(a, list) and isinstance(b, list):
-        if key == joins:
-            return [*a, *(member for member in b if member not in a)]
-        if len(a) == len(b):
-            return [_join(x, y, joins) for x, y in zip(a, b, strict=True)]
-        if all(isinstance(item, dict) and isinstance(item.get(joins), list) for item in [*a, *b]):
-            some, more = sorted((a, b), key=len)
-            return _join_groups(some, more, joins)
-    raise ValueError(f"{a!r:.50} and {b!r:.50}")
-
-
-def _join_groups(some: list[dict[str, Any]], more: list[dict[str, Any]], joins: str) -> list[dict[str, Any]]:
-    """Groups of two parts, one of which lacks some. ValueError where it has one that the other has not."""
-    whole = list(more)
-    for group in some:
-        same = (i for i, other in enumerate(whole) if {**other, joins: group[joins]} == group)
-        if (i := next(same, None)) is None:
-            raise ValueError(f"{group!r:.50} is no group of {more!r:.50}")
-        whole[i] = _join(whole[i], group, joins)
-    return whole
-
-
-def _tagged(value: dict[str, Any]) -> bool:
-    return any(key.startswith("$") for key in value)
 
 
 def _dump(value: Any) -> bytes:
