@@ -33,7 +33,9 @@ format: venv
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
+# Peers that cannot be installed are rows that say so.
 bench: venv
+	-$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench,peers]'
 	$(BIN)/python -m benchmarks all
 
 clean:

@@ -1,37 +1,108 @@
-"""`python -m benchmarks index|throughput|reshard-offline|all`: prints a table each, and the machine it ran on."""
+"""`python -m benchmarks NAME`: distckpt beside its peers, in one run. benchmarks/README.md says what each measures."""
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
+import logging
 import sys
+import traceback
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
+from benchmarks.ranks import Ranks, launch, launched, leave
 
-from benchmarks import index, reshard_offline, throughput
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from benchmarks.report import Report
+
+BENCHES = {
+    "save": "saving",
+    "load": "saving",
+    "small": "saving",
+    "plan": "plan",
+    "reshard-offline": "reshard_offline",
+}
+"""Name of a benchmark -> the module that has a function of that name."""
+
+
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument("name", choices=[*BENCHES, "all"])
+    parser.add_argument(
+        "--quick", action="store_true", help="a few MB and two rounds: shows that it runs, proves nothing"
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write everything there, and a picture beside it")
+    parser.add_argument("--gb", type=float, help="size of the state over all ranks (0.5)")
+    parser.add_argument("--ranks", type=int, help="ranks (2; one a GPU where there are some)")
+    parser.add_argument("--rounds", type=int, help="rounds; each runs every program once, in turn (5)")
+    parser.add_argument("--folder", type=Path, default=Path(), help="where to write: the disk that is measured")
+    return parser.parse_args(argv)
 
 
 def main() -> int:
-    """Run the benchmarks that the command line names."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("which", choices=["index", "throughput", "reshard-offline", "all"])
-    parser.add_argument("--folder", default=".", help="where to write: the disk that is measured")
-    parser.add_argument("--rounds", type=int, default=5, help="rounds; each runs every program once, in turn")
-    parser.add_argument("--gb", type=float, default=0.5, help="size of what reshard-offline converts")
-    asked = parser.parse_args()
-    print(
-        f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}, torch {torch.__version__}"
+    """Run what the command line names: under torchrun as one of its ranks, else by starting torchrun."""
+    asked = parse()
+    if not launched():
+        return launch(asked.ranks or default_ranks(), sys.argv[1:])
+    status = 1
+    try:
+        run_all(asked, Ranks.of_launch())
+        status = 0
+    except BaseException:  # noqa: BLE001  leave() would not show it
+        traceback.print_exc()
+    leave(status)
+
+
+def run_all(asked: argparse.Namespace, ranks: Ranks) -> None:
+    """Run every benchmark asked for; rank 0 prints, writes, and ends with the line of JSON."""
+    names = list(BENCHES) if asked.name == "all" else [asked.name]
+    reports = [report for name in names if (report := run(name, ranks, asked))]
+    if ranks.rank:
+        return
+    from benchmarks.report import write
+
+    if asked.json:
+        write(reports, ranks.size, asked.json)
+    if asked.name == "all":
+        together = {f"{r.bench}.{key}": round(x.median, 4) for r in reports for key, x in r.ratios.items()}
+        print(json.dumps({"bench": "all", "ratios": together}))
+    else:
+        print(reports[0].last_line())
+
+
+def default_ranks() -> int:
+    """Ranks of a launch on this machine: one a GPU, else two."""
+    import torch
+
+    return torch.cuda.device_count() or 2
+
+
+def run(name: str, ranks: Ranks, asked: argparse.Namespace) -> Report | None:
+    """Run one benchmark on all ranks; rank 0 prints its tables. None on a rank that took no part."""
+    import torch
+
+    from benchmarks.options import Options
+    from benchmarks.report import machine
+
+    torch.set_num_threads(1)
+    logging.disable(logging.WARNING)  # peers tell of each step they take
+    options = Options(
+        folder=asked.folder,
+        nbytes=int((asked.gb or (0.008 if asked.quick else 0.5)) * 2**30),
+        rounds=asked.rounds or (2 if asked.quick else 5),
     )
-    if asked.which in {"index", "all"}:
-        index.run()
-    if asked.which in {"throughput", "all"}:
-        throughput.run(asked.folder, asked.rounds)
-    if asked.which in {"reshard-offline", "all"}:
-        ratios = reshard_offline.run(asked.folder, asked.rounds, int(asked.gb * 1000))
-        print(json.dumps({"bench": "reshard-offline", "ratios": ratios}))
-    return 0
+    report: Report | None = None
+    with ranks.world() as world:
+        if world:
+            report = getattr(import_module(f"benchmarks.{BENCHES[name]}"), name.replace("-", "_"))(world, options)
+    if report and ranks.rank == 0:
+        print(f"\n# {name}\n{json.dumps(machine())}\n{report}", flush=True)
+    return report
 
 
-sys.exit(main())
+if __name__ == "__main__":
+    sys.exit(main())

@@ -12,8 +12,16 @@ import shutil
 import statistics
 import subprocess
 import sys
-import tempfile
-from pathlib import Path
+from typing import TYPE_CHECKING
+
+from benchmarks.report import Report, Table
+from benchmarks.rounds import Ratio
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from benchmarks.options import Options
+    from benchmarks.ranks import World
 
 _COMMON = """
 import json, os, sys, time, warnings
@@ -91,21 +99,29 @@ PROGRAMS = {
 """Conversion -> program -> what it does."""
 
 
-def run(folder: str, rounds: int, size_mb: int) -> dict[str, float]:
-    """Print a table for each conversion; returns its ratios. `size_mb`: of masters and moments together."""
-    with tempfile.TemporaryDirectory(dir=folder, prefix="reshard-") as scratch:
-        root = Path(scratch).absolute()
-        width = 1024
-        depth = max(1, size_mb // (3 * 4 * width * width >> 20))
-        _make_sources(root, width, depth)
-        ratios: dict[str, float] = {}
-        for conversion, programs in PROGRAMS.items():
-            seen: dict[str, list[list[float]]] = {name: [] for name in programs}
-            for _ in range(rounds):
-                for name, code in programs.items():
-                    seen[name].append(_measured(root, code))
-            ratios |= _table(conversion, seen, size_mb)
-        return ratios
+def reshard_offline(world: World, options: Options) -> Report:
+    """Convert on rank 0, while the others wait. `options.nbytes`: of masters and moments together."""
+    report = Report("reshard-offline")
+    with options.media(world) as media:
+        if world.rank == 0:
+            _convert(report, media["disk"], options)
+        world.barrier()
+    return report
+
+
+def _convert(report: Report, root: Path, options: Options) -> None:
+    width = 1024
+    depth = max(1, options.nbytes // (3 * 4 * width * width))
+    _make_sources(root, width, depth)
+    for conversion, programs in PROGRAMS.items():
+        seen: dict[str, list[list[float]]] = {name: [] for name in programs}
+        for _ in range(options.rounds):
+            for name, code in programs.items():
+                seen[name].append(_measured(root, code))
+        title = f"{conversion} (masters and moments: {options.nbytes / 1e6:.0f} MB)"
+        report.tables.append(_table(title, seen))
+        ours, (peer, theirs) = seen["distckpt"], next((n, r) for n, r in seen.items() if n != "distckpt")
+        report.ratios[f"disk.vs_{peer}"] = Ratio.of([t[0] / o[0] for o, t in zip(ours, theirs, strict=True)])
 
 
 def _make_sources(root: Path, width: int, depth: int) -> None:
@@ -141,14 +157,9 @@ def _measured(root: Path, code: str) -> list[float]:
     return [*json.loads(told.removeprefix("MEASURED ")), files]
 
 
-def _table(conversion: str, seen: dict[str, list[list[float]]], size_mb: int) -> dict[str, float]:
-    print(f"\n{conversion} (masters and moments: {size_mb} MB)\n")
-    print("| program | seconds | memory, MB | read, MB | written, MB | files |")
-    print("| --- | ---: | ---: | ---: | ---: | ---: |")
+def _table(title: str, seen: dict[str, list[list[float]]]) -> Table:
+    rows = [["program", "seconds", "memory, MB", "read, MB", "written, MB", "files"]]
     for name, rounds in seen.items():
-        s, memory, read, written, files = (statistics.median(column) for column in zip(*rounds, strict=True))
-        print(f"| {name} | {s:.2f} | {memory:.0f} | {read:.0f} | {written:.0f} | {files:.0f} |")
-    ours, (peer, theirs) = seen["distckpt"], next((n, r) for n, r in seen.items() if n != "distckpt")
-    ratio = statistics.median(t[0] / o[0] for o, t in zip(ours, theirs, strict=True))
-    print(f"\ntheir time over ours: {ratio:.1f}x")
-    return {f"disk.vs_{peer}": round(ratio, 2)}
+        seconds, *counts = (statistics.median(column) for column in zip(*rounds, strict=True))
+        rows.append([name, f"{seconds:.2f}", *(f"{count:.0f}" for count in counts)])
+    return Table(title, rows)

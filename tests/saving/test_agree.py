@@ -11,7 +11,7 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
-from benchmarks.index import index_of, llama_shapes
+from benchmarks.plan import index_of, llama_shapes
 from distckpt import Checkpointer, TrainState
 from distckpt.comm import ThreadComm
 from distckpt.errors import Mismatch

@@ -12,6 +12,8 @@ import time
 from math import prod
 from typing import TYPE_CHECKING
 
+from benchmarks.report import Report, Table
+from benchmarks.rounds import Ratio
 from distckpt.format import manifest
 from distckpt.format.manifest import FileInfo, Manifest, TensorInfo
 from distckpt.format.partition import Grid, Split
@@ -21,6 +23,9 @@ from distckpt.state import Layout
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from benchmarks.options import Options
+    from benchmarks.ranks import World
 
 
 def llama_shapes() -> dict[str, tuple[int, ...]]:
@@ -105,16 +110,25 @@ def _dcp_metadata_bytes(world_size: int) -> tuple[float, int]:
     return time.perf_counter() - started, buffer.tell()
 
 
-def run() -> None:
-    """Print the table."""
-    print("\nplanning and index, Llama-3-8B with Adam (873 tensors), FSDP over N ranks")
-    print("| ranks | plan, ms a rank | commit.json | open, ms | DCP plan, s on rank 0 | DCP metadata |")
-    print("| ---: | ---: | ---: | ---: | ---: | ---: |")
+def plan(world: World, options: Options) -> Report:  # noqa: ARG001
+    """Plan on rank 0, while the others wait."""
+    report = Report("plan")
+    if world.rank == 0:
+        _plan(report)
+    world.barrier()
+    return report
+
+
+def _plan(report: Report) -> None:
+    rows = [["ranks", "plan, ms a rank", "commit.json", "open, ms", "DCP plan, s on rank 0", "DCP metadata"]]
     for world_size in (8, 64, 512, 16384, 100_000):
         tensors = agreed(world_size)
         plan = _timed(lambda tensors=tensors: [list(p.of_file(3)) for p in divide(tensors).values()])  # type: ignore[misc]
         data = manifest.encode(index_of(world_size))
         opened = _timed(lambda data=data: manifest.decode(data))  # type: ignore[misc]
         peer = _dcp_metadata_bytes(world_size) if world_size <= 64 else None
-        theirs = f"{peer[0]:.2f} | {peer[1] / 1e6:.1f} MB" if peer else "- | -"
-        print(f"| {world_size} | {plan * 1e3:.1f} | {len(data) / 1e6:.2f} MB | {opened * 1e3:.0f} | {theirs} |")
+        theirs = [f"{peer[0]:.2f}", f"{peer[1] / 1e6:.1f} MB"] if peer else ["-", "-"]
+        rows.append([str(world_size), f"{plan * 1e3:.1f}", f"{len(data) / 1e6:.2f} MB", f"{opened * 1e3:.0f}", *theirs])
+    report.tables.append(Table("planning and index, Llama-3-8B with Adam (873 tensors), FSDP over N ranks", rows))
+    report.ratios["plan_ms"] = Ratio.of([plan * 1e3])
+    report.ratios["manifest_bytes"] = Ratio.of([len(data)])

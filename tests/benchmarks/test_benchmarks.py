@@ -1,0 +1,170 @@
+"""The benchmarks run, tell what they are to tell, and find out a peer that loads something else, or from memory."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from benchmarks import __main__ as command
+from benchmarks import rounds
+from benchmarks.cache import StillCached, evict, resident
+from benchmarks.meter import Failed, measure
+from benchmarks.peers import Distckpt, Raw, TorchSave
+from benchmarks.ranks import Ranks
+from benchmarks.workload import Sharded
+from tests import ranks
+
+PEERS = {"vs_torch_save", "vs_dcp", "vs_dcp_2_threads", "vs_safetensors", "vs_raw"}
+
+
+def _joined(folder):
+    """The ranks of the test, meeting anew for each world that a benchmark asks for."""
+    rank, size = dist.get_rank(), dist.get_world_size()
+    store = dist.FileStore(f"{folder}/meeting", size)
+    dist.destroy_process_group()
+    return Ranks(store, rank, size)
+
+
+def _benchmark(folder, *argv):
+    """What a benchmark prints on this rank."""
+    asked = command.parse([*argv, "--quick", "--rounds", "1", "--gb", "0.001", "--folder", folder])
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said):
+        command.run_all(asked, _joined(folder))
+    return said.getvalue()
+
+
+def told(tmp_path, *argv, size=2):
+    """Ratios in the last line of a benchmark's output."""
+    output, *others = ranks.run(size, _benchmark, str(tmp_path), *argv)
+    assert others == [""] * (size - 1)
+    last = json.loads(output.splitlines()[-1])
+    assert last["bench"] == argv[0]
+    assert all(isinstance(value, (int, float)) and value > 0 for value in last["ratios"].values())
+    assert not list(tmp_path.glob("distckpt-bench-*"))
+    return last["ratios"]
+
+
+def test_save_tells_a_ratio_over_every_peer_on_both_media(tmp_path):
+    file = tmp_path / "found.json"
+    found = told(tmp_path, "save", "--json", str(file))
+    assert {f"{m}.{key}" for m in ("disk", "tmpfs") for key in PEERS} <= found.keys()
+    content = json.loads(file.read_text())
+    assert content["machine"]["versions"]["torch"] == torch.__version__
+    assert content["benches"][0]["ratios"]["disk.vs_dcp"]["rounds"] == 1
+    assert (tmp_path / content["picture"]).stat().st_size > 1000
+
+
+def test_load_tells_cold_and_warm(tmp_path):
+    found = told(tmp_path, "load")
+    assert {f"{lead}{key}" for lead in ("disk.", "disk.warm_", "tmpfs.") for key in PEERS} <= found.keys()
+
+
+def test_small_tells_saves_loads_and_cpu(tmp_path):
+    found = told(tmp_path, "small")
+    wanted = ("vs_dcp", "vs_large", "cpu_vs_dcp", "load_vs_dcp", "load_cpu_vs_dcp")
+    assert {f"{m}.{key}" for m in ("disk", "tmpfs") for key in wanted} <= found.keys()
+
+
+class Forgetful(TorchSave):
+    """A peer whose loads leave one tensor as it was."""
+
+    name = "forgetful"
+
+    def load(self, folder):
+        super().load(folder)
+        if self.world.rank == 1:
+            self.tensors.local["w0"].view(-1)[-1] = 7
+
+
+class Absent(Raw):
+    """A peer that is not installed on one rank."""
+
+    name = "absent"
+
+    def start(self):
+        if self.world.rank == 1:
+            raise ImportError("no module named absent")
+
+
+class Broken(Distckpt):
+    """Ours, loading something else."""
+
+    def load(self, folder):
+        super().load(folder)
+        self.tensors.local["w1"].view(-1)[0] += 1
+
+
+def _compare(folder, kinds):
+    with _joined(folder).world() as world:
+        tensors = Sharded.large(world, 1 << 20)
+        found = rounds.run(world, tensors, Path(folder), kinds, once=rounds.save_once, count=2)
+    return [(series.program, len(series.rounds), series.why_not) for series in found]
+
+
+def test_a_peer_that_loads_something_else_or_is_absent_is_a_row_that_says_so(tmp_path):
+    for found in ranks.run(2, _compare, str(tmp_path), (Distckpt, Forgetful, Absent)):
+        (ours, rounds_of_ours, nothing), (_, none, wrong), (_, _, absent) = found
+        assert (ours, rounds_of_ours, nothing, none) == ("distckpt", 2, "", 0)
+        assert "rank 1: Wrong: 1 of 4 tensors are not as they were saved: w0" in wrong
+        assert "rank 1: ImportError: no module named absent" in absent
+
+
+def test_ours_loading_something_else_is_an_error(tmp_path):
+    with pytest.raises(ranks.RankError, match="Wrong: 1 of 4 tensors are not as they were saved: w1"):
+        ranks.run(2, _compare, str(tmp_path), (Broken,))
+
+
+def test_a_file_that_stays_in_memory_is_found_out(tmp_path):
+    path = tmp_path / "file"
+    path.write_bytes(bytes(1 << 20))
+    assert resident(path) == 1 << 20
+    evict(tmp_path)
+    assert resident(path) == 0
+    path.read_bytes()
+    with path.open("rb") as file, pytest.raises(StillCached, match="1 files"):
+        _held_in_memory(file, tmp_path)
+
+
+def _held_in_memory(file, folder):
+    import mmap
+
+    with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
+        assert sum(mapped[:: mmap.PAGESIZE]) == 0  # mapped pages cannot be evicted
+        evict(folder)
+
+
+def _spend(_folder):
+    with _joined(_folder).world() as world:
+        path = Path(_folder, f"spent-{world.rank}")
+        memory = []
+        sample = measure(world, lambda: (path.write_bytes(bytes(1 << 20)), memory.append(bytearray(8 << 20))))
+        with pytest.raises(Failed, match=r"rank 0: ValueError: no; rank 1: ValueError: no"):
+            measure(world, _refuse)
+    return sample
+
+
+def _refuse():
+    raise ValueError("no")
+
+
+def test_a_sample_has_the_bytes_of_all_ranks_and_the_memory_of_one(tmp_path):
+    sample = ranks.run(2, _spend, str(tmp_path))[0]
+    assert 2 << 20 <= sample.written_called < 3 << 20
+    assert 8 << 20 <= sample.memory < 16 << 20
+    assert sample.seconds > 0
+    assert sample.cpu > 0
+
+
+def test_the_command_line_refuses_what_it_does_not_know():
+    with pytest.raises(SystemExit), contextlib.redirect_stderr(io.StringIO()) as said:
+        command.parse(["everything"])
+    assert "invalid choice" in said.getvalue()
+    assert isinstance(command.parse(["save"]), argparse.Namespace)
