@@ -54,7 +54,7 @@ def main() -> int:
         status = 0
     except BaseException:  # noqa: BLE001  leave() would not show it
         traceback.print_exc()
-    leave(status)
+    return leave(status)
 
 
 def run_all(asked: argparse.Namespace, ranks: Ranks) -> None:
