@@ -24,8 +24,8 @@ from distckpt.foreign.deepspeed_groups import (
     universal,
 )
 from distckpt.foreign.deepspeed_layout import apart, before_round_robin
-from distckpt.foreign.deepspeed_model import weights_of
-from distckpt.foreign.deepspeed_position import groups_of, mixed_members, orders_of, plain, saved_by_position
+from distckpt.foreign.deepspeed_model import check_rounded, weights_of
+from distckpt.foreign.deepspeed_position import MISFIT, groups_of, mixed_members, orders_of, plain, saved_by_position
 from distckpt.foreign.described import Directory, Tensor, whole
 from distckpt.foreign.files import PlainFile, inside, read_bytes
 from distckpt.foreign.located import Located
@@ -128,6 +128,7 @@ class _Tag:
         model: dict[str, Tensor] = {}
         for part in members:  # of a tied layer's copies the first stage's counts
             model = part.tensors.get(MASTER, {}) | model
+        check_rounded(files, self._weights, model)
         if files.partitioned:
             model |= self._frozen()
         model = self._whole_model(model)
@@ -181,9 +182,11 @@ class _Tag:
         self._optimizer = found[0][1] if found else {}
         mixed = bool({"fp32_groups", "fp32_groups_flat"} & self._optimizer.keys())
         alone = len(found) == 1 and not files.layers and not files.experts
-        if not found or (alone and not mixed):
-            return [], plain(*found[0], self._order or []) if found else None
+        if not found:
+            return [], None
         named = self._ordered(found) if self._order is not None else "no optimizer says them"
+        if alone and not mixed and named != MISFIT:
+            return [], plain(*found[0], [] if isinstance(named, str) else self._order or [])
         if not isinstance(named, str):
             return [part for members, _ in named for part in members], self._joined([optim for _, optim in named])
         lost = (
@@ -197,7 +200,7 @@ class _Tag:
             f"{files.folder}: ZeRO-0 keeps its {lost.format(named)}{tied}. Load it with the optimizer that it was "
             "saved with, or say the order of its parameters"
         )
-        return [], plain(*found[0], self._order or []) if alone else None
+        return [], plain(*found[0], []) if alone and named != MISFIT else None
 
     def _ordered(self, found: list[tuple[int, dict[str, Any]]]) -> list[tuple[list[Members], dict[str, Any]]] | str:
         """Members, and state dict, of each optimizer of stage 0; or why the order does not fit."""

@@ -26,13 +26,7 @@ def check(files: TagFiles, *, universal: bool = False) -> None:
     first = [stage.first for stage in files.stages]
     for name in ("global_steps", "dp_world_size", "mp_world_size", "ds_version"):
         _same(files, name, first, lambda file, name=name: files.trees[file].get(name))  # type: ignore[misc]
-    steps = {
-        f: max(found.values())
-        for stage in files.stages
-        for f in [*stage.ranks.values()][:1]
-        if (found := _steps(files, f))
-    }
-    _same(files, "the optimizer's last step", [*steps], steps.__getitem__)
+    _check_last_steps(files)
     _check_experts(files)
 
 
@@ -92,7 +86,7 @@ def _check_optimizers(stage: Stage) -> None:
         )
     _same(files, "zero_stage", ranks, lambda file: files.optimizer(file).get("zero_stage"))
     _same(files, "ds_version", [stage.first, *ranks], lambda file: files.trees[file].get("ds_version"))
-    _same(files, "the optimizer's step", ranks, lambda file: _steps(files, file))
+    _same(files, "the optimizer's step", ranks, lambda file: _steps(files, file, files.optimizer(file)))
 
 
 def partition_counts(stage: Stage) -> list[int]:
@@ -118,16 +112,32 @@ def _check_experts(files: TagFiles) -> None:
     if files.partitioned:
         raise Unsupported(f"{files.folder}: experts under ZeRO-3: load it with DeepSpeed itself")
     wanted = {(layer, expert) for layer, count in enumerate(counts) for expert in range(count)}
-    names = [f"layer_{layer}_expert_{expert}_mp_rank_00" for layer, expert in sorted(wanted - files.experts.keys())]
+    names = [
+        f"layer_{layer}_expert_{expert}_mp_rank_00_model_states.pt"
+        for layer, expert in sorted(wanted - files.experts.keys())
+    ]
     if names:
         raise NotACheckpoint(
-            f"{files.folder}: {', '.join(names[:10])} ({len(names)} of {len(wanted)}) _model_states.pt are missing: a "
+            f"{files.folder}: {', '.join(names[:10])} are missing ({len(names)} of {len(wanted)} experts): a "
             "save that did not finish, or was copied in part"
         )
     if more := sorted(files.experts.keys() - wanted):
         raise FormatError(
             f"{files.folder}: files of different saves: of {counts} experts, it has (layer, number) {more}"
         )
+    saved = model.get("optimizer")
+    if isinstance(saved, dict):
+        groups = saved.get("optimizer_state_dict", saved).get("param_groups", [])
+        count = max((ep_size(group) for group in groups), default=1)
+        _complete(files, "the optimizer files of expert-parallel ranks (expp_rank_*)", files.of_experts, count)
+
+
+def _check_last_steps(files: TagFiles) -> None:
+    """FormatError where a stage, or an expert-parallel rank, has made other steps than another."""
+    saved = {f: files.optimizer(f) for stage in files.stages for f in [*stage.ranks.values()][:1]}
+    saved |= {f: files.dict_of(files.trees[f], "optimizer", f) for f in files.of_experts.values()}
+    steps = {f: max(found.values()) for f, content in saved.items() if (found := _steps(files, f, content))}
+    _same(files, "the optimizer's last step", [*steps], steps.__getitem__)
 
 
 def ep_size(group: Mapping[str, Any]) -> int:
@@ -160,9 +170,8 @@ def _same(files: TagFiles, what: str, indices: list[int], told: Callable[[int], 
     return values[0] if values else None
 
 
-def _steps(files: TagFiles, file: int) -> Any:
-    content = files.optimizer(file)
-    states = content.get("base_optimizer_state", content.get("optimizer_state_dict"))
+def _steps(files: TagFiles, file: int, content: Mapping[str, Any]) -> Any:
+    states = content.get("base_optimizer_state", content.get("optimizer_state_dict", content))
     states = states.get("state") if isinstance(states, dict) else None
     if not isinstance(states, dict):
         return None

@@ -7,16 +7,21 @@ optimizer's files know, for the layer's own file does not say. A use of a tied l
 
 from __future__ import annotations
 
+import struct
 from dataclasses import dataclass, field
+from math import isfinite, prod
 from typing import TYPE_CHECKING
 
 from distckpt.errors import FormatError, NotACheckpoint, Unsupported
 from distckpt.foreign.deepspeed_experts import Experts
+from distckpt.foreign.files import read_bytes
+from distckpt.format.dtype import item_size
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
     from distckpt.foreign.deepspeed_files import TagFiles
+    from distckpt.foreign.described import Tensor
     from distckpt.foreign.located import Located
     from distckpt.format.box import Shape
 
@@ -107,3 +112,56 @@ def _check_whole(files: TagFiles, known: Mapping[str, Shape | None], found: Mapp
             f"{files.folder}: files of different saves: the optimizer knows {name}, which is not in "
             f"{files.name(files.layers[int(number)])}"
         )
+
+
+# -- files that carry no step ----------------------------------------------------------------------------------------
+
+_LOOKED_AT = 64  # elements
+_FORMS = {"float32": "f", "float16": "e"}
+
+
+def check_rounded(files: TagFiles, weights: Weights, masters: Mapping[str, Tensor]) -> None:
+    """FormatError where a layer's or an expert's file has other weights than the masters, rounded: of another save.
+
+    Such a file says no step. Looked at is the beginning of its smallest trained tensor.
+    """
+    smallest: dict[int, str] = {}
+    parted = {*files.layers.values(), *files.experts.values()}
+    for name, (file, located) in weights.found.items():
+        if file in parted and name in masters and 0 not in located.shape:
+            best = smallest.setdefault(file, name)
+            if located.nbytes < weights.found[best][1].nbytes:
+                smallest[file] = name
+    for file, name in smallest.items():
+        chunk, located = masters[name].chunks[0], weights.found[name][1]
+        master = chunk.locate()
+        numel = min(prod(master.shape), _LOOKED_AT)
+        if master.dtype != "float32" or {master.strides, located.strides} != {None}:
+            continue
+        wanted = _beginning(files, chunk.file, master, numel)
+        found = _beginning(files, file, located, numel)
+        if any(not is_rounded(b, a, located.dtype) for a, b in zip(wanted, found, strict=True)):
+            raise FormatError(
+                f"{files.folder}: files of different saves: {name} in {files.name(file)} is not what the optimizer in "
+                f"{files.name(chunk.file)} has, rounded"
+            )
+
+
+def _beginning(files: TagFiles, file: int, located: Located, numel: int) -> list[bytes]:
+    size = item_size(located.dtype)
+    data = read_bytes(files.sources[file], located.start, numel * size)
+    return [data[at : at + size] for at in range(0, len(data), size)]
+
+
+def is_rounded(low: bytes, master: bytes, dtype: str) -> bool:
+    """Whether `low` is an fp32 number in another precision, rounded to the nearest; anything goes for what has none."""
+    (value,) = struct.unpack("<f", master)
+    if not isfinite(value) or dtype not in {"float32", "bfloat16", "float16"}:
+        return True
+    if dtype == "bfloat16":
+        (bits,) = struct.unpack("<I", master)
+        return low == struct.pack("<I", bits + 0x7FFF + (bits >> 16 & 1))[2:]
+    try:
+        return low == struct.pack("<" + _FORMS[dtype], value)
+    except OverflowError:  # beyond what fp16 holds
+        return True

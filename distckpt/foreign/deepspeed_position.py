@@ -19,7 +19,7 @@ from distckpt.foreign.located import Located
 from distckpt.format.text import shown
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Mapping
 
     from distckpt.foreign.deepspeed_files import TagFiles
     from distckpt.foreign.deepspeed_model import Weights
@@ -45,15 +45,28 @@ def groups_of(saved: Mapping[str, Any]) -> list[dict[str, Any]]:
 def orders_of(files: TagFiles, weights: Weights, order: Order) -> list[Order] | str:
     """Order of each optimizer's own parameters, of an order of them all; or why there is none."""
     optimizers = [saved for _, saved in saved_by_position(files)]
-    if files.of_experts:
-        return _by_rank(weights, order, optimizers)
-    if len(optimizers) == 1:
-        return [order]
-    return by_stage(order, [_shapes_in(saved) for saved in optimizers], weights.shapes)
+    shapes = weights.shapes
+    if odd := next((n for names in order for n in names if n not in shapes), None):
+        return f"it has no {odd}"
+    wanted = [_shapes_in(saved) for saved in optimizers]
+    if files.layers:
+        return by_stage(order, wanted, shapes)
+    found = _by_rank(weights, order, optimizers) if files.of_experts else [order]
+    if not isinstance(found, str) and any(
+        [*map(len, own)] == [*map(len, of)] and not _fits(own, of, shapes)
+        for own, of in zip(found, wanted, strict=True)
+    ):
+        return MISFIT
+    return found
+
+
+MISFIT = "its states have other shapes than the optimizer's parameters"
 
 
 def _shapes_in(saved: Mapping[str, Any]) -> list[list[Shape | None]]:
     """Shapes of an optimizer's parameters, by group; None where its states do not tell."""
+    if "fp32_groups_flat" in saved:
+        return []
     masters, states = saved.get("fp32_groups"), saved.get("state", {})
     if isinstance(masters, list):
         return [[m.shape for m in group] for group in masters]
@@ -71,39 +84,24 @@ def _shapes_in(saved: Mapping[str, Any]) -> list[list[Shape | None]]:
 def _by_rank(weights: Weights, order: Order, optimizers: list[dict[str, Any]]) -> list[Order] | str:
     """Of each expert-parallel rank: its experts' parameters in groups of their own, as DeepSpeed splits them off."""
     experts, found = weights.experts, []
+    parts = [[[n for n in g if (experts.number_of(n) is not None) is moe] for g in order] for moe in (False, True)]
     for rank, saved in enumerate(optimizers):
         groups = groups_of(saved)
         own: dict[int, list[str]] = {}
-        for moe in (False, True):
-            places = [g for g, group in enumerate(groups) if bool(group.get("moe")) is moe]
-            size = ep_size(groups[places[0]]) if places else 1
-            at = experts.part(rank, len(optimizers), size)
-            mine = [
-                [n for n in g if (experts.number_of(n) is not None) is moe and experts.is_of(n, size, at)]
-                for g in order
-            ]
-            cut = _divided(mine, [len(groups[g]["params"]) for g in places])
-            if cut is None:
-                counts = [len(group["params"]) for group in groups]
-                return f"its groups have {counts} parameters, the optimizer's {[len(g) for g in order]} of all ranks"
-            own |= dict(zip(places, cut, strict=True))
+        count = 0
+        for moe, names in enumerate(parts):
+            places = [g for g, group in enumerate(groups) if bool(group.get("moe")) == moe]
+            for group in (g for g in names if g):
+                size = ep_size(groups[places[0]]) if places else 1
+                left = [n for n in group if experts.is_of(n, size, experts.part(rank, len(optimizers), size))]
+                count += len(left)
+                while left and places and len(left) >= (n := len(groups[places[0]]["params"])):
+                    own[places.pop(0)], left = left[:n], left[n:]
+        if len(own) < len(groups) or sum(map(len, own.values())) != count:
+            counts = [len(group["params"]) for group in groups]
+            return f"its groups have {counts} parameters, the optimizer's {[len(g) for g in order]} over all ranks"
         found.append([own[g] for g in range(len(groups))])
     return found
-
-
-def _divided(names: Order, counts: Sequence[int]) -> Order | None:
-    """Groups of names in groups of these lengths, each within one of them; None where there is no such division."""
-    found: Order = []
-    wanted = [*counts]
-    for group in names:
-        left = group
-        while left:
-            if not wanted or wanted[0] > len(left):
-                return None
-            count = wanted.pop(0)
-            found.append(left[:count])
-            left = left[count:]
-    return None if wanted else found
 
 
 # -- stages ----------------------------------------------------------------------------------------------------------
@@ -116,10 +114,7 @@ def by_stage(order: Order, wanted: list[list[list[Shape | None]]], shapes: Mappi
 
     wanted: shape of each parameter of each group of each stage (None: not known).
     """
-    names = [name for group in order for name in group]
-    if odd := next((n for n in names if n not in shapes), None):
-        return f"it has no {odd}"
-    keys = {name: _layer_of(name) for name in names}
+    keys = {name: _layer_of(name) for group in order for name in group}
     tied = sorted({key for key in keys.values() if isinstance(key, str)})
     layers = sorted({key for key in keys.values() if isinstance(key, int)})
     if len(tied) > _MOST_TIED:

@@ -172,9 +172,10 @@ def _load(comm: Comm, checkpoint: Checkpoint, state: Loadable, options: Options,
     except Mismatch as e:
         if not options.foreign or options.complete:
             raise
+        notes = "".join(f"\n{note}" for note in checkpoint.notes)
         raise Mismatch(
-            f"{e}\n{path} is another tool's: only=('model',) loads its model alone, names={{'ENTRY': 'model'}} says "
-            "which of its entries is what, rename= changes the names of tensors"
+            f"{e}{notes}\n{path} is another tool's: only=('model',) loads its model alone, names={{'ENTRY': 'model'}} "
+            "says which of its entries is what, rename= changes the names of tensors"
         ) from e
     state.unusable = None if loaded_whole(report, options) else before
     for note in checkpoint.notes:

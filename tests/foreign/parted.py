@@ -5,6 +5,8 @@ from __future__ import annotations
 import warnings
 from dataclasses import dataclass, field
 
+import torch
+
 from distckpt.format.box import Box
 from distckpt.loading.stream import Stretch, stream
 from distckpt.run.source import open_source
@@ -90,3 +92,11 @@ def order_in(checkpoint):
 
 def ours(root):
     return open_source(f"{root}/ours")
+
+
+def as_float32(held):
+    """Bytes of a tensor, widened."""
+    dtype, _, data = held
+    if dtype == "float32":
+        return data
+    return torch.frombuffer(bytearray(data), dtype=getattr(torch, dtype)).float().numpy().tobytes()

@@ -156,6 +156,18 @@ def test_an_order_that_does_not_fit_is_not_believed(made):
         assert "without names" in found.notes[0]
 
 
+def test_states_whose_shapes_contradict_the_order_are_given_to_no_parameter(made):
+    folder, _, _ = made("zero0")
+    model, optimizer, _ = CASES["zero0"].trained()
+    order = [
+        [n for n, p in model.named_parameters() if any(p is q for q in g["params"])] for g in optimizer.param_groups
+    ]
+    assert "optim" in open_foreign(folder, order=order).manifest.objects
+    found = open_foreign(folder, order=[order[0][::-1], order[1]])
+    assert "optim" not in found.manifest.objects
+    assert "its states have other shapes" in found.notes[0]
+
+
 def _save_fused(folder):
     """FP16_Optimizer is made only around optimizers that a compiler builds: one of torch's passes for such."""
     import deepspeed.runtime.engine as engines
