@@ -144,7 +144,7 @@ def _at_different_points(root):
 
     from distckpt import Checkpointer, TrainState
 
-    with Checkpointer(root, timeout=20) as c:
+    with Checkpointer(root, timeout=20, wait=True) as c:
         state = TrainState()
         c.resume(state)
         wrong = [lambda: c.save(1, state), lambda: c.resume(state)][dist.get_rank()]

@@ -4,25 +4,29 @@ from __future__ import annotations
 
 import os
 import time
+import warnings
 from dataclasses import dataclass
 from operator import index
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 from distckpt import __version__, comm
 from distckpt.comm import Comm, together
 from distckpt.errors import (
     NotACheckpoint,
     RunConflict,
+    StateWarning,
     Unsupported,
 )
 from distckpt.loading.plan import Options
+from distckpt.run.background import ARENAS, Background
 from distckpt.run.choose import Search, load_newest
 from distckpt.run.history import History
 from distckpt.run.launches import open_launch, read_launches
-from distckpt.run.publish import SaveReport, now, plain_metrics, save_and_publish
+from distckpt.run.pending import PendingSave
+from distckpt.run.publish import now
+from distckpt.run.save import SaveReport, plain_metrics, save_and_publish
 from distckpt.run.source import foreign_root, load_source
-from distckpt.saving.image import Arena
-from distckpt.saving.save import Request
+from distckpt.saving.save import Request, plan
 from distckpt.store.local import LocalStore
 
 if TYPE_CHECKING:
@@ -37,20 +41,24 @@ if TYPE_CHECKING:
     from distckpt.store.base import Store
 
 _STEP = 8  # bytes of a step in a message
+_FAILED, _BUSY = 1, 2
+"""What a rank tells the others at the next save: that an earlier one has failed, that it has no room for this one."""
 
 
 @dataclass(frozen=True, slots=True)
 class StepReport:
     """What Checkpointer.step did."""
 
-    saved: SaveReport | None = None
+    saved: PendingSave | SaveReport | None = None
 
 
 class Checkpointer:
     """Saves and resumes one run. Every method is collective: all ranks call it, at the same point.
 
-    root: the run's directory (or a Store). every: save at steps divisible by this (None: only when told). timeout:
-    seconds that any wait for other ranks lasts at most. arena_bytes: host memory a save packs small tensors in.
+    root: the run's directory (or a Store). every: save at steps divisible by this (None: only when told). wait: what
+    `save` does by default. when_busy: what a save does that comes while two others are still being written: "wait" for
+    one of them, or "skip" itself. arena_bytes: most host memory that one save may be staged in on this rank; a larger
+    one is written by the call itself (None: no limit). timeout: seconds that any wait for others lasts at most.
     """
 
     def __init__(
@@ -58,20 +66,28 @@ class Checkpointer:
         root: str | os.PathLike[str] | Store,
         *,
         every: int | None = None,
+        wait: bool = False,
+        when_busy: Literal["wait", "skip"] = "wait",
+        arena_bytes: int | None = None,
         timeout: float = 600.0,
-        arena_bytes: int = 8 << 20,
         comm: Comm | None = None,
     ) -> None:
         if every is not None and (type(every) is not int or every < 1):
             raise ValueError(f"every={every!r}: a number of steps, an int of at least 1")
-        if arena_bytes < 1:
-            raise ValueError(f"arena_bytes={arena_bytes!r}: a number of bytes, at least 1")
+        if arena_bytes is not None and (type(arena_bytes) is not int or arena_bytes < 0):
+            raise ValueError(f"arena_bytes={arena_bytes!r}: a number of bytes, or None for no limit")
+        if when_busy not in {"wait", "skip"}:
+            raise ValueError(f"when_busy={when_busy!r}: 'wait' or 'skip'")
         self._store: Store = LocalStore(root) if isinstance(root, (str, os.PathLike)) else root
         self._every = every
         self._comm = comm or _default_comm(timeout)
         self._given = comm is not None
         self._history = History(self._store)
-        self._arena = Arena(arena_bytes)
+        self._wait, self._when_busy = wait, when_busy
+        self._background = (
+            Background(self._store, self._comm.timeout, arena_bytes) if isinstance(self._store, LocalStore) else None
+        )
+        self._pending: list[PendingSave] = []
         self._launch: int | None = None
         self._closed = False
 
@@ -81,13 +97,24 @@ class Checkpointer:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if error:
+            self._pending = []  # the error is what is raised; what is staged is written all the same
         self.close()
 
     def close(self) -> None:
-        """Give back memory and the process group. Not collective."""
+        """Wait for saves in flight, then give back processes, memory, and the process group.
+
+        Collective where a save is in flight: raises on every rank if one has failed.
+        """
+        if self._closed:
+            return
         self._closed = True
-        self._arena.close()
-        self._comm.close()
+        try:
+            self._finish_pending()
+        finally:
+            if self._background:
+                self._background.close()
+            self._comm.close()
 
     # -- save --------------------------------------------------------------------------------------------------------
 
@@ -97,18 +124,50 @@ class Checkpointer:
             return StepReport()
         return StepReport(self.save(step, state, metrics))
 
+    @overload
     def save(
-        self, step: int, state: TrainState, metrics: Mapping[str, Any] | None = None, *, check_replicas: bool = False
-    ) -> SaveReport:
-        """Save, and return once the checkpoint is committed and durable.
+        self,
+        step: int,
+        state: TrainState,
+        metrics: Mapping[str, Any] | None = None,
+        *,
+        wait: Literal[True],
+        check_replicas: bool = False,
+    ) -> SaveReport: ...
+    @overload
+    def save(
+        self,
+        step: int,
+        state: TrainState,
+        metrics: Mapping[str, Any] | None = None,
+        *,
+        wait: bool | None = None,
+        check_replicas: bool = False,
+    ) -> PendingSave | SaveReport | None: ...
+    def save(
+        self,
+        step: int,
+        state: TrainState,
+        metrics: Mapping[str, Any] | None = None,
+        *,
+        wait: bool | None = None,
+        check_replicas: bool = False,
+    ) -> PendingSave | SaveReport | None:
+        """Save. By default return once the state is staged, and may change: the writer process does the rest.
 
-        metrics: numbers to record with it (a NumPy scalar or a tensor of one element counts as one). check_replicas:
-        compare what should be equal on several ranks, too.
-        Raises on every rank what fails on any, with rank and cause; the previous checkpoint is untouched then.
+        wait: return only when the checkpoint is committed and durable, with a SaveReport. None: what this Checkpointer
+        was told. metrics: numbers to record with it (a NumPy scalar or a tensor of one element counts as one).
+        check_replicas: compare what should be equal on several ranks, too. Returns None for a save that was skipped,
+        with a StateWarning. A store that is no directory is always waited for.
+        Raises on every rank what fails on any, with rank and cause: of this save, or of an earlier one that was not
+        waited for. The previous checkpoint is untouched then.
         """
         self._check(state)
         if isinstance(step, bool) or not hasattr(step, "__index__") or not 0 <= (number := index(step)) < 1 << 63:
             raise ValueError(f"step={step!r}: a count of optimizer steps, an int of at least 0")
+        waited = self._background is None or (self._wait if wait is None else wait)
+        if waited:
+            self._finish_pending()
         started = time.monotonic()
         if self._launch is None:
             self._start_without_resume()
@@ -116,6 +175,8 @@ class Checkpointer:
         recorded = dict[str, Any]()
 
         def capture() -> State:
+            if self._background and not waited and self._when_busy == "wait":
+                self._background.wait_for_room()
             recorded.update(plain_metrics(metrics or {}))  # here, so that every rank learns if one rank's cannot be
             return state.capture()
 
@@ -127,15 +188,53 @@ class Checkpointer:
             writer={"distckpt": __version__},
             generation=lambda: self._generation(number),
             check_replicas=check_replicas,
+            flag=self._flag,
         )
-        made = save_and_publish(self._comm, self._history, capture, self._arena.view, request)
+        if not waited:
+            return self._save_in_background(capture, request)
+        made = save_and_publish(self._comm, self._history, capture, request)
         seconds = time.monotonic() - started
         return SaveReport(number, str(made.directory), made.nbytes, seconds, made.notes)
+
+    def _save_in_background(self, capture: Callable[[], State], request: Request) -> PendingSave | None:
+        assert self._background is not None
+        planned = plan(self._comm, capture, request)
+        if any(flag & _FAILED for flag in planned.flags):
+            self._finish_pending()
+        if busy := [rank for rank, flag in enumerate(planned.flags) if flag & _BUSY]:
+            warnings.warn(
+                f"step {request.step} is not saved: rank {busy[0]} is still writing {ARENAS} earlier saves "
+                "(when_busy='skip')",
+                StateWarning,
+                stacklevel=4,
+            )
+            return None
+        pending = PendingSave(self._comm, self._store, self._background, planned)
+        self._pending = [*self._pending[-ARENAS:], pending]
+        return pending
+
+    def _flag(self) -> int:
+        failed = any(pending.failed for pending in self._pending)
+        busy = self._when_busy == "skip" and self._background is not None and self._background.busy
+        return _FAILED * failed | _BUSY * busy
+
+    def _finish_pending(self) -> None:
+        """Wait for saves in flight. Collective. Raises what the first that failed raised; none is in flight then."""
+        problem: Exception | None = None
+        pending, self._pending = self._pending, []
+        for save in pending:
+            try:
+                save.wait()
+            except Exception as e:  # noqa: BLE001, PERF203  the later ones are finished, too, before it is raised
+                problem = problem or e
+        if problem:
+            raise problem
 
     def _generation(self, step: int) -> int:
         """Generation of a step about to be saved. Asked on rank 0."""
         self._refuse_if_superseded()
-        return self._history.next_generation(step)
+        in_flight = [p.directory.generation for p in self._pending if p.step == step]
+        return max(self._history.next_generation(step), *(g + 1 for g in in_flight), 1)
 
     def _refuse_if_superseded(self) -> None:
         """RunConflict once a later launch has begun: what this one saves would never be resumed."""
@@ -196,6 +295,7 @@ class Checkpointer:
         no checkpoint of ours yet, is resumed from what that tool saved. Options as in `load`.
         """
         self._check(state)
+        self._finish_pending()
         options = Options(
             strict=strict, only=only, cast=cast, rename=rename, per_rank=dict(per_rank or {}), verify=verify
         )
@@ -241,6 +341,7 @@ class Checkpointer:
         NotACheckpoint where there is none.
         """
         self._check(state)
+        self._finish_pending()
         options = Options(
             strict=strict, only=only, cast=cast, rename=rename, per_rank=dict(per_rank or {}), verify=verify
         )

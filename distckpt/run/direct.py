@@ -17,9 +17,9 @@ from distckpt.errors import NotACheckpoint
 from distckpt.loading.plan import Options
 from distckpt.run.choose import Search, load_newest
 from distckpt.run.place import Place, place
-from distckpt.run.publish import SaveReport, now, plain_metrics, save_and_publish
+from distckpt.run.publish import now
+from distckpt.run.save import SaveReport, plain_metrics, save_and_publish
 from distckpt.run.source import foreign_root, load_source
-from distckpt.saving.image import Arena
 from distckpt.saving.save import Request
 
 if TYPE_CHECKING:
@@ -30,8 +30,6 @@ if TYPE_CHECKING:
     from distckpt.loading.report import LoadReport
     from distckpt.state import State
     from distckpt.store.base import Store
-
-_ARENA = 8 << 20
 
 
 def save(
@@ -53,15 +51,14 @@ def save(
     Raises on every rank what fails on any, with rank and cause; what the path held before is untouched then.
     """
     live = StateDictAdapter(state_dict)
-    with _ranks(comm, timeout) as ranks, closing(Arena(_ARENA)) as arena:
-        return save_to(place(path), live.capture, ranks, arena, metrics=metrics or {}, check_replicas=check_replicas)
+    with _ranks(comm, timeout) as ranks:
+        return save_to(place(path), live.capture, ranks, metrics=metrics or {}, check_replicas=check_replicas)
 
 
 def save_to(
     where: Place,
     capture: Callable[[], State],
     ranks: Comm,
-    arena: Arena,
     *,
     metrics: Mapping[str, Any],
     check_replicas: bool = False,
@@ -84,7 +81,7 @@ def save_to(
         generation=where.generation_to_save,
         check_replicas=check_replicas,
     )
-    made = save_and_publish(ranks, where.history, captured, arena.view, request)
+    made = save_and_publish(ranks, where.history, captured, request)
     if ranks.rank == 0:
         where.remove_older()
     seconds = time.monotonic() - started

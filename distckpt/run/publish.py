@@ -1,46 +1,16 @@
-"""Saving one checkpoint and making it known: what every way to save a run ends in. Collective."""
+"""Making a committed checkpoint known: pointers and registry. What the writer process does last; imports no torch."""
 
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass
 from datetime import datetime, timezone
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from distckpt.errors import FormatError, RunConflict, StateWarning, StoreError, Unsupported
-from distckpt.loading.open import Checkpoint
-from distckpt.saving.save import Committed, Request, save
+from distckpt.errors import FormatError, StateWarning, StoreError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
-
-    from distckpt.comm import Comm
+    from distckpt.loading.open import Checkpoint
     from distckpt.run.history import History
-    from distckpt.state import State
-
-
-@dataclass(frozen=True, slots=True)
-class SaveReport:
-    """What a save did: directory in the run, bytes of all ranks together, wall seconds."""
-
-    step: int
-    directory: str
-    nbytes: int
-    seconds: float
-    notes: list[str]
-
-
-def save_and_publish(
-    comm: Comm, history: History, capture: Callable[[], State], arena: memoryview, request: Request
-) -> Committed:
-    """Save a state, commit it, and point at it. Raises on every rank what fails on any; nothing is committed then."""
-    try:
-        made = save(comm, history.store, capture, arena, request)
-    except RunConflict:  # a zombie took the directory between our look and our commit; there is a next generation
-        made = save(comm, history.store, capture, arena, request)
-    if made.manifest is not None:
-        publish(history, Checkpoint(history.store, made.directory, made.manifest))
-    return made
 
 
 def publish(history: History, checkpoint: Checkpoint) -> None:
@@ -58,17 +28,3 @@ def publish(history: History, checkpoint: Checkpoint) -> None:
 def now() -> str:
     """Time of day, as manifests and launch records have it."""
     return datetime.now(timezone.utc).isoformat(timespec="seconds")
-
-
-def plain_metrics(metrics: Mapping[str, Any]) -> dict[str, Any]:
-    """Metrics as Python numbers. Unsupported, with the name, for what is neither a number nor a text."""
-    found = dict[str, Any]()
-    for name, value in metrics.items():
-        try:
-            found[str(name)] = value.item() if hasattr(value, "item") else value
-        except (RuntimeError, ValueError) as e:  # noqa: PERF203  a tensor or an array of several elements
-            raise Unsupported(f"metric {name!r}: {e}; a number is expected") from e
-    for name, value in found.items():
-        if not isinstance(value, (bool, int, float, str)):
-            raise Unsupported(f"metric {name!r} is a {type(value).__qualname__}; a number is expected")
-    return found

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from distckpt.format.box import Shape
 
 _NONCE = 6
-_PLACE = struct.Struct("<QI")  # step, and rank 0's choice of its generation
+_PLACE = struct.Struct("<QIB")  # step, rank 0's choice of its generation, the rank's flag
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +56,7 @@ class Agreement:
     rank_objects: dict[str, bytes] = field(default_factory=dict)
     policies: dict[str, str] = field(default_factory=dict)
     generation: int = 1
+    flags: list[int] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
 
@@ -75,12 +76,13 @@ def agree(
     *,
     step: int,
     generation: Callable[[], int],
+    flag: Callable[[], int] = lambda: 0,
     check_replicas: bool = False,
 ) -> tuple[State, Agreement]:
     """Capture the state on every rank and agree on what it is, and that it is of this step.
 
-    `generation` is asked on rank 0 only. Raises on every rank what capture raises on any; Mismatch where ranks
-    contradict each other, with the fqns.
+    `generation` is asked on rank 0 only, `flag` on each rank after its capture: all learn all flags (0 to 255). Raises
+    on every rank what capture raises on any; Mismatch where ranks contradict each other, with the fqns.
     """
     own: _Own | None = None
 
@@ -95,17 +97,23 @@ def agree(
         )
         digests = b"".join(bytes.fromhex(digest(_dump(part))) for part in parts)
         chosen = generation() if comm.rank == 0 else 0
-        return secrets.token_bytes(_NONCE) + digests + _PLACE.pack(step, chosen)
+        return secrets.token_bytes(_NONCE) + digests + _PLACE.pack(step, chosen, flag())
 
     replies = together(comm, "describing the state", describe)
     assert own is not None
     cuts = [(_NONCE + i * DIGEST_SIZE, _NONCE + (i + 1) * DIGEST_SIZE) for i in range(3)]
     same = [len({reply[a:b] for reply in replies}) == 1 for a, b in cuts]
     places = [_PLACE.unpack(reply[cuts[-1][1] :]) for reply in replies]
-    if len({at for at, _ in places}) > 1:
-        told = ", ".join(f"rank {rank}: {at}" for rank, (at, _) in enumerate(places[:16]))
+    if len({at for at, *_ in places}) > 1:
+        told = ", ".join(f"rank {rank}: {at}" for rank, (at, *_) in enumerate(places[:16]))
         raise Mismatch(f"ranks save different steps ({told}): call save on every rank at the same step")
-    agreement = Agreement(digest(*(r[:_NONCE] for r in replies))[:12], {}, {}, generation=places[0][1])
+    agreement = Agreement(
+        digest(*(r[:_NONCE] for r in replies))[:12],
+        {},
+        {},
+        generation=places[0][1],
+        flags=[place[2] for place in places],
+    )
     everyone = list(range(comm.world_size))
     distinct = [(everyone, own.description)] if same[0] else _distinct(comm, replies, cuts[0], own.description)
     _merge(agreement, distinct)

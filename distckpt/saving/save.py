@@ -1,38 +1,33 @@
 """One save, from live state to commit.
 
-The path, top to bottom: capture and agree (one small collective) -> divide -> write the data file, then the ack ->
-commit when all have acked.
+The path, top to bottom: capture and agree (one small collective) -> plan -> write the data file, then the ack -> commit
+when all have acked. Waited for, the training process writes from live memory; else the image is staged, and the writer
+process does what follows.
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from distckpt.comm import together
-from distckpt.errors import RanksMissing, StoreError
-from distckpt.format.checksum import digest
-from distckpt.format.layout import StepDir, ack_file, data_file, object_file
-from distckpt.format.manifest import FileInfo, Manifest, ObjectInfo, TensorInfo
+from distckpt.errors import RanksMissing
+from distckpt.format.layout import StepDir
+from distckpt.format.manifest import Manifest, TensorInfo
 from distckpt.saving.agree import agree
-from distckpt.saving.commit import (
-    Attempt,
-    abandon,
-    commit_when_acked,
-    remove_acks,
-    write_ack,
-    write_refusal,
-)
+from distckpt.saving.commit import Attempt, commit_when_acked, remove_acks
 from distckpt.saving.divide import divide
-from distckpt.saving.image import ImageStream, build, live, own_chunks
-from distckpt.store.base import write_all
+from distckpt.saving.image import build, live, own_chunks
+from distckpt.saving.part import Part, abandon_part, whole, write_part
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
+    import torch
+
     from distckpt.comm import Comm
+    from distckpt.format.datafile import Image
     from distckpt.format.partition import Partition
     from distckpt.saving.agree import Agreement
     from distckpt.state import State
@@ -51,6 +46,8 @@ class Request:
     generation: Callable[[], int]
     """Which generation of the step this is; asked on rank 0 only."""
     check_replicas: bool = False
+    flag: Callable[[], int] = lambda: 0
+    """What this rank tells all others along with its description."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,98 +60,85 @@ class Committed:
     manifest: Manifest | None
 
 
-def save(comm: Comm, store: Store, capture: Callable[[], State], arena: memoryview, request: Request) -> Committed:
-    """Save a state on every rank, durably, and commit it. Collective.
+@dataclass(frozen=True, slots=True)
+class Planned:
+    """What this rank is to write, agreed with the others; nothing is written yet."""
 
-    Raises on every rank whatever fails on any, with rank and cause; the previous checkpoint is untouched then.
-    """
+    part: Part
+    notes: list[str]
+    flags: list[int]
+    _state: State
+    _partitions: Mapping[str, Partition]
+    _rank_objects: bytes
+
+    def image(self) -> tuple[Image, Mapping[str, tuple[str, torch.Tensor]]]:
+        """Image of this rank's data file, and its chunks: name -> (fqn, view of live memory). Unsupported."""
+        chunks = own_chunks(self._state, self._partitions, self.part.rank)
+        return build(chunks, self._rank_objects), chunks
+
+
+def plan(comm: Comm, capture: Callable[[], State], request: Request) -> Planned:
+    """Capture the state on every rank and agree on who writes what. Collective; raises on every rank or on none."""
     state, agreement = agree(
         comm,
         capture,
         step=request.step,
         generation=request.generation,
+        flag=request.flag,
         check_replicas=request.check_replicas,
     )
-    directory = StepDir(request.step, agreement.generation)
-    attempt = Attempt(directory, agreement.attempt, comm.world_size)
-    job = _Job(comm, store, attempt, request, agreement, divide(agreement.tensors))
-    whole: Manifest | None = None
+    partitions = divide(agreement.tensors)
+    attempt = Attempt(StepDir(request.step, agreement.generation), agreement.attempt, comm.world_size)
+    part = Part(attempt, comm.rank)
+    if comm.rank == 0:
+        part = Part(attempt, 0, agreement.objects, _draft(attempt, request, agreement, partitions))
+    return Planned(part, agreement.notes, agreement.flags, state, partitions, _dump(agreement.rank_objects))
+
+
+def save(comm: Comm, store: Store, capture: Callable[[], State], request: Request) -> Committed:
+    """Save a state on every rank, durably, and commit it. Collective.
+
+    Raises on every rank whatever fails on any, with rank and cause; the previous checkpoint is untouched then.
+    """
+    planned = plan(comm, capture, request)
+    part = planned.part
+    directory = part.attempt.directory
+    made: Manifest | None = None
+
+    def write() -> bytes:
+        image, chunks = planned.image()
+        write_part(store, part, whole(image, live(image, chunks)), len(image.header), image.size)
+        return image.size.to_bytes(8, "little")
 
     def commit() -> None:
-        nonlocal whole
+        nonlocal made
         if comm.rank == 0:
-            whole = commit_when_acked(store, attempt, timeout=comm.timeout)
-            remove_acks(store, attempt)
+            made = commit_when_acked(store, part.attempt, timeout=comm.timeout)
+            remove_acks(store, part.attempt)
 
     try:
-        sizes = together(comm, f"writing {directory}", lambda: _write(job, state, arena).to_bytes(8, "little"))
+        sizes = together(comm, f"writing {directory}", write)
         together(comm, f"committing {directory}", commit)
     except RanksMissing:
         raise  # the lost rank may have finished: a later resume rolls the attempt forward, or gc removes it
     except Exception:
-        _abandon(job)
+        abandon_part(store, part)
         raise
-    return Committed(directory, sum(int.from_bytes(s, "little") for s in sizes), agreement.notes, whole)
+    return Committed(directory, sum(int.from_bytes(s, "little") for s in sizes), planned.notes, made)
 
 
-@dataclass(frozen=True, slots=True)
-class _Job:
-    """What the steps of one save share."""
-
-    comm: Comm
-    store: Store
-    attempt: Attempt
-    request: Request
-    agreement: Agreement
-    partitions: dict[str, Partition]
-
-
-def _write(job: _Job, state: State, arena: memoryview) -> int:
-    """Write this rank's data file and, last, its ack. Returns the file's bytes."""
-    rank, attempt = job.comm.rank, job.attempt
-    try:
-        chunks = own_chunks(state, job.partitions, rank)
-        image = build(chunks, _rank_objects(job.agreement))
-        stream = ImageStream(image, live(image, chunks), arena)
-        name = data_file(rank, attempt.id)
-        job.store.write(attempt.key(name), stream, size=image.size)
-        file = FileInfo(name, image.size, len(image.header), stream.digest)
-        draft = _draft(job, _write_objects(job)) if rank == 0 else None
-        write_ack(job.store, attempt, rank, file, draft)
-    except Exception as e:
-        with contextlib.suppress(StoreError):  # the ranks learn of it through `together`; this tells later launches
-            write_refusal(job.store, attempt, rank, e)
-        raise
-    return image.size
-
-
-def _rank_objects(agreement: Agreement) -> bytes:
-    """Content of `__objects__`: this rank's own objects by name."""
-    return json.dumps({n: json.loads(v) for n, v in agreement.rank_objects.items()}, separators=(",", ":")).encode()
-
-
-def _write_objects(job: _Job) -> dict[str, ObjectInfo]:
-    """Write the rank-independent objects, one readable file each."""
-    written = {}
-    for name, data in job.agreement.objects.items():
-        file = object_file(name, job.attempt.id)
-        write_all(job.store, job.attempt.key(file), data)
-        written[name] = ObjectInfo(file, len(data), digest(data))
-    return written
-
-
-def _draft(job: _Job, objects: dict[str, ObjectInfo]) -> Manifest:
-    agreement, request = job.agreement, job.request
+def _draft(attempt: Attempt, request: Request, agreement: Agreement, partitions: Mapping[str, Partition]) -> Manifest:
+    """Return the manifest, in which files and objects are still missing."""
     return Manifest(
         step=request.step,
-        generation=job.attempt.directory.generation,
+        generation=attempt.directory.generation,
         launch=request.launch,
-        attempt=job.attempt.id,
+        attempt=attempt.id,
         date=request.date,
-        world_size=job.comm.world_size,
-        tensors={fqn: TensorInfo(t.shape, t.dtype, job.partitions[fqn]) for fqn, t in agreement.tensors.items()},
+        world_size=attempt.world_size,
+        tensors={fqn: TensorInfo(t.shape, t.dtype, partitions[fqn]) for fqn, t in agreement.tensors.items()},
         files=(),
-        objects=objects,
+        objects={},
         rank_objects=agreement.policies,
         aliases=agreement.aliases,
         metrics=request.metrics,
@@ -162,13 +146,6 @@ def _draft(job: _Job, objects: dict[str, ObjectInfo]) -> Manifest:
     )
 
 
-def _abandon(job: _Job) -> None:
-    """Remove what this rank wrote for an attempt that failed.
-
-    The ack goes first, so that nobody finds the attempt complete while it is taken away.
-    """
-    rank, attempt = job.comm.rank, job.attempt
-    names = [ack_file(rank, attempt.id), data_file(rank, attempt.id)]
-    if rank == 0:
-        names += [object_file(name, attempt.id) for name in job.agreement.objects]
-    abandon(job.store, attempt, names)
+def _dump(rank_objects: Mapping[str, bytes]) -> bytes:
+    """Content of `__objects__`: this rank's own objects by name."""
+    return json.dumps({n: json.loads(v) for n, v in rank_objects.items()}, separators=(",", ":")).encode()

@@ -45,11 +45,12 @@ class Store(Protocol):
         """
         ...
 
-    def write(self, key: str, pieces: Iterable[memoryview], *, size: int) -> None:
+    def write(self, key: str, pieces: Iterable[memoryview], *, size: int, stable: bool = False) -> None:
         """Make `key` hold the pieces in order, `size` bytes in all, replacing what it held.
 
         Atomic (a reader sees the old content or the new) and durable when it returns. A piece may be reused by the
-        iterable once the next is asked for. After an error the key is as it was, and no room stays taken.
+        iterable once the next is asked for; `stable` promises that none is, so several can be on their way at once.
+        After an error the key is as it was, and no room stays taken.
         """
         ...
 

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 from distckpt.errors import KeyExists, KeyMissing, KeyTruncated, StoreError, Unsupported
 from distckpt.store.base import Entry, check, read_all
+from distckpt.store.pieces import after, write_pieces
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -89,12 +90,12 @@ class LocalStore:
                             f"{path}: ends at byte {start}, byte {start + sum(map(len, wanted))} was asked for"
                         )
                     start += got
-                    wanted = _after(wanted, got)
+                    wanted = after(wanted, got)
 
-    def write(self, key: str, pieces: Iterable[memoryview], *, size: int) -> None:
+    def write(self, key: str, pieces: Iterable[memoryview], *, size: int, stable: bool = False) -> None:
         """See Store.write."""
         path = self._path(key)
-        with self._temporary(path, pieces, size) as temp, _mapped("write", path):
+        with self._temporary(path, pieces, size, stable=stable) as temp, _mapped("write", path):
             temp.replace(path)
         _sync_directory(path.parent)
 
@@ -138,14 +139,14 @@ class LocalStore:
         return self.root / check(key, prefix=prefix)
 
     @contextlib.contextmanager
-    def _temporary(self, path: Path, pieces: Iterable[memoryview], size: int) -> Iterator[Path]:
+    def _temporary(self, path: Path, pieces: Iterable[memoryview], size: int, *, stable: bool = True) -> Iterator[Path]:
         """A durable temp file beside `path` that holds the pieces; gone when the block ends."""
         temp = _temporary_name(path)
         with _mapped("write", path):
             descriptor = self._open_new(temp)
             try:
                 try:
-                    written = _write_pieces(descriptor, pieces, size)
+                    written = write_pieces(descriptor, pieces, size, stable=stable)
                     if written != size:
                         raise StoreError(f"{path}: the pieces have {written} bytes, {size} were announced")
                     os.fsync(descriptor)
@@ -156,7 +157,7 @@ class LocalStore:
                 temp.unlink(missing_ok=True)
 
     def _open_new(self, temp: Path) -> int:
-        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
         for _ in range(_MOST_RACES):
             with contextlib.suppress(FileNotFoundError):  # a delete removed the empty directory in between
                 _make_directory(temp.parent)
@@ -177,33 +178,6 @@ def _opened(path: Path) -> Iterator[int]:
         yield descriptor
     finally:
         os.close(descriptor)
-
-
-def _write_pieces(descriptor: int, pieces: Iterable[memoryview], size: int) -> int:
-    if size:
-        try:
-            os.posix_fallocate(descriptor, 0, size)  # a full disk is found here, before any copying
-        except OSError as e:
-            if e.errno not in {errno.EOPNOTSUPP, errno.EINVAL}:
-                raise
-    position = 0
-    for piece in pieces:
-        rest = [piece] if len(piece) else []
-        while rest:
-            done = os.pwritev(descriptor, rest, position)
-            position += done
-            rest = _after(rest, done)
-    return position
-
-
-def _after(buffers: Sequence[memoryview], done: int) -> list[memoryview]:
-    """What is left of the buffers after their first `done` bytes."""
-    rest = []
-    for buffer in buffers:
-        if done < len(buffer):
-            rest.append(buffer[done:])
-        done = max(0, done - len(buffer))
-    return rest
 
 
 def _make_directory(path: Path) -> None:

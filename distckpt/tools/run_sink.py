@@ -16,7 +16,8 @@ from distckpt.format.layout import COMMIT, chunk_name, data_file, object_file
 from distckpt.format.manifest import FileInfo, ObjectInfo
 from distckpt.loading.stream import Stretch, stream
 from distckpt.run.publish import now
-from distckpt.saving.image import MODEL_LEAD, Arena, ImageStream
+from distckpt.saving.image import MODEL_LEAD
+from distckpt.saving.part import whole
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -25,8 +26,6 @@ if TYPE_CHECKING:
     from distckpt.format.layout import StepDir
     from distckpt.store.base import Store
     from distckpt.tools.view import View
-
-_ARENA = 8 << 20
 
 
 def run_sink(view: View, directory: StepDir, attempt: str, room: int) -> Sink:
@@ -75,13 +74,9 @@ def _data_file(view: View, lead: str, index: int, attempt: str, room: int) -> Ou
     name = data_file(index, attempt)
 
     def write(store: Store) -> list[Any]:
-        arena = Arena(_ARENA)
-        try:
-            wanted = [chunks[segment.name] for segment in image.segments]
-            content = ImageStream(image, (data for _, data in stream(view, wanted, room)), arena.view)
-            store.write(lead + name, content, size=image.size)
-        finally:
-            arena.close()
+        wanted = [chunks[segment.name] for segment in image.segments]
+        content = whole(image, (data for _, data in stream(view, wanted, room)))
+        store.write(lead + name, content, size=image.size)
         return [name, image.size, len(image.header), content.digest]
 
     return Output(lead + name, image.size, write)

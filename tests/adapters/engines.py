@@ -59,12 +59,12 @@ def assert_equal(ours, theirs):
 
 
 def resumed(root, engine, **options):
-    with Checkpointer(root, timeout=20) as checkpointer, quiet():
+    with Checkpointer(root, timeout=20, wait=True) as checkpointer, quiet():
         return checkpointer.resume(TrainState(model=engine, rng=False), **options)
 
 
 def saved(root, engine, step=2):
-    with Checkpointer(root, timeout=20) as checkpointer:
+    with Checkpointer(root, timeout=20, wait=True) as checkpointer:
         checkpointer.save(step, TrainState(model=engine, rng=False), check_replicas=True)
 
 

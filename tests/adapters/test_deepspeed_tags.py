@@ -323,7 +323,7 @@ def _launch(folder, switch):
 def _load_alone(folder):
     model = torch.nn.Linear(3, 2)
     optimizer = torch.optim.AdamW(model.parameters())
-    with Checkpointer(f"{folder}/here/step4") as checkpointer, quiet():
+    with Checkpointer(f"{folder}/here/step4", wait=True) as checkpointer, quiet():
         checkpointer.load(TrainState(model=model, optimizer=optimizer, rng=False), only=("model", "optim"))
     return optimizer.state[model.weight]["step"].item()
 

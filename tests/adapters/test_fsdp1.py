@@ -73,7 +73,7 @@ def _resumes_bit_for_bit(root, how, orig, mixed):
     options = strategy(how) | {"use_orig_params": orig, "mixed_precision": precision}
     model = net(**options)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
-    with Checkpointer(root, timeout=20) as checkpointer:
+    with Checkpointer(root, timeout=20, wait=True) as checkpointer:
         for i in range(2):
             step(model, optimizer, i)
         checkpointer.save(2, TrainState(model=model, optimizer=optimizer))
@@ -82,7 +82,7 @@ def _resumes_bit_for_bit(root, how, orig, mixed):
     fresh_optimizer = torch.optim.AdamW(fresh.parameters(), lr=0.5)
     with torch.no_grad():
         fresh(torch.zeros(1, dtype=torch.int64))  # leaves the root's parameters gathered: they must not be used again
-    with Checkpointer(root, timeout=20) as checkpointer:
+    with Checkpointer(root, timeout=20, wait=True) as checkpointer:
         checkpointer.resume(TrainState(model=fresh, optimizer=fresh_optimizer))
     assert [step(fresh, fresh_optimizer, i) for i in range(2, 5)] == wanted
     ours, theirs = TrainState(model=model).capture(), TrainState(model=fresh).capture()
@@ -144,14 +144,14 @@ def _between_forward_and_backward(root):
     x = torch.arange(4)
     loss = model(x).float().square().mean()
     held = {f: [s.tensor.clone() for s in t.shards] for f, t in state.capture().tensors.items()}
-    with Checkpointer(root, timeout=20) as checkpointer:
+    with Checkpointer(root, timeout=20, wait=True) as checkpointer:
         checkpointer.save(1, state)
     loss.backward()
     assert all(p.grad is not None for p in model.parameters() if p.numel())
     optimizer.step()
     now = state.capture().tensors
     assert any(not torch.equal(a, s.tensor) for f in held for a, s in zip(held[f], now[f].shards, strict=True))
-    with Checkpointer(root, timeout=20) as checkpointer:
+    with Checkpointer(root, timeout=20, wait=True) as checkpointer:
         checkpointer.resume(state)
     assert all(
         torch.equal(a, s.tensor) for f in held for a, s in zip(held[f], state.capture().tensors[f].shards, strict=True)
@@ -166,10 +166,10 @@ def _offloaded(root):
     from torch.distributed.fsdp import CPUOffload
 
     model = net(cpu_offload=CPUOffload(offload_params=True))
-    with Checkpointer(root, timeout=20) as checkpointer:
+    with Checkpointer(root, timeout=20, wait=True) as checkpointer:
         checkpointer.save(1, TrainState(model=model))
     plain = Net()
-    with Checkpointer(root, timeout=20) as checkpointer, quiet():
+    with Checkpointer(root, timeout=20, wait=True) as checkpointer, quiet():
         checkpointer.load(TrainState(model=plain))
     torch.manual_seed(0)
     assert torch.equal(plain.inner[0].weight, Net().inner[0].weight)
@@ -215,10 +215,10 @@ def _save_odd(root, orig):
             net_(torch.randn(2, 3, 4, 4, generator=generator)).square().mean().backward()
             opt.step()
             opt.zero_grad()
-    with Checkpointer(root, timeout=20) as checkpointer:
+    with Checkpointer(root, timeout=20, wait=True) as checkpointer:
         checkpointer.save(2, TrainState(model=model, optimizer=optimizer, rng=False))
     again, again_optimizer = _odd(1, True, orig)
-    with Checkpointer(root, timeout=20) as checkpointer:
+    with Checkpointer(root, timeout=20, wait=True) as checkpointer:
         checkpointer.resume(TrainState(model=again, optimizer=again_optimizer, rng=False))
     for p, q in zip(model.parameters(), again.parameters(), strict=True):
         assert optimizer.state[p].keys() == again_optimizer.state[q].keys()
@@ -232,7 +232,7 @@ def _save_odd(root, orig):
 
 def _load_odd(root):
     plain, optimizer = _odd(1, False, True)
-    with Checkpointer(root, timeout=20) as checkpointer, quiet():
+    with Checkpointer(root, timeout=20, wait=True) as checkpointer, quiet():
         checkpointer.load(TrainState(model=plain, optimizer=optimizer, rng=False))
     return {n: p.detach() for n, p in plain.named_parameters()}, optimizer.state_dict()["state"]
 
@@ -293,7 +293,7 @@ def _train(root, kind, n):
     for i in range(n):
         step(model, optimizer, i)
     state = TrainState(model=model, optimizer=optimizer, rng=False)
-    with Checkpointer(root, timeout=20) as checkpointer:
+    with Checkpointer(root, timeout=20, wait=True) as checkpointer:
         checkpointer.save(n, state)
     return model, optimizer
 
@@ -302,7 +302,7 @@ def _resume(root, kind, step_=None, expect=None):
     fresh = net(seed=4)
     optimizer = kind(fresh.parameters())
     state = TrainState(model=fresh, optimizer=optimizer, rng=False)
-    with Checkpointer(root, timeout=20) as checkpointer, quiet():
+    with Checkpointer(root, timeout=20, wait=True) as checkpointer, quiet():
         if expect is None:
             checkpointer.resume(state, step=step_)
             return fresh, optimizer
@@ -340,7 +340,7 @@ def _blocks_refused(root):
 
 def _model_alone(root):
     fresh = Net()
-    with Checkpointer(root, timeout=20) as checkpointer, quiet():
+    with Checkpointer(root, timeout=20, wait=True) as checkpointer, quiet():
         return checkpointer.load(TrainState(model=fresh), only=("model",)).loaded
 
 
@@ -371,7 +371,7 @@ def _low_bit(root, kind, save):
     optimizer = AdamW8bit(model.parameters(), lr=0.01)
     state = TrainState(model=model, optimizer=optimizer, rng=False)
     if not save:
-        with Checkpointer(root, timeout=20) as checkpointer, quiet():
+        with Checkpointer(root, timeout=20, wait=True) as checkpointer, quiet():
             return ranks.expect_error(lambda: checkpointer.load(state), Mismatch)
     x = torch.randn(4, 128, generator=torch.Generator().manual_seed(1))
 
@@ -381,11 +381,11 @@ def _low_bit(root, kind, save):
         optimizer.zero_grad()
 
     train()
-    with Checkpointer(root, timeout=20) as checkpointer:
+    with Checkpointer(root, timeout=20, wait=True) as checkpointer:
         checkpointer.save(1, state)
     train()
     wanted = [_local(p).detach().clone() for p in model.parameters()]
-    with Checkpointer(root, timeout=20) as checkpointer:
+    with Checkpointer(root, timeout=20, wait=True) as checkpointer:
         checkpointer.resume(state)
     train()
     return all(torch.equal(a, _local(b)) for a, b in zip(wanted, model.parameters(), strict=True))
@@ -403,14 +403,14 @@ def _low_bit_on_one(root):
 
     model = nn.Sequential(nn.Linear(128, 128, bias=False))
     state = TrainState(model=model, optimizer=AdamW8bit(model.parameters()), rng=False)
-    with Checkpointer(root, timeout=20) as checkpointer, quiet():
+    with Checkpointer(root, timeout=20, wait=True) as checkpointer, quiet():
         return ranks.expect_error(lambda: checkpointer.load(state), Mismatch)
 
 
 def _differing_steps(root):
     model = net(use_orig_params=False)
     optimizer = torch.optim.AdamW(model.parameters())
-    with Checkpointer(root, timeout=20) as checkpointer, quiet():
+    with Checkpointer(root, timeout=20, wait=True) as checkpointer, quiet():
         return ranks.expect_error(
             lambda: checkpointer.load(TrainState(model=model, optimizer=optimizer, rng=False)), Mismatch
         )
@@ -422,7 +422,7 @@ def test_a_flat_parameter_cannot_take_parameters_that_have_made_different_number
     model(torch.arange(4)).sum().backward()
     optimizer.step()
     optimizer.state[model.inner[0].weight]["step"].fill_(7)
-    with Checkpointer(tmp_path) as checkpointer:
+    with Checkpointer(tmp_path, wait=True) as checkpointer:
         checkpointer.save(1, TrainState(model=model, optimizer=optimizer, rng=False))
     assert "use_orig_params=True" in ranks.run(2, _differing_steps, str(tmp_path))[0]
 
@@ -459,14 +459,14 @@ def _some(root):
     model = net()
     optimizer = Some(model.parameters())
     optimizer.step()
-    with Checkpointer(root, timeout=20) as checkpointer:
+    with Checkpointer(root, timeout=20, wait=True) as checkpointer:
         checkpointer.save(1, TrainState(model=model, optimizer=optimizer, rng=False))
 
 
 def _some_elsewhere(root):
     model = net(seed=3)
     optimizer = Some(model.parameters())
-    with Checkpointer(root, timeout=20) as checkpointer, quiet():
+    with Checkpointer(root, timeout=20, wait=True) as checkpointer, quiet():
         checkpointer.resume(TrainState(model=model, optimizer=optimizer, rng=False))
     for i, p in enumerate(optimizer.param_groups[0]["params"]):
         state = optimizer.state.get(p, {})
@@ -488,7 +488,7 @@ def _nothing(root):
     optimizer = Some(model.parameters())
     optimizer.step()
     state = TrainState(model=model, optimizer=optimizer, rng=False)
-    with Checkpointer(root, timeout=20) as checkpointer:
+    with Checkpointer(root, timeout=20, wait=True) as checkpointer:
         checkpointer.save(1, state)
         checkpointer.resume(state)
 
@@ -507,7 +507,7 @@ def _irregular(root):
         optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
         step(model, optimizer, 0)
         state = TrainState(model=model, optimizer=optimizer, rng=False)
-    with Checkpointer(root, timeout=20) as checkpointer:
+    with Checkpointer(root, timeout=20, wait=True) as checkpointer:
         checkpointer.save(1, state)
         if dist.get_rank() != 2:
             held = {f: [s.tensor.clone() for s in t.shards] for f, t in state.capture().tensors.items()}
@@ -521,7 +521,7 @@ def _irregular(root):
 def _whole(root):
     model = Net()
     optimizer = torch.optim.AdamW(model.parameters())
-    with Checkpointer(root, timeout=20) as checkpointer, quiet():
+    with Checkpointer(root, timeout=20, wait=True) as checkpointer, quiet():
         checkpointer.load(TrainState(model=model, optimizer=optimizer, rng=False))
     return len(optimizer.state)
 
@@ -538,7 +538,7 @@ def _two_groups(root):
     model = net(process_group=groups[dist.get_rank() % 2])
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
     step(model, optimizer, 0)
-    with Checkpointer(root, timeout=20) as checkpointer:
+    with Checkpointer(root, timeout=20, wait=True) as checkpointer:
         checkpointer.save(1, TrainState(model=model, optimizer=optimizer, rng=False))
 
 
@@ -571,7 +571,7 @@ def _positions(orig):
 def _from_positions(root):
     model, optimizer = _positions(True)
     state = TrainState(model=model, optimizer=optimizer, rng=False)
-    with Checkpointer(f"{root}/run", timeout=20) as checkpointer, quiet():
+    with Checkpointer(f"{root}/run", timeout=20, wait=True) as checkpointer, quiet():
         checkpointer.load(state, source=f"{root}/last.pt")
     assert optimizer.param_groups[1]["lr"] == 0.5
     saved = torch.load(f"{root}/last.pt")
@@ -585,6 +585,6 @@ def _from_positions(root):
 
 def _from_positions_into_flat(root):
     model, optimizer = _positions(False)
-    with Checkpointer(f"{root}/run", timeout=20) as checkpointer, quiet():
+    with Checkpointer(f"{root}/run", timeout=20, wait=True) as checkpointer, quiet():
         state = TrainState(model=model, optimizer=optimizer, rng=False)
         return ranks.expect_error(lambda: checkpointer.load(state, source=f"{root}/last.pt"), Mismatch)

@@ -60,7 +60,7 @@ def train(model, optimizer, steps, *, seed):
 def test_training_goes_on_bit_for_bit_into_a_fresh_optimizer(tmp_path, name):
     model, optimizer = make(name)
     train(model, optimizer, 3, seed=1)
-    with Checkpointer(tmp_path) as c:
+    with Checkpointer(tmp_path, wait=True) as c:
         c.save(3, TrainState(model=model, optimizer=optimizer))
         expected = train(model, optimizer, 3, seed=2)
         fresh_model, fresh = make(name, seed=9)
@@ -74,7 +74,7 @@ def test_training_goes_on_bit_for_bit_into_a_fresh_optimizer(tmp_path, name):
 def test_state_of_a_used_optimizer_is_replaced_in_place(tmp_path, name):
     model, optimizer = make(name)
     train(model, optimizer, 2, seed=1)
-    with Checkpointer(tmp_path) as c:
+    with Checkpointer(tmp_path, wait=True) as c:
         c.save(2, TrainState(model=model, optimizer=optimizer))
         expected = train(model, optimizer, 2, seed=2)
         moments = {id(t) for s in optimizer.state.values() for t in s.values() if isinstance(t, torch.Tensor)}
@@ -89,7 +89,7 @@ def test_a_parameter_that_was_never_stepped_has_no_state_after_the_load(tmp_path
     model[2].bias.grad = None
     model[2].weight.grad = torch.ones_like(model[2].weight)
     optimizer.step()
-    with Checkpointer(tmp_path) as c:
+    with Checkpointer(tmp_path, wait=True) as c:
         c.save(1, TrainState(model=model, optimizer=optimizer))
         other, stepped = make("adam", seed=4)
         train(other, stepped, 2, seed=1)
@@ -112,7 +112,7 @@ def test_sparse_gradients_and_their_optimizer_go_on_bit_for_bit(tmp_path):
 
     table, optimizer = make_one()
     steps(table, optimizer, [3, 7])
-    with Checkpointer(tmp_path) as c:
+    with Checkpointer(tmp_path, wait=True) as c:
         c.save(2, TrainState(model=table, optimizer=optimizer))
         fresh_table, fresh = make_one()
         c.load(TrainState(model=fresh_table, optimizer=fresh))
@@ -123,7 +123,7 @@ def test_sparse_gradients_and_their_optimizer_go_on_bit_for_bit(tmp_path):
 
 def test_asking_for_state_never_steps_the_optimizer(tmp_path):
     model, optimizer = make("adam")
-    with Checkpointer(tmp_path) as c:
+    with Checkpointer(tmp_path, wait=True) as c:
         c.save(0, TrainState(model=model, optimizer=optimizer))
         assert not optimizer.state
         c.load(TrainState(model=model, optimizer=optimizer))
@@ -135,7 +135,7 @@ def test_groups_are_matched_by_fqn_whatever_their_order(tmp_path):
     saved = torch.optim.SGD(
         [{"params": model[0].parameters(), "lr": 0.1}, {"params": model[1].parameters(), "lr": 0.2}]
     )
-    with Checkpointer(tmp_path) as c:
+    with Checkpointer(tmp_path, wait=True) as c:
         c.save(0, TrainState(model=model, optimizer=saved))
         swapped = torch.optim.SGD(
             [{"params": model[1].parameters()}, {"params": [model[0].bias]}, {"params": [model[0].weight]}], lr=9.0
@@ -148,7 +148,7 @@ def test_groups_that_cannot_be_matched_are_refused_with_every_problem(tmp_path):
     model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
     saved = torch.optim.SGD([{"params": model[0].parameters(), "lr": 0.1}, {"params": [model[1].weight], "lr": 0.2}])
     joined = torch.optim.SGD([{"params": [*model[0].parameters(), model[1].weight]}, {"params": [model[1].bias]}], lr=1)
-    with Checkpointer(tmp_path) as c:
+    with Checkpointer(tmp_path, wait=True) as c:
         c.save(0, TrainState(model=model, optimizer=saved))
         text = ranks.expect_error(lambda: c.load(TrainState(model=model, optimizer=joined)), Mismatch)
     assert "group 0 joins parameters of 2 saved groups that differ" in text
@@ -159,12 +159,12 @@ def test_state_of_another_kind_of_optimizer_is_refused_and_of_a_near_one_taken(t
     model = nn.Linear(3, 2)
     made = {kind: kind(model.parameters(), lr=0.1) for kind in (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW)}
     for step, optimizer in enumerate(made.values()):
-        Checkpointer(tmp_path / str(step)).save(1, TrainState(model=model, optimizer=optimizer))
+        Checkpointer(tmp_path / str(step), wait=True).save(1, TrainState(model=model, optimizer=optimizer))
     with pytest.raises(Mismatch, match=r"saved from SGD, which has no .*betas.*: AdamW cannot go on"):
-        Checkpointer(tmp_path / "0").load(TrainState(model=model, optimizer=made[torch.optim.AdamW]))
+        Checkpointer(tmp_path / "0", wait=True).load(TrainState(model=model, optimizer=made[torch.optim.AdamW]))
     with pytest.raises(Mismatch, match=r"saved from Adam, which has no .*momentum.*: SGD cannot go on"):
-        Checkpointer(tmp_path / "1").load(TrainState(model=model, optimizer=made[torch.optim.SGD]))
-    report = Checkpointer(tmp_path / "1").load(TrainState(model=model, optimizer=made[torch.optim.AdamW]))
+        Checkpointer(tmp_path / "1", wait=True).load(TrainState(model=model, optimizer=made[torch.optim.SGD]))
+    report = Checkpointer(tmp_path / "1", wait=True).load(TrainState(model=model, optimizer=made[torch.optim.AdamW]))
     assert "optim: saved from Adam, loaded into AdamW" in report.notes
 
 
@@ -184,7 +184,7 @@ def test_several_models_and_optimizers_have_one_more_name_in_front(tmp_path):
     state = TrainState(model=nets, optimizer=optimizers)
     names = set(state.capture().tensors)
     assert {"model.gen.weight", "model.disc.bias", "optim.gen.gen.weight.exp_avg", "optim.disc.disc.bias.step"} <= names
-    with Checkpointer(tmp_path) as c:
+    with Checkpointer(tmp_path, wait=True) as c:
         c.save(1, state)
         again = {"gen": nn.Linear(4, 4), "disc": nn.Linear(4, 1)}
         fresh = {n: torch.optim.Adam(m.parameters(), lr=0.5) for n, m in again.items()}
@@ -224,7 +224,7 @@ def test_torchao_low_bit_states_come_back_bit_for_bit(tmp_path, name):
 
     model, optimizer = make_one()
     steps(model, optimizer, 2, 1)
-    with Checkpointer(tmp_path) as c:
+    with Checkpointer(tmp_path, wait=True) as c:
         c.save(2, TrainState(model=model, optimizer=optimizer))
         fresh_model, fresh = make_one()
         c.load(TrainState(model=fresh_model, optimizer=fresh))
@@ -244,7 +244,7 @@ def test_a_state_class_of_another_package_is_never_made(tmp_path):
     optimizer = kind(model.parameters(), lr=1e-2)
     model(torch.ones(1, 64)).sum().backward()
     optimizer.step()
-    with Checkpointer(tmp_path) as c:
+    with Checkpointer(tmp_path, wait=True) as c:
         c.save(1, TrainState(model=model, optimizer=optimizer))
         plain = torch.optim.AdamW(model.parameters())
         text = ranks.expect_error(lambda: c.load(TrainState(model=model, optimizer=plain)), Mismatch)
@@ -263,7 +263,7 @@ def _sharded_optimizers(root):
 
         model, optimizer = make_one()
         train(model, optimizer, 2, seed=1)
-        with Checkpointer(f"{root}/{name}", timeout=20) as c:
+        with Checkpointer(f"{root}/{name}", timeout=20, wait=True) as c:
             c.save(2, TrainState(model=model, optimizer=optimizer))
             fresh_model, fresh = make_one()
             c.load(TrainState(model=fresh_model, optimizer=fresh))
@@ -301,7 +301,7 @@ def test_a_step_counted_in_an_int_and_one_in_a_tensor_go_on_from_each_other(tmp_
     if saved_as_int:
         for state in was.state.values():
             state["step"] = 1
-    with Checkpointer(tmp_path) as checkpointer:
+    with Checkpointer(tmp_path, wait=True) as checkpointer:
         checkpointer.save(1, TrainState(model=model, optimizer=was))
         report = checkpointer.load(TrainState(model=model, optimizer=now))
     assert {type(s["step"]) for s in now.state.values()} == {torch.Tensor if saved_as_int else int}

@@ -49,7 +49,7 @@ def every_value():
 
 
 def save_and_load(tmp_path, tensors, into):
-    with Checkpointer(tmp_path) as c:
+    with Checkpointer(tmp_path, wait=True) as c:
         c.save(1, TrainState(model=Values(tensors)))
         c.load(TrainState(model=into))
     return into
@@ -106,7 +106,7 @@ class Tied(nn.Module):
 @pytest.mark.parametrize("tied_target", [True, False])
 def test_tied_weights_are_stored_once_and_load_into_tied_and_untied_models(tmp_path, tied_target):
     saved = Tied(tied=True)
-    with Checkpointer(tmp_path) as c:
+    with Checkpointer(tmp_path, wait=True) as c:
         c.save(1, TrainState(model=saved))
         target = Tied(tied=tied_target)
         c.load(TrainState(model=target))
@@ -121,7 +121,7 @@ def test_a_load_into_an_expanded_buffer_is_refused_before_anything_moves(tmp_pat
     model = nn.Linear(2, 2)
     model.register_buffer("ids", torch.arange(3).expand(1, 3))  # nothing is shared
     model.register_buffer("mask", torch.ones(1).expand(3))
-    with Checkpointer(tmp_path) as c:
+    with Checkpointer(tmp_path, wait=True) as c:
         c.save(1, TrainState(model=model))
         with torch.no_grad():
             model.weight.zero_()
@@ -140,11 +140,11 @@ def test_two_tensors_of_one_name_are_refused(tmp_path):
     model.add_module("net__orig_mod", nn.Module())  # read as net_ and the mark of torch.compile
     model.net__orig_mod.add_module("b", nn.Linear(2, 2))
     with pytest.raises(Unsupported, match=r"two tensors of the model have this name"):
-        Checkpointer(tmp_path).save(1, TrainState(model=model))
+        Checkpointer(tmp_path, wait=True).save(1, TrainState(model=model))
 
 
 def test_untied_weights_do_not_load_into_a_tied_model_unsaid(tmp_path):
-    with Checkpointer(tmp_path) as c:
+    with Checkpointer(tmp_path, wait=True) as c:
         c.save(1, TrainState(model=Tied(tied=False)))
         text = ranks.expect_error(lambda: c.load(TrainState(model=Tied(tied=True))), ValueError)
     assert "model.second.weight: saved with values of its own, but tied to model.first.weight here" in text
@@ -165,7 +165,7 @@ def _sharded_round_trip(root):
                 held = distribute_tensor(t.clone(), mesh, [placement], src_data_rank=None)
                 self.register_parameter(name, nn.Parameter(held, requires_grad=False))
 
-    with Checkpointer(root, timeout=20) as c:
+    with Checkpointer(root, timeout=20, wait=True) as c:
         saved = Sharded(tensors)
         c.save(1, TrainState(model=saved))
         target = Sharded({n: torch.zeros_like(t) for n, t in tensors.items()})
@@ -225,7 +225,7 @@ def _odd_layouts(root):
 
     torch.manual_seed(3)
     saved, net = Sharded(1.0), tp_model()
-    with Checkpointer(root, timeout=20) as c:
+    with Checkpointer(root, timeout=20, wait=True) as c:
         c.save(1, TrainState(model={"a": saved, "b": net}), check_replicas=True)
         again, net2 = Sharded(0.0), tp_model()
         c.load(TrainState(model={"a": again, "b": net2}))
@@ -252,7 +252,7 @@ def _partial(root):
     model.register_parameter(
         "w", nn.Parameter(DTensor.from_local(torch.ones(3), mesh, [Partial()]), requires_grad=False)
     )
-    with Checkpointer(root, timeout=20) as c:
+    with Checkpointer(root, timeout=20, wait=True) as c:
         return ranks.expect_error(lambda: c.save(1, TrainState(model=model)), Unsupported)
 
 

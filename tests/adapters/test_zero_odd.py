@@ -54,7 +54,7 @@ def _tower_alone(root):
     torch.manual_seed(5)
     model = Tower()
     optimizer = torch.optim.AdamW(deepspeeds.groups(model))
-    with Checkpointer(root, timeout=20) as checkpointer, quiet():
+    with Checkpointer(root, timeout=20, wait=True) as checkpointer, quiet():
         checkpointer.load(TrainState(model=model, optimizer=optimizer, rng=False), per_rank={"model": "first"})
     return model.state_dict(), optimizer.param_groups[0]["weight_decay"], optimizer.param_groups[1]["lr"]
 
@@ -118,7 +118,7 @@ def test_ranks_that_hold_padding_alone_keep_in_step(tmp_path, stage):
 
 def _save_plain_bf16(root):
     model = deepspeeds.net(7).to(torch.bfloat16)
-    with Checkpointer(root, timeout=20) as checkpointer:
+    with Checkpointer(root, timeout=20, wait=True) as checkpointer:
         checkpointer.save(1, TrainState(model=model, rng=False))
     return model.state_dict()
 
@@ -127,13 +127,13 @@ def _widen(root):
     reports, weights = [], []
     for stage in (2, 3):
         engine = made(stage, "bf16")
-        with Checkpointer(root, timeout=20) as checkpointer, quiet():
+        with Checkpointer(root, timeout=20, wait=True) as checkpointer, quiet():
             report = checkpointer.load(TrainState(model=engine, rng=False), only=("model",))
         reports.append(report.cast)
-        with Checkpointer(f"{root}/again{stage}", timeout=20) as checkpointer:
+        with Checkpointer(f"{root}/again{stage}", timeout=20, wait=True) as checkpointer:
             checkpointer.save(stage, TrainState(model=engine, rng=False))
         model = deepspeeds.net(1)
-        with Checkpointer(f"{root}/again{stage}", timeout=20) as checkpointer, quiet():
+        with Checkpointer(f"{root}/again{stage}", timeout=20, wait=True) as checkpointer, quiet():
             checkpointer.load(TrainState(model=model, rng=False), step=stage, only=("model",), cast=True)
         weights.append(model.state_dict())
         import deepspeed
@@ -160,14 +160,14 @@ def _save_different_steps(root):
         deepspeeds.step(model, optimizer, i)
     optimizer.state[model.down.weight]["step"] += 5
     optimizer.state.pop(model.down.bias)
-    with Checkpointer(root, timeout=20) as checkpointer:
+    with Checkpointer(root, timeout=20, wait=True) as checkpointer:
         checkpointer.save(2, TrainState(model=model, optimizer=optimizer, rng=False))
 
 
 def _load_different_steps(root):
     engine = made(1)
     state = TrainState(model=engine, rng=False)
-    with Checkpointer(root, timeout=20) as checkpointer, quiet():
+    with Checkpointer(root, timeout=20, wait=True) as checkpointer, quiet():
         text = ranks.expect_error(lambda: checkpointer.load(state), Mismatch)
     assert state.unusable
     return text
@@ -176,7 +176,7 @@ def _load_different_steps(root):
 def _load_without_some_states(root):
     engine = made(1)
     train(engine, 4, 6)
-    with Checkpointer(root, timeout=20) as checkpointer, quiet():
+    with Checkpointer(root, timeout=20, wait=True) as checkpointer, quiet():
         report = checkpointer.load(TrainState(model=engine, rng=False))
     state = TrainState(model=engine, rng=False).capture()
     moments = [s.tensor for s in state.tensors["optim.down.bias.exp_avg"].shards]
@@ -189,7 +189,7 @@ def _save_without_some_states(root):
     optimizer = torch.optim.AdamW(deepspeeds.groups(model))
     deepspeeds.step(model, optimizer, 0)
     optimizer.state.pop(model.down.bias)
-    with Checkpointer(root, timeout=20) as checkpointer:
+    with Checkpointer(root, timeout=20, wait=True) as checkpointer:
         checkpointer.save(2, TrainState(model=model, optimizer=optimizer, rng=False))
 
 
@@ -213,7 +213,7 @@ def _fails_and_goes_on(root):
     train(engine, 0, 2)
     train(twin, 0, 2)
     other = torch.nn.Linear(3, 3)
-    with Checkpointer(root, timeout=20) as checkpointer:
+    with Checkpointer(root, timeout=20, wait=True) as checkpointer:
         checkpointer.save(1, TrainState(model=other, rng=False))
         state = TrainState(model=engine, rng=False)
         ranks.expect_error(lambda: checkpointer.load(state), Mismatch)
@@ -230,11 +230,11 @@ def _together(root):
     state = TrainState(model={"actor": actor, "critic": critic}, rng=False)
     train(actor, 0, 1)
     train(critic, 0, 2)
-    with Checkpointer(root, timeout=20) as checkpointer:
+    with Checkpointer(root, timeout=20, wait=True) as checkpointer:
         checkpointer.save(1, state)
     wanted = held(state)
     losses = train(actor, 1, 3), train(critic, 2, 3)
-    with Checkpointer(root, timeout=20) as checkpointer, quiet():
+    with Checkpointer(root, timeout=20, wait=True) as checkpointer, quiet():
         checkpointer.resume(state)
     assert_equal(held(state), wanted)
     assert (actor.global_steps, critic.global_steps) == (1, 2)

@@ -153,7 +153,7 @@ def test_its_weights_are_those_of_a_sequence_of_the_layers_and_tied_ones_are_sav
     first = nn.Embedding(13, 8)
     model = nn.Sequential(first, Normed(23), nn.Tanh(), Normed(11))
     state = TrainState(model=model, rng=False)
-    with Checkpointer(root, timeout=20) as checkpointer, quiet():
+    with Checkpointer(root, timeout=20, wait=True) as checkpointer, quiet():
         checkpointer.load(state, only=("model",), rename=lambda fqn: fqn.replace("tied_modules.words", "0"))
     x = torch.arange(30).view(6, 5) % 13
     with torch.no_grad():

@@ -80,9 +80,9 @@ class FaultyStore:
         self._fuse.touch(f"read {key}")
         self._store.read(key, start, buffers)
 
-    def write(self, key, pieces, *, size):
+    def write(self, key, pieces, *, size, stable=False):
         self._fuse.touch(f"write {key}")
-        self._store.write(key, self._counted(key, pieces), size=size)
+        self._store.write(key, self._counted(key, pieces), size=size, stable=stable)
         self._fuse.touch(f"write {key} done")
 
     def _counted(self, key, pieces):

@@ -31,7 +31,7 @@ def saved():
     """Steps 1 and 2, by two ranks."""
 
     def work(comm):
-        checkpointer = Checkpointer(WHOLE, comm=comm, arena_bytes=4096)
+        checkpointer = Checkpointer(WHOLE, comm=comm, arena_bytes=4096, wait=True)
         for step in (1, 2):
             checkpointer.save(step, Sharded(comm.rank, TWO, step))
 
@@ -58,7 +58,7 @@ def _kind(name):
 
 def _each_rank(store, work):
     with layouts.quiet():
-        return on_threads(TWO, lambda comm: work(Checkpointer(store, comm=comm, timeout=0.2), comm.rank))
+        return on_threads(TWO, lambda comm: work(Checkpointer(store, comm=comm, timeout=0.2, wait=True), comm.rank))
 
 
 def _assert_found(changes, *told):
@@ -210,7 +210,7 @@ class _Large(torch.nn.Module):
 
 
 def test_damage_in_a_large_file_is_narrowed_down_to_the_tensors_of_its_block(tmp_path):
-    checkpointer = Checkpointer(tmp_path)
+    checkpointer = Checkpointer(tmp_path, wait=True)
     checkpointer.save(1, TrainState(model=_Large(), rng=False))
     path = next(tmp_path.glob("step-*/rank-*"))
     data = bytearray(path.read_bytes())
@@ -221,19 +221,19 @@ def test_damage_in_a_large_file_is_narrowed_down_to_the_tensors_of_its_block(tmp
 
 
 def test_a_resume_that_falls_back_warns(tmp_path):
-    checkpointer = Checkpointer(tmp_path, timeout=1)
+    checkpointer = Checkpointer(tmp_path, timeout=1, wait=True)
     for step in (1, 2):
         checkpointer.save(step, TrainState(model=_Large(), rng=False))
     shutil.copy(tmp_path / "step-00000001" / "commit.json", tmp_path / "step-00000002" / "commit.json")
     with pytest.warns(StateWarning, match="step-00000002 is damaged"):
-        assert Checkpointer(tmp_path, timeout=1).resume(TrainState(model=_Large(), rng=False)).step == 1
+        assert Checkpointer(tmp_path, timeout=1, wait=True).resume(TrainState(model=_Large(), rng=False)).step == 1
 
 
 def _damage_and_resume(root):
     """On each rank: what loading the damaged step says, then (step resumed, what is wrong, what was passed over)."""
     model = fully_shard(torch.nn.Linear(19, 7), mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
     state = layouts.train_state(model, None)
-    with Checkpointer(root, timeout=20) as checkpointer:
+    with Checkpointer(root, timeout=20, wait=True) as checkpointer:
         for step in (1, 2):
             layouts.fill(state.capture(), salt=str(step))
             checkpointer.save(step, state)
@@ -242,7 +242,7 @@ def _damage_and_resume(root):
             path.write_bytes(_flipped(path.read_bytes(), 4096 + 5))
         dist.barrier()
         error = ranks.expect_error(lambda: checkpointer.load(state, step=2), Corrupt)
-    with Checkpointer(root, timeout=20) as checkpointer:
+    with Checkpointer(root, timeout=20, wait=True) as checkpointer:
         report = checkpointer.resume(state)
         return error, (report.step, layouts.wrong(state.capture(), salt="1"), report.fell_back_from)
 

@@ -38,7 +38,7 @@ class Broken:
         def work(comm):
             state = Sharded(comm.rank, THREE, 1)
             mine = FaultyStore(self.store, self.fuse) if comm.rank == self.failing else self.store
-            checkpointer = Checkpointer(mine, comm=comm, arena_bytes=4096)
+            checkpointer = Checkpointer(mine, comm=comm, arena_bytes=4096, wait=True)
             checkpointer.save(1, state)
             comm.all_gather("arming", b"")
             if comm.rank == self.failing:
@@ -64,13 +64,13 @@ class Broken:
 
         def work(comm):
             state = Sharded(comm.rank, THREE)
-            Checkpointer(self.store, comm=comm).load(state, step=step)
+            Checkpointer(self.store, comm=comm, wait=True).load(state, step=step)
             return state.is_at(value)
 
         return on_threads(THREE, work) == [True] * THREE
 
     def steps(self):
-        return Checkpointer(self.store).steps()
+        return Checkpointer(self.store, wait=True).steps()
 
 
 def _error(fn, kind=DistckptError):
@@ -158,7 +158,7 @@ def _save_and_die(root, killed, point):
     pids = [int.from_bytes(pid, "little") for pid in comm.all_gather("pids", os.getpid().to_bytes(8, "little"))]
     fuse = Fuse(lambda _: kill(*(pids[rank] for rank in reversed(killed))))
     comm = FaultyComm(comm, fuse)
-    checkpointer = Checkpointer(FaultyStore(LocalStore(root), fuse), comm=comm, arena_bytes=1024)
+    checkpointer = Checkpointer(FaultyStore(LocalStore(root), fuse), comm=comm, arena_bytes=1024, wait=True)
     state = _state()
     layouts.fill(state.capture(), salt=SALTS[1])
     checkpointer.save(1, state)
@@ -172,7 +172,7 @@ def _save_and_die(root, killed, point):
 def _resume(root):
     """(step that is resumed, what of it is wrong)."""
     state = _state()
-    with Checkpointer(root, timeout=TIMEOUT) as checkpointer:
+    with Checkpointer(root, timeout=TIMEOUT, wait=True) as checkpointer:
         report = checkpointer.resume(state)
         return report.step, layouts.wrong(state.capture(), salt=SALTS[report.step])
 

@@ -68,7 +68,7 @@ def _resume_and_save(layout, folder):
     for source in ("dcp", "ours"):
         layouts.zero(model, optimizer)
         state = layouts.train_state(model, optimizer)
-        with Checkpointer(folder, timeout=20) as c:
+        with Checkpointer(folder, timeout=20, wait=True) as c:
             if source == "dcp":
                 with pytest.warns(StateWarning, match="which another tool saved"):
                     report = c.resume(state)
@@ -83,7 +83,7 @@ def _resume_and_save(layout, folder):
         if source == "ours":
             wrong += layouts.wrong(state.capture(), salt=salt)
             continue
-        with Checkpointer(folder, timeout=20) as c, layouts.quiet():
+        with Checkpointer(folder, timeout=20, wait=True) as c, layouts.quiet():
             c.load(state, source=folder + "-original", verify=True)
         wrong += layouts.wrong(state.capture())
         moments = sum(fqn.endswith((".exp_avg", ".exp_avg_sq", ".step")) for fqn in state.capture().tensors)
@@ -159,7 +159,7 @@ def named_tensors(**tensors):
 
 
 def load(state, source, **options):
-    with Checkpointer(os.path.join(source, "..", "unused"), timeout=5) as c, layouts.quiet():
+    with Checkpointer(os.path.join(source, "..", "unused"), timeout=5, wait=True) as c, layouts.quiet():
         return c.load(state, source=source, **options)
 
 
@@ -182,7 +182,7 @@ def test_training_goes_on_bit_for_bit_after_a_resume_from_dcp(tmp_path):
     model, optimizer = trained()
     dcp_save({"app": state_dict_of(model, optimizer)}, tmp_path)
     again, its_optimizer = fresh()
-    with Checkpointer(tmp_path) as c, pytest.warns(StateWarning, match="it has no trainer_state"):
+    with Checkpointer(tmp_path, wait=True) as c, pytest.warns(StateWarning, match="it has no trainer_state"):
         report = c.resume(layouts.train_state(again, its_optimizer))
     assert "unverified: 12 tensors" in str(report)
     for m, o in ((model, optimizer), (again, its_optimizer)):
@@ -249,7 +249,7 @@ def test_a_slice_reads_little_more_than_itself(tmp_path):
     """66 KB of a chunk of 67 MB; DCP would read it whole."""
     whole = torch.arange(1 << 24, dtype=torch.float32).reshape(1024, 1 << 14)
     dcp_save({"model": {"w": whole}}, tmp_path / "dcp")
-    with Checkpointer(tmp_path / "ours") as c:
+    with Checkpointer(tmp_path / "ours", wait=True) as c:
         c.save(1, TrainState(model=named_tensors(w=whole), rng=False))
         ours = next(iter(c._history.valid()))
     for checkpoint in (open_foreign(tmp_path / "dcp"), ours):
@@ -320,14 +320,14 @@ def test_a_source_that_does_not_fit_is_one_error_that_says_everything(tmp_path):
 
 def test_a_run_and_a_step_of_it_are_sources_too(tmp_path):
     model, optimizer = trained()
-    with Checkpointer(tmp_path / "first") as c:
+    with Checkpointer(tmp_path / "first", wait=True) as c:
         c.save(1, layouts.train_state(model, optimizer))
         with torch.no_grad():
             model[0].weight.fill_(2.0)
         c.save(2, layouts.train_state(model, optimizer))
     again, its_optimizer = fresh()
     state = layouts.train_state(again, its_optimizer)
-    with Checkpointer(tmp_path / "second") as c:
+    with Checkpointer(tmp_path / "second", wait=True) as c:
         assert c.load(state, source=tmp_path / "first").step == 2
         assert (again[0].weight == 2).all()
         for source, step in (("first", 1), ("first/step-00000001", None)):
@@ -392,7 +392,7 @@ def test_an_index_that_runs_code_runs_it_in_dcp_and_is_refused_by_name_here(fold
         FormatError, match=r"posix\.system, which no such file needs; it was neither imported nor called"
     ):
         load(TrainState(model=target()), folder)
-    with Checkpointer(folder) as c, pytest.raises(FormatError, match=r"posix\.system"):
+    with Checkpointer(folder, wait=True) as c, pytest.raises(FormatError, match=r"posix\.system"):
         c.resume(TrainState(model=target()))
     assert not marker.exists()
 
@@ -501,7 +501,7 @@ def test_a_truncated_index_is_refused(folder, length):
 def test_a_save_that_did_not_finish_is_told_and_no_fresh_start_is_made_beside_it(folder):
     (folder / ".metadata").unlink()
     with (
-        Checkpointer(folder) as c,
+        Checkpointer(folder, wait=True) as c,
         pytest.raises(NotACheckpoint, match=r"no \.metadata: a dcp\.save that did not finish"),
     ):
         c.resume(TrainState(model=target()))

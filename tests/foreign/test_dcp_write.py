@@ -78,7 +78,7 @@ def test_tied_parameters_are_written_once_and_read_under_both_names(tmp_path):
     layouts.make_moments(model, optimizer)
     state = layouts.train_state(model, optimizer)
     layouts.fill(state.capture())
-    with Checkpointer(tmp_path / "run") as c:
+    with Checkpointer(tmp_path / "run", wait=True) as c:
         c.save(1, state)
     with pytest.warns(StateWarning, match="rng: each rank has its own, which DCP has no place for"):
         report = copy(tmp_path / "run", tmp_path / "dcp", to="dcp")
@@ -95,7 +95,7 @@ def _save(layout, root):
     layouts.make_moments(model, optimizer)
     state = layouts.train_state(model, optimizer)
     layouts.fill(state.capture())
-    with Checkpointer(root, timeout=20) as c:
+    with Checkpointer(root, timeout=20, wait=True) as c:
         c.save(5, state)
 
 
@@ -149,7 +149,7 @@ def test_flat_runs_are_cut_into_boxes(tmp_path):
 
 def test_a_directory_is_whole_or_has_no_index(tmp_path, monkeypatch):
     model, _ = trained()
-    with Checkpointer(tmp_path / "run") as c:
+    with Checkpointer(tmp_path / "run", wait=True) as c:
         c.save(1, TrainState(model=model, rng=False))
     file = next((tmp_path / "run" / "step-00000001").glob("rank-*"))
     whole = file.read_bytes()

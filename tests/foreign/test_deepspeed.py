@@ -44,7 +44,7 @@ def made(tmp_path_factory):
 def load(state, folder, **more):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return Checkpointer(f"{folder}-run").load(state, source=folder, **more)
+        return Checkpointer(f"{folder}-run", wait=True).load(state, source=folder, **more)
 
 
 def differing(model, optimizer, masters, rest):
@@ -133,7 +133,7 @@ def test_without_an_optimizer_masters_of_zero0_are_not_named_and_it_says_so(name
     model = CASES[name].model(seed=9)
     state = tags.state_of(model, None)
     with pytest.warns(StateWarning, match=r"keeps its fp32 master weights without names.*have lost what rounding took"):
-        report = Checkpointer(f"{folder}-run").load(state, source=folder, only=("model",))
+        report = Checkpointer(f"{folder}-run", wait=True).load(state, source=folder, only=("model",))
     assert "without names" in "".join(report.notes)
     low = CASES[name].dtype.replace("bf", "bfloat").replace("fp", "float")
     assert report.cast["model.up.weight"] == f"{low} -> float32 (lossless)"
@@ -195,7 +195,7 @@ def test_one_flat_buffer_for_all_ranks_is_read_with_the_optimizers_order(tmp_pat
     load(tags.state_of(model, optimizer, schedule), tmp_path)
     assert not differing(model, optimizer, tags.joined([held]), rest)
     with pytest.warns(StateWarning, match="without names"):
-        Checkpointer(tmp_path / "run").load(tags.state_of(model, None), source=tmp_path, only=("model",))
+        Checkpointer(tmp_path / "run", wait=True).load(tags.state_of(model, None), source=tmp_path, only=("model",))
 
 
 # -- what is not there, or not of one save ---------------------------------------------------------------------------

@@ -139,7 +139,7 @@ def _train_sharded(case, root):
     for i in range(3):
         deepspeeds.step(model, optimizer, i)
     state = tags.state_of(model, optimizer)
-    with Checkpointer(root, timeout=30) as c:
+    with Checkpointer(root, timeout=30, wait=True) as c:
         c.save(3, state)
     return [deepspeeds.step(model, optimizer, i) for i in range(3, 5)]
 
@@ -177,7 +177,7 @@ def _save_run(case, root):
     engine = case.engine()
     for i in range(3):
         deepspeeds.step(engine, None, i)
-    with Checkpointer(root, timeout=30) as c:
+    with Checkpointer(root, timeout=30, wait=True) as c:
         c.save(3, tags.state_of(engine, None))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -310,7 +310,7 @@ def _saved(root, optimizer_of, change=lambda model, optimizer: None):
     for i in range(2):
         deepspeeds.step(model, optimizer, i)
     change(model, optimizer)
-    with Checkpointer(root, timeout=30) as c:
+    with Checkpointer(root, timeout=30, wait=True) as c:
         c.save(2, tags.state_of(model, optimizer))
     return root
 

@@ -66,7 +66,7 @@ def test_a_directory_of_shards_is_read_through_its_symlinks(shards):
 
 def test_a_resume_begins_from_a_directory_of_shards(shards):
     model = target()
-    with Checkpointer(shards) as c, pytest.warns(match="another tool saved"):
+    with Checkpointer(shards, wait=True) as c, pytest.warns(match="another tool saved"):
         c.resume(TrainState(model=model, extra=_Value()))
     assert not wrong(model)
 
@@ -128,7 +128,7 @@ def test_a_file_that_was_cut_or_overwritten_is_refused(tmp_path):
 
 
 def test_a_data_file_of_a_checkpoint_of_ours_says_where_to_look(tmp_path):
-    with Checkpointer(tmp_path) as c:
+    with Checkpointer(tmp_path, wait=True) as c:
         c.save(1, TrainState(model=target()))
     file = next((tmp_path / "step-00000001").glob("rank-*"))
     with pytest.raises(FormatError, match="a data file of a distckpt checkpoint: give the run's directory"):

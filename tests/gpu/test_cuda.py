@@ -32,7 +32,7 @@ def train(model, optimizer, steps):
 def test_training_on_a_device_goes_on_bit_for_bit(tmp_path, options):
     model, optimizer = make(0, **options)
     train(model, optimizer, 3)
-    with Checkpointer(tmp_path) as c:
+    with Checkpointer(tmp_path, wait=True) as c:
         c.save(3, TrainState(model=model, optimizer=optimizer))
         expected = train(model, optimizer, 3)
         fresh_model, fresh = make(1, **options)
@@ -43,7 +43,7 @@ def test_training_on_a_device_goes_on_bit_for_bit(tmp_path, options):
 
 def test_a_checkpoint_moves_between_device_and_host(tmp_path):
     model, _ = make(0)
-    with Checkpointer(tmp_path) as c:
+    with Checkpointer(tmp_path, wait=True) as c:
         c.save(1, TrainState(model=model))
         on_host = make(1)[0].cpu()
         c.load(TrainState(model=on_host, rng=False))
@@ -53,7 +53,7 @@ def test_a_checkpoint_moves_between_device_and_host(tmp_path):
 
 def test_strided_and_cast_targets_on_a_device_are_filled(tmp_path):
     saved = nn.Linear(300, 700).cuda()
-    with Checkpointer(tmp_path) as c:
+    with Checkpointer(tmp_path, wait=True) as c:
         c.save(1, TrainState(model=saved))
         target = nn.Linear(300, 700, device="cuda", dtype=torch.float64)
         target.weight = nn.Parameter(torch.zeros(300, 700, device="cuda", dtype=torch.float64).t())

@@ -26,7 +26,7 @@ def _save_and_load_model(root):
     for i, p in enumerate(model.parameters()):
         p._local_tensor.fill_(i)
     layouts.make_moments(model, optimizer)
-    with Checkpointer(root, timeout=60) as c:
+    with Checkpointer(root, timeout=60, wait=True) as c:
         c.save(1, TrainState(model=model, optimizer=optimizer))
         again = build()
         report = c.load(TrainState(model=again), only=("model",))

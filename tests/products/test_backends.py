@@ -63,7 +63,7 @@ def _save(backend, root):
     model, optimizer = build(backend)
     losses = [deepspeeds.step(model, optimizer, i) for i in range(3)]
     state = state_of(model, optimizer)
-    with Checkpointer(f"{root}/{backend}", timeout=20) as checkpointer:
+    with Checkpointer(f"{root}/{backend}", timeout=20, wait=True) as checkpointer:
         checkpointer.save(3, state, check_replicas=True)
     held = {
         fqn: (t.shape, t.dtype, [(s.region, s.tensor.clone()) for s in t.shards])
@@ -93,7 +93,7 @@ def _load(backend, root, sources):
         wanted, groups = torch.load(f"{root}/{source}.pt")
         model, optimizer = build(backend, seed=5)
         state = state_of(model, optimizer)
-        with Checkpointer(f"{root}/{source}", timeout=20) as checkpointer, quiet():
+        with Checkpointer(f"{root}/{source}", timeout=20, wait=True) as checkpointer, quiet():
             checkpointer.load(state)
         held = state.capture()
         where = f"{source} -> {backend}:"

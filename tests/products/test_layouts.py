@@ -17,7 +17,7 @@ def _save(layout, root):
     state = layouts.train_state(model, optimizer)
     layouts.fill(state.capture())
     optimizer.param_groups[0]["lr"] = 0.123
-    with Checkpointer(f"{root}/{layout}", timeout=20) as checkpointer:
+    with Checkpointer(f"{root}/{layout}", timeout=20, wait=True) as checkpointer:
         return checkpointer.save(5, state, check_replicas=True).nbytes
 
 
@@ -27,7 +27,7 @@ def _load_all(layout, root, saved):
     for source in saved:
         layouts.zero(model, optimizer)
         state = layouts.train_state(model, optimizer)
-        with Checkpointer(f"{root}/{source}", timeout=20) as checkpointer:
+        with Checkpointer(f"{root}/{source}", timeout=20, wait=True) as checkpointer:
             checkpointer.load(state)
         captured = state.capture()
         problems += [f"{source} -> {layout}: {fqn}" for fqn in layouts.wrong(captured)]

@@ -41,7 +41,7 @@ def _save(layout, root):
     layouts.fill(state.capture())
     optimizer.param_groups[0]["lr"] = 0.123
     quiet()
-    with Checkpointer(f"{root}/{layout}-checkpointer", timeout=20) as checkpointer:
+    with Checkpointer(f"{root}/{layout}-checkpointer", timeout=20, wait=True) as checkpointer:
         checkpointer.save(5, state)
     distckpt.save(f"{root}/{layout}-direct", state_dict(model, optimizer))
     dcp.save(state_dict(model, optimizer), storage_writer=StorageWriter(f"{root}/{layout}-dcp"))
@@ -60,7 +60,7 @@ def _load_all(layout, root):
             optimizer.param_groups[0]["lr"] = 0.0
             path = f"{root}/{source}"
             if door == "checkpointer":
-                with Checkpointer(path, timeout=20) as checkpointer:
+                with Checkpointer(path, timeout=20, wait=True) as checkpointer:
                     checkpointer.load(state, only=("model", "optim"))
             else:
                 into = state_dict(model, optimizer)

@@ -89,7 +89,7 @@ def _refused(kind, fn, state):
 @pytest.fixture
 def saved(tmp_path):
     """A run with step 1 of `_state()`."""
-    Checkpointer(tmp_path).save(1, _state())
+    Checkpointer(tmp_path, wait=True).save(1, _state())
     return tmp_path
 
 
@@ -98,14 +98,14 @@ def saved(tmp_path):
 
 def test_no_such_directory_is_no_checkpoint(tmp_path):
     state = _state()
-    text = _refused(NotACheckpoint, lambda: Checkpointer(tmp_path / "absent").load(state), state)
+    text = _refused(NotACheckpoint, lambda: Checkpointer(tmp_path / "absent", wait=True).load(state), state)
     assert "absent" in text
     assert not (tmp_path / "absent").exists()
 
 
 def test_an_empty_directory_is_no_checkpoint(tmp_path):
     state = _state()
-    assert str(tmp_path) in _refused(NotACheckpoint, lambda: Checkpointer(tmp_path).load(state), state)
+    assert str(tmp_path) in _refused(NotACheckpoint, lambda: Checkpointer(tmp_path, wait=True).load(state), state)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -113,40 +113,42 @@ def test_a_directory_of_something_else_is_no_checkpoint(tmp_path):
     (tmp_path / "pytorch_model.bin").write_bytes(b"PK")
     (tmp_path / "step-100").mkdir()
     state = _state()
-    text = _refused(NotACheckpoint, lambda: Checkpointer(tmp_path).load(state), state)
+    text = _refused(NotACheckpoint, lambda: Checkpointer(tmp_path, wait=True).load(state), state)
     assert "no step directory" in text
 
 
 def test_the_directory_of_a_step_is_not_the_directory_of_its_run(saved):
     state = _state()
-    text = _refused(NotACheckpoint, lambda: Checkpointer(saved / "step-00000001").load(state), state)
+    text = _refused(NotACheckpoint, lambda: Checkpointer(saved / "step-00000001", wait=True).load(state), state)
     assert "give its parent" in text
 
 
 def test_a_file_is_no_run(tmp_path):
     (tmp_path / "file").write_bytes(b"precious")
     state = _state()
-    _refused(NotACheckpoint, lambda: Checkpointer(tmp_path / "file").load(state), state)
-    assert "not a directory" in _refused(StoreError, lambda: Checkpointer(tmp_path / "file").save(1, state), state)
+    _refused(NotACheckpoint, lambda: Checkpointer(tmp_path / "file", wait=True).load(state), state)
+    assert "not a directory" in _refused(
+        StoreError, lambda: Checkpointer(tmp_path / "file", wait=True).save(1, state), state
+    )
     assert (tmp_path / "file").read_bytes() == b"precious"
 
 
 def test_saves_that_were_never_committed_are_no_checkpoint(saved):
     (saved / "step-00000001" / "commit.json").unlink()
     state = _state()
-    text = _refused(NotACheckpoint, lambda: Checkpointer(saved).load(state), state)
+    text = _refused(NotACheckpoint, lambda: Checkpointer(saved, wait=True).load(state), state)
     assert "step-00000001" in text
     assert "not finish" in text
 
 
 def test_a_fresh_run_resumes_nothing(tmp_path):
-    assert Checkpointer(tmp_path / "new").resume(_state()) is None
+    assert Checkpointer(tmp_path / "new", wait=True).resume(_state()) is None
 
 
 def test_a_step_that_is_not_there_is_named_with_those_that_are(saved):
     state = _state()
     for step in (2, -1, 10**30):
-        text = _refused(NotACheckpoint, lambda: Checkpointer(saved).load(state, step=step), state)
+        text = _refused(NotACheckpoint, lambda: Checkpointer(saved, wait=True).load(state, step=step), state)
         assert f"step {step}; it has [1]" in text
 
 
@@ -157,7 +159,7 @@ def test_a_newer_format_is_named_and_not_passed_over(saved):
     path.write_bytes(seal(body | {"format": 2}))
     before = sorted(p.name for p in saved.rglob("*"))
     state = _state()
-    for call in (Checkpointer(saved).load, Checkpointer(saved).resume):
+    for call in (Checkpointer(saved, wait=True).load, Checkpointer(saved, wait=True).resume):
         text = _refused(NewerFormat, lambda call=call: call(state), state)
         assert "step-00000001/commit.json" in text
         assert "version 2" in text
@@ -170,13 +172,13 @@ def test_a_newer_format_is_named_and_not_passed_over(saved):
 
 def test_every_problem_is_listed_at_once_and_nothing_has_moved(tmp_path):
     saved = _net(a=(4, 3), b=(5,), gone=(2,), wide=(3,), c=(2, 2))
-    Checkpointer(tmp_path).save(1, TrainState(model=saved, gone=Value(1), rng=False))
+    Checkpointer(tmp_path, wait=True).save(1, TrainState(model=saved, gone=Value(1), rng=False))
     live = TrainState(
         model=_net(1, a=(3, 4), b=(5, 1), new=(2,), wide=torch.zeros(3, dtype=torch.float16), c=(2, 2)),
         new=Value(2),
         rng=False,
     )
-    text = _refused(Mismatch, lambda: Checkpointer(tmp_path).load(live), live)
+    text = _refused(Mismatch, lambda: Checkpointer(tmp_path, wait=True).load(live), live)
     for told in (
         "model.a: saved with shape [4, 3], the state has [3, 4]",
         "model.b: saved with shape [5], the state has [5, 1]",
@@ -194,7 +196,7 @@ def test_a_wrong_optimizer_is_told_with_the_parameters_that_do_not_match(saved):
     model = _net()
     optimizer = torch.optim.AdamW([model.a])
     state = TrainState(model=model, optimizer=optimizer, progress=Progress())
-    text = _refused(Mismatch, lambda: Checkpointer(saved).load(state), state)
+    text = _refused(Mismatch, lambda: Checkpointer(saved, wait=True).load(state), state)
     assert "optim.b.exp_avg: in the checkpoint, but not in the state" in text
 
 
@@ -203,10 +205,10 @@ def test_a_wrong_optimizer_is_told_with_the_parameters_that_do_not_match(saved):
 )
 def test_a_dtype_is_widened_and_reported(tmp_path, was, now):
     values = torch.arange(-4, 5).to(getattr(torch, was))
-    Checkpointer(tmp_path).save(1, TrainState(model=_net(w=values)))
+    Checkpointer(tmp_path, wait=True).save(1, TrainState(model=_net(w=values)))
     model = _net(w=torch.zeros(9, dtype=getattr(torch, now)))
     with pytest.warns(StateWarning, match="precision"):
-        report = Checkpointer(tmp_path).load(TrainState(model=model))
+        report = Checkpointer(tmp_path, wait=True).load(TrainState(model=model))
     assert torch.equal(model.w, values.to(getattr(torch, now)))
     assert report.cast == {"model.w": f"{was} -> {now} (lossless)"}
 
@@ -216,14 +218,14 @@ def test_a_dtype_is_widened_and_reported(tmp_path, was, now):
 )
 def test_a_dtype_is_narrowed_only_when_asked(tmp_path, was, now):
     values = (torch.arange(-4, 5) * 3).to(getattr(torch, was))
-    Checkpointer(tmp_path).save(1, TrainState(model=_net(w=values)))
+    Checkpointer(tmp_path, wait=True).save(1, TrainState(model=_net(w=values)))
     model = _net(w=torch.zeros(9, dtype=getattr(torch, now)))
     state = TrainState(model=model)
-    text = _refused(Mismatch, lambda: Checkpointer(tmp_path).load(state), state)
+    text = _refused(Mismatch, lambda: Checkpointer(tmp_path, wait=True).load(state), state)
     assert f"model.w: saved as {was}, the state has {now}" in text
     assert "cast=True" in text
     with pytest.warns(StateWarning, match="precision"):
-        report = Checkpointer(tmp_path).load(state, cast=True)
+        report = Checkpointer(tmp_path, wait=True).load(state, cast=True)
     assert report.cast == {"model.w": f"{was} -> {now}"}
     assert torch.equal(model.w, values.to(getattr(torch, now)))
 
@@ -231,7 +233,7 @@ def test_a_dtype_is_narrowed_only_when_asked(tmp_path, was, now):
 def test_what_a_load_that_is_not_strict_leaves_out_is_reported(saved):
     model = _net(1, a=(4, 3), new=(2,))
     before = model.new.detach().clone()
-    report = Checkpointer(saved).load(TrainState(model=model, more=Value(5)), strict=False)
+    report = Checkpointer(saved, wait=True).load(TrainState(model=model, more=Value(5)), strict=False)
     assert report.loaded == ["model.a"]
     assert set(report.missing) == {"model.new", "more"}
     assert {"model.b", "optim.a.exp_avg", "optim", "trainer_state"} <= set(report.unexpected)
@@ -242,7 +244,7 @@ def test_what_a_load_that_is_not_strict_leaves_out_is_reported(saved):
 def test_a_load_of_the_model_alone_touches_nothing_else(saved):
     state = _state(_net(3))
     before = _content(state)
-    report = Checkpointer(saved).load(state, only=("model",))
+    report = Checkpointer(saved, wait=True).load(state, only=("model",))
     tensors, objects = _content(state)
     assert report.loaded == ["model.a", "model.b"]
     assert (report.missing, report.unexpected) == ([], [])
@@ -254,16 +256,20 @@ def test_a_load_of_the_model_alone_touches_nothing_else(saved):
 
 def test_a_part_that_is_not_there_is_no_reason_to_load_nothing(saved):
     state = _state(_net(1))
-    text = _refused(Mismatch, lambda: Checkpointer(saved).load(state, only=("modle",)), state)
+    text = _refused(Mismatch, lambda: Checkpointer(saved, wait=True).load(state, only=("modle",)), state)
     assert "only='modle': neither the checkpoint nor the state has such a part" in text
     for only in ("model", (), (b"model",)):
         assert "a tuple of the names" in _refused(
-            ValueError, lambda o=only: Checkpointer(saved).load(state, only=o), state
+            ValueError, lambda o=only: Checkpointer(saved, wait=True).load(state, only=o), state
         )
 
 
 def test_what_is_no_train_state_is_refused(saved):
-    for call in (Checkpointer(saved).resume, Checkpointer(saved).load, lambda s: Checkpointer(saved).save(2, s)):
+    for call in (
+        Checkpointer(saved, wait=True).resume,
+        Checkpointer(saved, wait=True).load,
+        lambda s: Checkpointer(saved, wait=True).save(2, s),
+    ):
         with pytest.raises(Unsupported, match="state is a Linear; a TrainState is expected"):
             call(nn.Linear(2, 2))
 
@@ -271,7 +277,7 @@ def test_what_is_no_train_state_is_refused(saved):
 def _bad_metrics_on_one_rank(root):
     import torch.distributed as dist
 
-    with Checkpointer(root, timeout=20) as c:
+    with Checkpointer(root, timeout=20, wait=True) as c:
         metrics = {"loss": torch.ones(3)} if dist.get_rank() == 0 else None
         return ranks.expect_error(lambda: c.save(1, TrainState(), metrics), Unsupported)
 
@@ -286,7 +292,7 @@ def _made_too_early(root):
 
     group, world = dist.group.WORLD, dist.distributed_c10d._world
     world.default_pg = None  # as before init_process_group()
-    early = Checkpointer(root)
+    early = Checkpointer(root, wait=True)
     world.default_pg = group
     return ranks.expect_error(lambda: early.resume(TrainState()), RunConflict)
 
@@ -301,7 +307,7 @@ def test_a_checkpointer_that_was_made_before_the_ranks_met_is_refused(tmp_path):
 def test_saved_names_are_renamed_for_model_and_optimizer(saved):
     model = _net(1, x_a=(4, 3), x_b=(5,))
     state = _state(model)
-    report = Checkpointer(saved).load(state, rename=lambda fqn: "x_" + fqn)
+    report = Checkpointer(saved, wait=True).load(state, rename=lambda fqn: "x_" + fqn)
     wanted = _state()
     assert set(report.loaded) >= {"model.x_a", "optim.x_b.exp_avg"}
     assert torch.equal(model.x_a, _model(wanted).a)
@@ -309,16 +315,16 @@ def test_saved_names_are_renamed_for_model_and_optimizer(saved):
 
 
 def test_renaming_leaves_the_tensors_of_other_values_alone(tmp_path):
-    Checkpointer(tmp_path).save(1, _state(v=Value({"history": torch.arange(3)})))
+    Checkpointer(tmp_path, wait=True).save(1, _state(v=Value({"history": torch.arange(3)})))
     renamed, v = _net(1, trunk_a=(4, 3), trunk_b=(5,)), Value(None)
-    Checkpointer(tmp_path).load(_state(renamed, v=v), rename=lambda fqn: fqn.replace("", "trunk_", 1))
+    Checkpointer(tmp_path, wait=True).load(_state(renamed, v=v), rename=lambda fqn: fqn.replace("", "trunk_", 1))
     assert v.value["history"].tolist() == [0, 1, 2]
 
 
 @pytest.mark.parametrize("name", ["optim", "trainer_state", "v"])
 @pytest.mark.parametrize("value", [5, "x", [], {"$tensor": ["nope", "torch"]}, {"groups": None}])
 def test_an_object_of_another_form_is_refused_before_anything_moves(tmp_path, name, value):
-    Checkpointer(tmp_path).save(1, _state(v=Value({})))
+    Checkpointer(tmp_path, wait=True).save(1, _state(v=Value({})))
     commit = tmp_path / "step-00000001" / "commit.json"
     content = json.loads(commit.read_text())
     del content["digest"]
@@ -328,14 +334,14 @@ def test_an_object_of_another_form_is_refused_before_anything_moves(tmp_path, na
     commit.write_bytes(seal(content))
     state = _state(_net(1), v=Value({}))
     if name == "v" and value != {"$tensor": ["nope", "torch"]}:
-        Checkpointer(tmp_path).load(state)  # any form is a user's own
+        Checkpointer(tmp_path, wait=True).load(state)  # any form is a user's own
     else:
-        _refused((FormatError, Mismatch), lambda: Checkpointer(tmp_path).load(state, step=1), state)
+        _refused((FormatError, Mismatch), lambda: Checkpointer(tmp_path, wait=True).load(state, step=1), state)
 
 
 def test_a_renaming_that_joins_two_names_is_refused(saved):
     state = _state()
-    text = _refused(Mismatch, lambda: Checkpointer(saved).load(state, rename=lambda _: "a"), state)
+    text = _refused(Mismatch, lambda: Checkpointer(saved, wait=True).load(state, rename=lambda _: "a"), state)
     assert "the same name" in text
 
 
@@ -344,13 +350,13 @@ def test_a_renaming_that_joins_two_names_is_refused(saved):
 
 def _not_saved(saved, state, kind=Unsupported, step=2):
     """Text of the error that a save must raise, and that must leave the run as it was."""
-    checkpointer = Checkpointer(saved)
+    checkpointer = Checkpointer(saved, wait=True)
     checkpointer.resume(_state())
     before = sorted(p.relative_to(saved) for p in saved.rglob("*"))
     with pytest.raises(kind) as caught:
         checkpointer.save(step, state)
     assert sorted(p.relative_to(saved) for p in saved.rglob("*")) == before
-    assert Checkpointer(saved).load(_state()).step == 1
+    assert Checkpointer(saved, wait=True).load(_state()).step == 1
     return str(caught.value)
 
 
@@ -369,7 +375,7 @@ def test_a_load_into_the_meta_device_is_refused_by_name(saved):
     model = _net()
     model.a = nn.Parameter(torch.empty(4, 3, device="meta"))
     with pytest.raises(Unsupported, match=r"model\.a: is on the meta device"):
-        Checkpointer(saved).load(TrainState(model=model))
+        Checkpointer(saved, wait=True).load(TrainState(model=model))
 
 
 def test_a_sparse_tensor_is_refused_by_name(saved):
@@ -391,7 +397,7 @@ def _save_partial(root):
     model = nn.Module()
     mesh = init_device_mesh("cpu", (2,))
     model.register_parameter("w", nn.Parameter(DTensor.from_local(torch.ones(3), mesh, [Partial()])))
-    with Checkpointer(root, timeout=10) as checkpointer:
+    with Checkpointer(root, timeout=10, wait=True) as checkpointer:
         return ranks.expect_error(lambda: checkpointer.save(1, TrainState(model=model)), Unsupported)
 
 
@@ -408,7 +414,7 @@ def test_a_step_that_is_no_count_is_refused(saved, step):
 @pytest.mark.parametrize("every", [0, -5, 2.5, "10", True])
 def test_an_interval_that_is_no_count_is_refused(tmp_path, every):
     with pytest.raises(ValueError, match="every="):
-        Checkpointer(tmp_path, every=every)
+        Checkpointer(tmp_path, every=every, wait=True)
 
 
 # -- a load that failed half-way -----------------------------------------------------------------------------------------
@@ -422,7 +428,7 @@ def _large(seed):
 @pytest.fixture
 def half_loaded(tmp_path):
     """A run whose step 2 is damaged, and a state into which its load failed half-way."""
-    checkpointer = Checkpointer(tmp_path)
+    checkpointer = Checkpointer(tmp_path, wait=True)
     for step in (1, 2):
         checkpointer.save(step, _large(step))
     path = next((tmp_path / "step-00000002").glob("rank-*"))
@@ -467,9 +473,9 @@ def test_a_value_that_refuses_its_state_makes_the_state_unusable(tmp_path):
         def load_state_dict(self, value):
             raise KeyError("lr")
 
-    Checkpointer(tmp_path).save(1, _state(picky=Value(1)))
+    Checkpointer(tmp_path, wait=True).save(1, _state(picky=Value(1)))
     state = _state(picky=Picky(1))
-    checkpointer = Checkpointer(tmp_path)
+    checkpointer = Checkpointer(tmp_path, wait=True)
     with pytest.raises(KeyError):
         checkpointer.resume(state)
     with pytest.raises(StateUnusable):
@@ -501,15 +507,15 @@ def disk(tmp_path):
 
 def test_a_read_only_run_is_loaded_and_a_save_into_it_says_so(disk):
     path, mount = disk
-    checkpointer = Checkpointer(path)
+    checkpointer = Checkpointer(path, wait=True)
     checkpointer.save(1, _state())
     assert not mount("remount,ro")
     state = _state(_net(1))
-    assert Checkpointer(path).load(state).step == 1
+    assert Checkpointer(path, wait=True).load(state).step == 1
     with pytest.raises(StoreError, match="mounted read-only"):
         checkpointer.save(2, state)
     with pytest.raises(StoreError, match="mounted read-only"):
-        Checkpointer(path, timeout=1).resume(state)
+        Checkpointer(path, timeout=1, wait=True).resume(state)
     assert not mount("remount,rw")
     assert checkpointer.steps() == [1]
     checkpointer.save(2, state)
@@ -529,7 +535,7 @@ def test_a_full_disk_is_told_on_every_rank_and_costs_only_the_save_it_stopped(di
 
     def save(comm):
         state = Sharded(comm.rank, 2, 1)
-        checkpointer = Checkpointer(LocalStore(path), comm=comm, arena_bytes=4096)
+        checkpointer = Checkpointer(LocalStore(path), comm=comm, arena_bytes=4096, wait=True)
         checkpointer.save(1, state)
         comm.all_gather("saved", b"")
         if comm.rank == 0:
@@ -552,7 +558,7 @@ def test_a_full_disk_is_told_on_every_rank_and_costs_only_the_save_it_stopped(di
 
     def load(comm):
         state = Sharded(comm.rank, 2)
-        Checkpointer(LocalStore(path), comm=comm).load(state, step=1)
+        Checkpointer(LocalStore(path), comm=comm, wait=True).load(state, step=1)
         return state.is_at(1)
 
     with layouts.quiet():
@@ -562,4 +568,4 @@ def test_a_full_disk_is_told_on_every_rank_and_costs_only_the_save_it_stopped(di
         assert "the file system is full" in text
         assert left == []
     assert on_threads(2, load) == [True, True]
-    assert Checkpointer(path).steps() == [1, 3]
+    assert Checkpointer(path, wait=True).steps() == [1, 3]

@@ -106,7 +106,7 @@ def test_a_file_of_the_model_opens_anywhere_under_the_bare_model_s_names(tmp_pat
             tensor = file.get_tensor(name)
             assert torch.equal(tensor, layouts.expected(f"model.{name}", tensor.shape, tensor.dtype))
     model = layouts.Net()
-    with Checkpointer(tmp_path / "run") as checkpointer, layouts.quiet():
+    with Checkpointer(tmp_path / "run", wait=True) as checkpointer, layouts.quiet():
         checkpointer.load(TrainState(model=model, rng=False), source=tmp_path / "m.safetensors")
     assert not layouts.wrong(TrainState(model=model, rng=False).capture())
 
@@ -115,7 +115,7 @@ def test_a_file_with_the_optimizer_is_resumed_from(tmp_path):
     ranks.run(2, _stream, str(tmp_path / "all.safetensors"), True)
     model, optimizer = layouts.build("one")
     state = TrainState(model=model, optimizer=optimizer, rng=False)
-    with Checkpointer(tmp_path / "run") as checkpointer, layouts.quiet():
+    with Checkpointer(tmp_path / "run", wait=True) as checkpointer, layouts.quiet():
         checkpointer.load(state, source=tmp_path / "all.safetensors")
     captured = state.capture()
     assert not layouts.wrong(captured)

@@ -24,7 +24,7 @@ def store(request, tmp_path):
 
 def _launch(store, *steps, resume=True, **options):
     """A new launch that resumes if it can, then saves these steps: (checkpointer, its state)."""
-    checkpointer, state = Checkpointer(store, timeout=1), Sharded(0, 1)
+    checkpointer, state = Checkpointer(store, timeout=1, wait=True), Sharded(0, 1)
     if resume:
         checkpointer.resume(state, **options)
     for step in steps:
@@ -42,7 +42,7 @@ def _unaware(*checkpointers):
 def _resumed(store, **options):
     """(step, value of the state) that a new launch resumes."""
     state = Sharded(0, 1)
-    report = Checkpointer(store, timeout=1).resume(state, **options)
+    report = Checkpointer(store, timeout=1, wait=True).resume(state, **options)
     assert state.is_at(state.value)
     return report.step, state.value
 
@@ -85,7 +85,7 @@ def test_a_fresh_start_beside_checkpoints_that_do_not_count_is_said(store):
     _unaware(older)
     older.save(5, state)
     with pytest.warns(StateWarning, match="step-00000005 will not be resumed: a later launch began"):
-        assert Checkpointer(store, timeout=1).resume(Sharded(0, 1)) is None
+        assert Checkpointer(store, timeout=1, wait=True).resume(Sharded(0, 1)) is None
 
 
 def test_a_zombie_that_saves_the_step_of_its_successor_does_not_replace_it(store):
@@ -118,10 +118,10 @@ def test_steps_left_behind_by_a_rewind_never_come_back(store):
     assert rewound.steps() == [1]
     assert _resumed(store) == (1, 1)
     _launch(store, 4)
-    assert Checkpointer(store).steps() == [1, 4]
+    assert Checkpointer(store, wait=True).steps() == [1, 4]
     assert _resumed(store) == (4, 4)
     with pytest.raises(NotACheckpoint, match="step 3"):
-        Checkpointer(store, timeout=1).resume(Sharded(0, 1), step=3)
+        Checkpointer(store, timeout=1, wait=True).resume(Sharded(0, 1), step=3)
 
 
 def test_a_step_saved_again_by_a_later_launch_gets_the_next_generation_and_wins(store):
@@ -179,7 +179,7 @@ def test_a_save_without_a_resume_is_refused_where_there_is_something_to_resume(s
     _launch(store, 1)
     with pytest.raises(RunConflict, match=r"step-00000001: call resume\(\)"):
         _launch(store, 2, resume=False)
-    assert Checkpointer(store).steps() == [1]
+    assert Checkpointer(store, wait=True).steps() == [1]
     assert _directories(store) == ["step-00000001"]
 
 
@@ -207,9 +207,9 @@ def test_a_damaged_launch_record_is_an_error_that_names_it():
     for data in [*damaged, b"", whole[:-1], b"[]", store._data["launches/0001.json"]]:
         store._data["launches/0002.json"] = data
         with pytest.raises(FormatError, match=r"launches/0002\.json"):
-            Checkpointer(store, timeout=1).resume(Sharded(0, 1))
+            Checkpointer(store, timeout=1, wait=True).resume(Sharded(0, 1))
     with pytest.raises(FormatError, match=r"launches/0002\.json"):
-        Checkpointer(store).load(Sharded(0, 1))
+        Checkpointer(store, wait=True).load(Sharded(0, 1))
     with pytest.raises(FormatError, match=r"launches/0002\.json"):
         _launch(store, 2, resume=False)
     store._data["launches/0002.json"] = whole
@@ -231,7 +231,7 @@ def _lost_before_its_commit(store):
     faulty = FaultyStore(store, fuse)
 
     def work(comm):
-        checkpointer, state = Checkpointer(faulty, comm=comm), Sharded(comm.rank, 2, 1)
+        checkpointer, state = Checkpointer(faulty, comm=comm, wait=True), Sharded(comm.rank, 2, 1)
         checkpointer.save(1, state)
         comm.all_gather("saved", b"")
         fuse.arm("create step-00000002/commit.json", forever=True)
@@ -248,7 +248,7 @@ def _resume_on_two(store):
 
     def work(comm):
         state = Sharded(comm.rank, 2)
-        report = Checkpointer(store, comm=comm).resume(state)
+        report = Checkpointer(store, comm=comm, wait=True).resume(state)
         return report, state.value if state.is_at(state.value) else "a mix"
 
     return on_threads(2, work, timeout=4)
@@ -260,7 +260,7 @@ def test_an_attempt_that_every_rank_has_acked_is_committed_by_the_next_resume(st
         assert (report.step, value) == (2, 2)
         assert "step-00000002: all ranks had acked" in str(report)
     assert not [e.name for e in store.list("step-00000002") if e.name.startswith("ack")]
-    assert Checkpointer(store).steps() == [1, 2]
+    assert Checkpointer(store, wait=True).steps() == [1, 2]
 
 
 def test_it_is_committed_by_a_resume_on_another_world_size_too(store):

@@ -32,7 +32,7 @@ def draw():
 
 
 def test_generators_of_python_numpy_and_torch_go_on_where_they_were(tmp_path):
-    with Checkpointer(tmp_path) as c:
+    with Checkpointer(tmp_path, wait=True) as c:
         c.save(1, TrainState())
         expected = [draw() for _ in range(3)]
         random.seed(1)
@@ -43,7 +43,7 @@ def test_generators_of_python_numpy_and_torch_go_on_where_they_were(tmp_path):
 
 
 def test_generators_are_left_alone_when_not_asked_for(tmp_path):
-    with Checkpointer(tmp_path) as c:
+    with Checkpointer(tmp_path, wait=True) as c:
         c.save(1, TrainState())
         torch.manual_seed(5)
         expected = float(torch.rand(()))
@@ -59,7 +59,7 @@ def _draw_after(root, save):
     random.seed(rank)
     np.random.seed(rank)
     torch.manual_seed(rank)
-    with Checkpointer(root, timeout=20) as c:
+    with Checkpointer(root, timeout=20, wait=True) as c:
         if save:
             c.save(1, TrainState())
             return draw()
@@ -114,7 +114,7 @@ def test_learning_rates_go_on(tmp_path, make):
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     scheduler = make(optimizer)
     rates(optimizer, scheduler, 4)
-    with Checkpointer(tmp_path) as c:
+    with Checkpointer(tmp_path, wait=True) as c:
         c.save(4, TrainState(model=model, optimizer=optimizer, lr_scheduler=scheduler))
         expected = rates(optimizer, scheduler, 5)
         again = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -131,7 +131,7 @@ def test_scaler_progress_and_extras_with_tensors_come_back(tmp_path):
         1: torch.arange(5), "deep": [{"w": torch.ones(2, 2, dtype=torch.bfloat16)}, (3, {4})],
         "array": np.array([[1.5, 2.5]]), "scalar": np.array(3), 1.5: None, "1": torch.zeros(1),
     }  # fmt: skip
-    with Checkpointer(tmp_path) as c:
+    with Checkpointer(tmp_path, wait=True) as c:
         c.save(7, TrainState(scaler=scaler, progress=progress, ema=Box(nested)))
         other, counters, box = torch.amp.GradScaler("cpu"), Progress(), Box(None)
         c.load(TrainState(scaler=other, progress=counters, ema=box))
@@ -168,7 +168,7 @@ def test_a_model_or_an_optimizer_that_is_none_is_refused_by_name():
 
 
 def test_objects_that_are_missing_or_unexpected_are_named(tmp_path):
-    with Checkpointer(tmp_path) as c:
+    with Checkpointer(tmp_path, wait=True) as c:
         c.save(1, TrainState(one=Box(1), two=Box(2)))
         text = ranks.expect_error(lambda: c.load(TrainState(one=Box(1), three=Box(3))), Mismatch)
     assert "three: missing from the checkpoint" in text
@@ -176,7 +176,7 @@ def test_objects_that_are_missing_or_unexpected_are_named(tmp_path):
 
 
 def test_a_changed_environment_is_warned_of(tmp_path):
-    with Checkpointer(tmp_path) as c:
+    with Checkpointer(tmp_path, wait=True) as c:
         c.save(1, TrainState(config={"lr": 1}, code_version="abc", tokenizer="byte"))
         with pytest.warns(StateWarning) as seen:
             report = c.load(TrainState(config={"lr": 2}, code_version="abc", tokenizer="bpe"))
@@ -194,7 +194,7 @@ def test_a_tokenizer_is_compared_by_its_vocabulary(tmp_path):
         def __init__(self, vocabulary):
             self.get_vocab = lambda: vocabulary
 
-    with Checkpointer(tmp_path) as c:
+    with Checkpointer(tmp_path, wait=True) as c:
         c.save(1, TrainState(tokenizer=Tokenizer({"a": 0})))
         c.load(TrainState(tokenizer=Tokenizer({"a": 0})))
         with pytest.warns(StateWarning, match="tokenizer"):
@@ -218,7 +218,7 @@ class Extra(nn.Module):
 
 
 def test_extra_state_of_modules_comes_back(tmp_path):
-    with Checkpointer(tmp_path) as c:
+    with Checkpointer(tmp_path, wait=True) as c:
         c.save(1, TrainState(model=nn.Sequential(Extra(3.5), nn.Linear(2, 2))))
         model = nn.Sequential(Extra(), nn.Linear(2, 2))
         c.load(TrainState(model=model))
@@ -235,7 +235,7 @@ def _gradients(root, load):
     torch.manual_seed(0)
     model = nn.parallel.DistributedDataParallel(nn.Linear(3, 2))
     state = TrainState(model=model, gradients=True)
-    with Checkpointer(root, timeout=20) as c:
+    with Checkpointer(root, timeout=20, wait=True) as c:
         if load:
             c.load(state)
         else:
@@ -256,7 +256,7 @@ def _value_of_one_rank(root):
     import torch.distributed as dist
 
     own = {"v": Box({"n": 5})} if dist.get_rank() == 0 else {}
-    with Checkpointer(root, timeout=20) as c:
+    with Checkpointer(root, timeout=20, wait=True) as c:
         c.save(1, TrainState(**own))
         for box in own.values():
             box.state = None
@@ -270,12 +270,12 @@ def test_a_value_that_one_rank_alone_has_comes_back_there(tmp_path):
 
 def test_a_choice_for_per_rank_values_that_there_is_not_is_refused(tmp_path):
     with pytest.raises(ValueError, match="'first' is the only choice"):
-        Checkpointer(tmp_path).load(TrainState(), per_rank={"v": "last"})
+        Checkpointer(tmp_path, wait=True).load(TrainState(), per_rank={"v": "last"})
 
 
 def _gradients_refused(root):
     model = nn.parallel.DistributedDataParallel(nn.Linear(3, 2))
-    with Checkpointer(root, timeout=20) as c:
+    with Checkpointer(root, timeout=20, wait=True) as c:
         return ranks.expect_error(lambda: c.load(TrainState(model=model, gradients=True)), Mismatch)
 
 
@@ -294,7 +294,7 @@ def _unreduced(root):
     fully_shard(model[0])
     fully_shard(model)
     state = TrainState(model=model, gradients=True)
-    with Checkpointer(root, timeout=20) as c:
+    with Checkpointer(root, timeout=20, wait=True) as c:
         model.set_requires_gradient_sync(False)
         model(torch.ones(1, 3)).sum().backward()
         text = ranks.expect_error(lambda: c.save(1, state), Unsupported)
@@ -327,7 +327,7 @@ def _loader(root, action, workers):
     place = current()
     sampler = DistributedSampler(range(60), place.world_size, place.rank, shuffle=False)
     loader = StatefulDataLoader(list(range(60)), batch_size=2, sampler=sampler, num_workers=workers)
-    with Checkpointer(root, timeout=30) as c:
+    with Checkpointer(root, timeout=30, wait=True) as c:
         if action == "save":
             batches = iter(loader)
             taken = [next(batches).tolist() for _ in range(3)]
@@ -364,7 +364,7 @@ def test_every_part_says_at_once_what_does_not_fit_and_nothing_changes(tmp_path)
         sampler = ElasticSampler(size, global_batch=2, rank=0, world_size=1)
         return model, TrainState(model=model, optimizer=optimizer, sampler=sampler, progress=Progress())
 
-    with Checkpointer(tmp_path) as c:
+    with Checkpointer(tmp_path, wait=True) as c:
         c.save(1, parts(1, 10)[1])
         model, state = parts(2, 20)
         before = [p.detach().clone() for p in model.parameters()]

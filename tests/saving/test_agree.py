@@ -70,7 +70,7 @@ def test_no_collective_of_a_save_moves_more_than_128_bytes_a_rank_when_all_agree
             model[0].weight.fill_(1)
             model[0].bias.fill_(2)
         # generators are the process's own, and these ranks are threads of one process
-        Checkpointer(store, comm=comm).save(1, TrainState(model=model, rng=False))
+        Checkpointer(store, comm=comm, wait=True).save(1, TrainState(model=model, rng=False))
 
     on_threads(comms, save)
     assert all(0 < size <= 128 for comm in comms for size in comm.sent)
@@ -90,7 +90,7 @@ def _counted_fsdp(root):
     module.comm.default = counting
     model, optimizer = layouts.build("tp2fsdp2")
     layouts.make_moments(model, optimizer)
-    with Checkpointer(root, timeout=20) as c:
+    with Checkpointer(root, timeout=20, wait=True) as c:
         c.save(1, layouts.train_state(model, optimizer))
     return made[0].sent
 
@@ -121,7 +121,7 @@ def _stage(root, load):
     model = nn.ModuleDict({f"layer{rank}": nn.Linear(200, 200), "norm": nn.LayerNorm(3)})
     optimizer = torch.optim.Adam(model[f"layer{rank}"].parameters(), lr=0.1 * (1 + rank))
     state = TrainState(model=model, optimizer=optimizer)
-    with Checkpointer(root, timeout=20) as c:
+    with Checkpointer(root, timeout=20, wait=True) as c:
         if load:
             for p in model.parameters():
                 p.detach().zero_()
@@ -137,7 +137,7 @@ def test_pipeline_stages_that_hold_different_layers_are_one_checkpoint(tmp_path)
     saved = ranks.run(2, _stage, str(tmp_path), False)
     assert ranks.run(2, _stage, str(tmp_path), True) == saved
     both = nn.ModuleDict({"layer0": nn.Linear(200, 200), "layer1": nn.Linear(200, 200), "norm": nn.LayerNorm(3)})
-    with Checkpointer(tmp_path) as c, layouts.quiet():
+    with Checkpointer(tmp_path, wait=True) as c, layouts.quiet():
         c.load(TrainState(model=both), only=("model",))
     assert [[p.tolist() for p in both[f"layer{r}"].parameters()] for r in range(2)] == [
         [p for p, _ in s] for s in saved
@@ -150,7 +150,7 @@ def _stage_without_a_place(root):
     from distckpt.errors import Mismatch as Refusal
 
     model = nn.ModuleDict({"norm": nn.LayerNorm(3)} | ({"layer0": nn.Linear(200, 200)} if dist.get_rank() else {}))
-    with Checkpointer(root, timeout=20) as c:
+    with Checkpointer(root, timeout=20, wait=True) as c:
         return ranks.expect_error(lambda: c.load(TrainState(model=model), only=("model",)), Refusal)
 
 
@@ -189,7 +189,7 @@ def _pipeline_over(root, kind, load):
     optimizer = torch.optim.AdamW(model.parameters())
     layouts.make_moments(model, optimizer)
     state = TrainState(model=model, optimizer=optimizer, rng=False)
-    with Checkpointer(root, timeout=20) as c:
+    with Checkpointer(root, timeout=20, wait=True) as c:
         if not load:
             c.save(1, state, check_replicas=True)
             return []
@@ -205,7 +205,7 @@ def test_pipeline_stages_that_are_sharded_themselves_are_one_checkpoint(tmp_path
     assert ranks.run(4, _pipeline_over, str(tmp_path), kind, True) == [True] * 4
     whole, expected = _Layers(), _Layers()
     layouts.zero(whole, torch.optim.SGD(whole.parameters()))
-    with Checkpointer(tmp_path) as c, layouts.quiet():
+    with Checkpointer(tmp_path, wait=True) as c, layouts.quiet():
         c.load(TrainState(model=whole), only=("model",))
     assert [p.tolist() for p in whole.parameters()] == [p.tolist() for p in expected.parameters()]
 
@@ -215,7 +215,7 @@ def test_ranks_that_contradict_each_other_are_refused_with_the_fqn():
 
     def save(comm):
         model = nn.Linear(3, 4 + comm.rank)
-        Checkpointer(store, comm=comm).save(1, TrainState(model=model, rng=False))
+        Checkpointer(store, comm=comm, wait=True).save(1, TrainState(model=model, rng=False))
 
     with pytest.raises(Mismatch, match=r"model.weight: ranks describe it differently"):
         on_threads(ThreadComm.group(2), save)
@@ -226,7 +226,7 @@ def test_ranks_that_save_different_steps_are_told_so_at_once():
     store = MemoryStore()
 
     def save(comm):
-        Checkpointer(store, comm=comm).save(10 + comm.rank, TrainState(rng=False))
+        Checkpointer(store, comm=comm, wait=True).save(10 + comm.rank, TrainState(rng=False))
 
     with pytest.raises(Mismatch, match=r"ranks save different steps \(rank 0: 10, rank 1: 11\)"):
         on_threads(ThreadComm.group(2), save)
@@ -255,7 +255,7 @@ def _batch_norm(root, kind, load):
     else:
         model = fully_shard(model, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
     notes = []
-    with Checkpointer(root, timeout=20) as c, layouts.quiet():
+    with Checkpointer(root, timeout=20, wait=True) as c, layouts.quiet():
         if load:
             notes = c.load(TrainState(model=model)).notes
         else:
@@ -300,7 +300,7 @@ def _experts(root):
     optimizer.step()
     state = TrainState(model=model, optimizer=optimizer, rng=False)
     expected = [t.clone() for p in model.parameters() for t in (p.detach(), optimizer.state[p]["exp_avg"])]
-    with Checkpointer(root, timeout=20) as c:
+    with Checkpointer(root, timeout=20, wait=True) as c:
         notes = c.save(1, state).notes
         layouts.zero(model, optimizer)
         c.load(state)
@@ -322,7 +322,7 @@ def _experts_elsewhere(root):
 
     model = _Experts(dist.get_rank())
     state = TrainState(model=model, optimizer=torch.optim.AdamW(model.parameters()), rng=False)
-    with Checkpointer(root, timeout=20) as c, layouts.quiet():
+    with Checkpointer(root, timeout=20, wait=True) as c, layouts.quiet():
         text = ranks.expect_error(lambda: c.load(state), Mismatch)
         c.load(state, per_rank={"model": "first", "optim": "first"})
     return text, model.expert.weight.tolist()
@@ -347,7 +347,7 @@ def test_replicas_that_should_be_equal_and_are_not_are_found_when_asked(monkeypa
         with torch.no_grad():
             model.weight.fill_(1)
             model.bias.fill_(comm.rank == 2)
-        Checkpointer(store, comm=comm).save(1, TrainState(model=model, rng=False), check_replicas=True)
+        Checkpointer(store, comm=comm, wait=True).save(1, TrainState(model=model, rng=False), check_replicas=True)
 
     with pytest.raises(Mismatch, match=r"model.bias .*: rank 2 differs from rank 0"):
         on_threads(ThreadComm.group(3), save)
@@ -391,7 +391,7 @@ def _stages(root, mine):
 
 def _save_stages(root):
     state, _ = _stages(root, [torch.distributed.get_rank()])
-    with Checkpointer(root, timeout=20) as checkpointer:
+    with Checkpointer(root, timeout=20, wait=True) as checkpointer:
         return checkpointer.save(1, state).notes
 
 
@@ -399,7 +399,7 @@ def _load_stages(root, mine):
     state, optimizer = _stages(root, mine)
     layouts.fill(state.capture(), salt="other")
     optimizer.param_groups[0]["lr"] = 0.0
-    with Checkpointer(root, timeout=20) as checkpointer, layouts.quiet():
+    with Checkpointer(root, timeout=20, wait=True) as checkpointer, layouts.quiet():
         checkpointer.resume(state)
     return layouts.wrong(state.capture()), optimizer.param_groups[0]["lr"]
 
@@ -413,13 +413,13 @@ def test_pipeline_stages_resume_on_fewer_ranks(tmp_path):
 def _contradicting_stages(root):
     state, optimizer = _stages(root, [torch.distributed.get_rank()])
     optimizer.param_groups[0]["lr"] = float(torch.distributed.get_rank())
-    with Checkpointer(root, timeout=20) as checkpointer:
+    with Checkpointer(root, timeout=20, wait=True) as checkpointer:
         return checkpointer.save(1, state).notes
 
 
 def _load_contradicting(root):
     state, _ = _stages(root, [0, 1])
-    with Checkpointer(root, timeout=20) as checkpointer, layouts.quiet():
+    with Checkpointer(root, timeout=20, wait=True) as checkpointer, layouts.quiet():
         return ranks.expect_error(lambda: checkpointer.load(state), Mismatch)
 
 

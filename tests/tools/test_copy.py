@@ -26,7 +26,7 @@ def test_a_dcp_directory_becomes_a_run_and_training_goes_on_from_it(tmp_path):
         report = copy(Source(str(tmp_path / "dcp"), step=40), tmp_path / "run", verify=True)
     assert report.destination == str(tmp_path / "run" / "step-00000040")
     again, its_optimizer = fresh()
-    with Checkpointer(tmp_path / "run") as c:
+    with Checkpointer(tmp_path / "run", wait=True) as c:
         loaded = c.resume(TrainState(model=again, optimizer=its_optimizer), strict=False)
         assert loaded.step == 40
         assert not loaded.unverified
@@ -41,14 +41,14 @@ def _save(root):
     layouts.make_moments(model, optimizer)
     state = layouts.train_state(model, optimizer)
     layouts.fill(state.capture())
-    with Checkpointer(root, timeout=20) as c:
+    with Checkpointer(root, timeout=20, wait=True) as c:
         c.save(5, state, metrics={"loss": 0.5})
 
 
 def _load(root):
     model, optimizer = layouts.build("fsdp2")
     state = layouts.train_state(model, optimizer)
-    with Checkpointer(root, timeout=20) as c:
+    with Checkpointer(root, timeout=20, wait=True) as c:
         report = c.resume(state)
     return layouts.wrong(state.capture()), report.missing, report.notes
 

@@ -31,7 +31,7 @@ def _save(layout, root):
     state = layouts.train_state(model, optimizer)
     layouts.fill(state.capture())
     optimizer.param_groups[0]["lr"] = 0.123
-    with Checkpointer(f"{root}/{layout}", timeout=20) as c:
+    with Checkpointer(f"{root}/{layout}", timeout=20, wait=True) as c:
         c.save(5, state)
 
 
@@ -48,7 +48,7 @@ def loaded(source, layout="one", **options):
     model, optimizer = layouts.build(layout)
     layouts.zero(model, optimizer)
     state = layouts.train_state(model, optimizer)
-    with Checkpointer(f"{source}.none", timeout=20) as c, layouts.quiet():
+    with Checkpointer(f"{source}.none", timeout=20, wait=True) as c, layouts.quiet():
         c.load(state, source=source, **options)
     return layouts.wrong(state.capture()), optimizer
 

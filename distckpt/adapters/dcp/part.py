@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +15,8 @@ from distckpt.format.box import Box
 from distckpt.format.checksum import crc_of, digest
 from distckpt.format.layout import chunk_name, data_file
 from distckpt.format.manifest import FileInfo
-from distckpt.saving.image import Arena, ImageStream, build, live
+from distckpt.saving.image import build, live
+from distckpt.saving.part import whole
 from distckpt.state import as_bytes, plain
 from distckpt.statedict import extract, is_extra_state
 
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     from distckpt.saving.commit import Attempt
     from distckpt.store.base import Store
 
-_ARENA = 8 << 20
 _PLAIN = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
 
 
@@ -75,10 +74,9 @@ def write(store: Store, ticket: Ticket, plan: SavePlan, planner: SavePlanner) ->
         own.sum_tensors()
     image = build(own.pieces, b"{}")
     name = data_file(ticket.rank, ticket.attempt.id)
-    with contextlib.closing(Arena(_ARENA)) as arena:
-        stream = ImageStream(image, live(image, own.pieces), arena.view)
-        store.write(ticket.attempt.key(name), stream, size=image.size)
-    file = FileInfo(name, image.size, len(image.header), stream.digest)
+    content = whole(image, live(image, own.pieces))
+    store.write(ticket.attempt.key(name), content, size=image.size, stable=True)
+    file = FileInfo(name, image.size, len(image.header), content.digest)
     chunks = {fqn: (shape, dtype, tuple(boxes)) for fqn, (shape, dtype, boxes) in own.chunks.items()}
     return Part(ticket.rank, ticket.attempt.id, file, chunks, own.values, own.sums, own.ties)
 

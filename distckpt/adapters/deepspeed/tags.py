@@ -25,7 +25,6 @@ from distckpt.run.direct import save_to
 from distckpt.run.history import History
 from distckpt.run.place import place
 from distckpt.run.trainstate import TrainState
-from distckpt.saving.image import Arena
 from distckpt.state import State
 from distckpt.store.base import write_all
 from distckpt.store.local import LocalStore
@@ -36,7 +35,6 @@ if TYPE_CHECKING:
     from distckpt.comm import Comm
 
 LATEST = "latest"
-_ARENA = 8 << 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,14 +74,12 @@ class Tags:
 
     def __init__(self, timeout: float) -> None:
         self._timeout = timeout
-        self._arena = Arena(_ARENA)
         self._comm: Comm | None = None
         self._broken: WeakKeyDictionary[Any, str] = WeakKeyDictionary()
         """Engines that a load has left half-way, and since when."""
 
     def close(self) -> None:
-        """Give back memory and the process group."""
-        self._arena.close()
+        """Give back the process group."""
         if self._comm:
             self._comm.close()
 
@@ -123,7 +119,7 @@ class Tags:
             return _without_frozen(captured, engine) if without_frozen else captured
 
         told = {"tag": name, "global_steps": engine.global_steps}
-        save_to(place(Path(save_dir, name)), capture, ranks, self._arena, metrics=told)
+        save_to(place(Path(save_dir, name)), capture, ranks, metrics=told)
 
         def switch() -> None:
             if ranks.rank == 0:

@@ -1,0 +1,248 @@
+"""The writer process as the training process sees it: arenas to stage in, jobs it works on, what became of them."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import select
+import socket
+import subprocess
+import sys
+import time
+import weakref
+from dataclasses import dataclass, field
+from itertools import count
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import crc32c
+
+from distckpt.errors import DistckptError, RanksMissing, StoreError, by_name, failure_text
+from distckpt.run.writer import MOST_MESSAGE
+from distckpt.saving.arena import Arena
+from distckpt.saving.commit import write_refusal
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from distckpt.saving.part import Part
+    from distckpt.store.local import LocalStore
+
+ARENAS = 2
+"""Images in flight at once: one being written, one being staged."""
+_GRACE = 5.0
+"""Seconds that are waited longer than the writer process itself waits, so that it can say for whom."""
+_SPARE = 1 << 20
+"""Bytes that an arena is larger than need be: values grow a little from save to save."""
+_START = """
+import sys
+sys.path[:] = {path!r}
+from distckpt.run.writer import main
+main(sys.argv[1:])
+"""
+
+
+@dataclass(slots=True)
+class Job:
+    """One part that the writer process was given. `error`: why it failed, once `ended`."""
+
+    number: int
+    part: Part
+    arena: int | None = None
+    nbytes: int = 0
+    ended: bool = False
+    error: DistckptError | None = None
+    notes: list[str] = field(default_factory=list)
+
+
+class Background:
+    """The writer process of this rank. Started when first needed, and again if it has died.
+
+    timeout: seconds that any wait for it lasts at most. limit: most bytes of an arena.
+    """
+
+    def __init__(self, store: LocalStore, timeout: float, limit: int | None = None) -> None:
+        self._store, self._timeout = store, timeout
+        self.limit = limit
+        self._arenas: dict[int, Arena] = {}
+        self._known: set[int] = set()
+        self._jobs: list[Job] = []
+        self._numbers = count()
+        self._line: socket.socket | None = None
+        self._process: subprocess.Popen[bytes] | None = None
+        self._end: Callable[[], Any] = lambda: None
+
+    # -- the process -------------------------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Start the process unless it runs. It is not waited for."""
+        if self._line:
+            return
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        path = [str(Path(__file__).parents[2]), str(Path(crc32c.__file__).parents[1]), *sys.path]
+        told = [str(theirs.fileno()), str(os.getpid()), str(self._store.root), str(self._timeout)]
+        with theirs:
+            self._process = subprocess.Popen(  # noqa: S603  this interpreter, running our own module
+                [sys.executable, "-S", "-E", "-c", _START.format(path=path), *told],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                pass_fds=[theirs.fileno()],
+                start_new_session=True,
+                cwd="/",
+            )
+        self._line, self._known = ours, set()
+        self._end = weakref.finalize(self, _end, ours, self._process, self._timeout, os.getpid())
+
+    def close(self) -> None:
+        """Wait until the process has finished what was staged, and end it; give the arenas back."""
+        self._end()
+        while self._line:
+            self.poll()
+        self._lost()
+        for arena in self._arenas.values():
+            arena.close()
+        self._arenas = {}
+
+    def _send(self, message: dict[str, Any], descriptors: list[int] | None = None) -> None:
+        self.start()
+        assert self._line is not None
+        try:
+            socket.send_fds(self._line, [json.dumps(message).encode()], descriptors or [])
+        except OSError:
+            self._lost()
+
+    def poll(self, timeout: float = 0.0) -> None:
+        """Take what the process has answered, waiting at most so long for the first answer."""
+        while self._line and select.select([self._line], [], [], timeout)[0]:
+            timeout = 0.0
+            try:
+                data = self._line.recv(MOST_MESSAGE)
+            except OSError:
+                data = b""
+            if not data:
+                self._lost()
+                return
+            said = json.loads(data)
+            job = next((j for j in self._jobs if j.number == said["job"]), None)
+            if job:
+                kind, text = said.get("error") or (None, "")
+                job.notes += said.get("notes", [])
+                self._ended(job, by_name(kind)(text) if kind else None)
+
+    def _lost(self) -> None:
+        """The process has ended: so have its jobs."""
+        if self._line:
+            self._line.close()
+        self._line = None
+        code = self._process.wait(self._timeout) if self._process else None
+        for job in [j for j in self._jobs if not j.ended]:
+            error = StoreError(
+                f"{job.part.attempt.directory}: the writer process ended before it had written it (exit status "
+                f"{code}; a negative one is the signal that killed it, -9 often the system's for want of memory)"
+            )
+            with contextlib.suppress(StoreError):  # so that rank 0 need not wait for this rank's ack
+                write_refusal(self._store, job.part.attempt, job.part.rank, error)
+            self._ended(job, error)
+
+    def _ended(self, job: Job, error: DistckptError | None) -> None:
+        job.ended, job.error, job.arena = True, error, None
+        self._jobs.remove(job)
+
+    # -- jobs --------------------------------------------------------------------------------------------------------
+
+    @property
+    def busy(self) -> bool:
+        """Whether a save would have to wait for an arena."""
+        self.poll()
+        return len(self._jobs) >= ARENAS
+
+    def wait_for_room(self) -> None:
+        """Wait until an arena is free. RanksMissing."""
+        deadline = time.monotonic() + self._timeout + _GRACE
+        while self.busy:
+            self._wait_until(deadline, self._jobs[0])
+
+    def begin(self, part: Part) -> Job:
+        """Tell of an attempt that this rank has agreed to: if the training process dies now, the others learn it."""
+        job = Job(next(self._numbers), part)
+        attempt = part.attempt
+        self._jobs.append(job)
+        self._send(
+            {
+                "do": "begin",
+                "job": job.number,
+                "directory": str(attempt.directory),
+                "attempt": attempt.id,
+                "world_size": attempt.world_size,
+                "rank": part.rank,
+            }
+        )
+        return job
+
+    def arena(self, job: Job, nbytes: int) -> memoryview:
+        """Memory of at least `nbytes` for the job; used before, where there is some."""
+        taken = {j.arena for j in self._jobs}
+        number = min(n for n in range(ARENAS) if n not in taken)
+        arena = self._arenas.get(number)
+        if arena is None or arena.nbytes < nbytes:
+            if arena:
+                arena.close()
+            self._arenas[number] = arena = Arena(nbytes + _SPARE)
+            self._known.discard(number)
+        job.arena = number
+        return arena.view
+
+    def staged(self, job: Job, *, header: int, covered: int, size: int, told: tuple[int, int]) -> None:
+        """Hand a job over: its image lies in its arena."""
+        assert job.arena is not None
+        if job.arena not in self._known and not job.ended:
+            arena = self._arenas[job.arena]
+            self._send({"do": "arena", "arena": job.arena, "nbytes": arena.nbytes}, [arena.descriptor])
+            self._known.add(job.arena)
+        job.nbytes = size
+        if not job.ended:
+            said = {"job": job.number, "arena": job.arena, "header": header, "covered": covered, "size": size}
+            self._send({"do": "staged", **said, "told": told})
+
+    def written(self, job: Job, size: int) -> None:
+        """Say that the training process has written a part itself: on rank 0 it is still to be committed."""
+        job.nbytes = size
+        if job.part.rank == 0 and not job.ended:
+            self._send({"do": "commit", "job": job.number})
+        elif not job.ended:
+            self._send({"do": "forget", "job": job.number})
+            self._ended(job, None)
+
+    def give_up(self, job: Job, error: Exception) -> None:
+        """Say that a job cannot be staged."""
+        kind = type(error).__name__ if isinstance(error, DistckptError) else "StoreError"
+        self._send({"do": "give-up", "job": job.number, "error": [kind, failure_text(error)]})
+        if not job.ended:
+            self._ended(job, error if isinstance(error, DistckptError) else StoreError(failure_text(error)))
+
+    def wait(self, job: Job, timeout: float | None = None) -> None:
+        """Wait until a job has ended. RanksMissing if that takes too long."""
+        deadline = time.monotonic() + (self._timeout + _GRACE if timeout is None else timeout)
+        while not job.ended:
+            self._wait_until(deadline, job)
+
+    def _wait_until(self, deadline: float, job: Job) -> None:
+        left = deadline - time.monotonic()
+        if left <= 0:
+            raise RanksMissing(f"{job.part.attempt.directory}: the writer process of this rank has not finished it")
+        self.poll(min(left, 1.0))
+
+
+def _end(line: socket.socket, process: subprocess.Popen[bytes], timeout: float, owner: int) -> None:
+    """End a writer process: it finishes what it was given first. Forked children leave their parent's alone."""
+    if os.getpid() != owner:
+        return
+    with contextlib.suppress(OSError):  # it has ended by itself
+        line.shutdown(socket.SHUT_WR)
+    try:
+        process.wait(timeout)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait(timeout)

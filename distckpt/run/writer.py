@@ -1,0 +1,154 @@
+"""The writer process: takes staged images, and writes, acks, commits and publishes them while training goes on.
+
+One for each rank, in a process session of its own: it finishes what was staged even if the training process is killed,
+and then ends. It imports neither torch nor numpy. It is told by messages on a socket, each a JSON object:
+
+    arena   {arena, nbytes} and a descriptor: memory that images are staged in from now on
+    begin   {job, directory, attempt, world_size, rank}: an attempt that this rank has agreed to
+    staged  {job, arena, header, covered, size, told}: its image lies in [0, covered) of the arena, and after it at
+            `told` what else is to be written. It answers {job, notes} once that is done (on rank 0: committed), or
+            {job, error: [class, message]}
+    commit  {job}: the training process has written its part itself (rank 0). forget {job}: so it has (other ranks)
+    give-up {job, error}: the training process failed to stage it
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import select
+import signal
+import socket
+import sys
+import warnings
+from typing import TYPE_CHECKING, Any
+
+from distckpt.errors import DistckptError, RanksMissing, StoreError, failure_text
+from distckpt.format import manifest
+from distckpt.format.layout import StepDir
+from distckpt.loading.open import Checkpoint
+from distckpt.run.history import History
+from distckpt.run.publish import publish
+from distckpt.saving.arena import Arena
+from distckpt.saving.commit import Attempt, commit_when_acked, remove_acks, write_refusal
+from distckpt.saving.part import Part, Summed, write_part
+from distckpt.store.local import LocalStore
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+MOST_MESSAGE = 1 << 16
+_NICE = 5
+
+
+def main(arguments: list[str]) -> None:
+    """Serve until the training process closes the socket or is gone, and then finish."""
+    descriptor, trainer, root, timeout = arguments
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)  # they are for the training process, which says what becomes of it
+    os.nice(_NICE)
+    with socket.socket(fileno=int(descriptor)) as line:
+        _Writer(line, int(trainer), LocalStore(root), float(timeout)).serve()
+
+
+class _Writer:
+    def __init__(self, line: socket.socket, trainer: int, store: LocalStore, timeout: float) -> None:
+        self._line, self._store, self._timeout = line, store, timeout
+        self._history = History(store)
+        self._arenas: dict[int, Arena] = {}
+        self._begun: dict[int, Part] = {}
+        self._trainer = trainer
+
+    def serve(self) -> None:
+        """Do what messages say, one after another."""
+        for message, descriptors in self._messages():
+            match message["do"]:
+                case "arena":
+                    if old := self._arenas.pop(message["arena"], None):
+                        old.close()
+                    self._arenas[message["arena"]] = Arena(message["nbytes"], descriptors[0])
+                case "begin":
+                    directory = StepDir.parse(message["directory"])
+                    assert directory is not None
+                    attempt = Attempt(directory, message["attempt"], message["world_size"])
+                    self._begun[message["job"]] = Part(attempt, message["rank"])
+                case "staged":
+                    self._answer(message["job"], self._done(self._finish, self._begun.pop(message["job"]), message))
+                case "commit":
+                    self._answer(message["job"], self._done(self._commit, self._begun.pop(message["job"])))
+                case "forget":
+                    del self._begun[message["job"]]
+                case "give-up":
+                    kind, text = message["error"]
+                    self._refuse(self._begun.pop(message["job"]), RanksMissing(f"{kind}: {text}"))
+                    self._answer(message["job"], {})
+        for part in self._begun.values():
+            self._refuse(part, RanksMissing("the training process ended before it had staged its state"))
+
+    def _messages(self) -> Any:
+        """Messages and their descriptors, until the training process closes its end or is gone.
+
+        It is watched itself, too: processes that it has forked may hold its end open for longer.
+        """
+        with contextlib.ExitStack() as stack:
+            watched, patience = [self._line.fileno()], None
+            try:
+                watched.append(os.pidfd_open(self._trainer))
+                stack.callback(os.close, watched[-1])
+            except ProcessLookupError:
+                patience = 0.0  # it is gone: what it has sent is all there is
+            except OSError:
+                pass  # a system without: then only the socket tells of its end
+            while True:
+                ready = select.select(watched, [], [], patience)[0]
+                if self._line.fileno() not in ready:
+                    return
+                try:
+                    data, descriptors, _, _ = socket.recv_fds(self._line, MOST_MESSAGE, 1)
+                except ConnectionError:
+                    return
+                if not data:
+                    return
+                yield json.loads(data), descriptors
+
+    def _done(self, work: Callable[..., None], *arguments: Any) -> dict[str, Any]:
+        try:
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                work(*arguments)
+        except Exception as e:  # noqa: BLE001  the training process raises it, at its next call
+            kind = type(e).__name__ if isinstance(e, DistckptError) else "StoreError"
+            return {"error": [kind, str(e) if isinstance(e, DistckptError) else failure_text(e)]}
+        return {"notes": [str(w.message) for w in caught]}
+
+    def _finish(self, begun: Part, message: Mapping[str, Any]) -> None:
+        """Write this rank's part, and on rank 0 commit."""
+        view = self._arenas[message["arena"]].view
+        start, stop = message["told"]
+        told = json.loads(bytes(view[start:stop]))
+        objects = {name: text.encode() for name, text in told["objects"].items()}
+        draft = manifest.from_json(told["draft"]) if told["draft"] else None
+        part = Part(begun.attempt, begun.rank, objects, draft)
+        header = view[: message["header"]]
+        write_part(self._store, part, Summed(header, [view[: message["covered"]]]), len(header), message["size"])
+        if part.rank == 0:
+            self._commit(part)
+
+    def _commit(self, part: Part) -> None:
+        """Wait for the other ranks' acks, commit, and publish."""
+        made = commit_when_acked(self._store, part.attempt, timeout=self._timeout)
+        remove_acks(self._store, part.attempt)
+        publish(self._history, Checkpoint(self._store, part.attempt.directory, made))
+
+    def _refuse(self, part: Part, error: Exception) -> None:
+        with contextlib.suppress(StoreError):  # those who wait for this rank find out by their own timeout
+            write_refusal(self._store, part.attempt, part.rank, error)
+
+    def _answer(self, job: int, said: Mapping[str, Any]) -> None:
+        with contextlib.suppress(OSError):  # the training process is gone: what is staged is finished all the same
+            self._line.send(json.dumps({"job": job, **said}).encode()[:MOST_MESSAGE])
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

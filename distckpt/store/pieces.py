@@ -1,0 +1,191 @@
+"""The pieces of one file on their way down: in large batches, several in flight, past the page cache where it can be.
+
+O_DIRECT saves a copy of everything and keeps the cache for others, where it really goes past the cache. Many file
+systems accept it and do not, so that is probed once for each device: a block is written, and looked for in the cache.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import fcntl
+import mmap
+import os
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Sequence
+    from concurrent.futures import Future
+
+    from typing_extensions import Self
+
+BATCH = 4 << 20
+"""Bytes written at once: enough for any device, and still in a core's cache from the sums."""
+LARGE = 2 * BATCH
+"""Files smaller than this are written plainly."""
+IN_FLIGHT = 3
+ALIGNMENT = 4096
+_MOST_BUFFERS = 1024  # IOV_MAX of Linux
+_UNSUPPORTED = {errno.EOPNOTSUPP, errno.EINVAL}
+
+_past_cache: dict[int, bool] = {}
+"""Device -> whether O_DIRECT goes past the page cache there."""
+
+
+def write_pieces(descriptor: int, pieces: Iterable[memoryview], size: int, *, stable: bool) -> int:
+    """Write pieces from byte 0 of a new file, open for reading too, meant to have `size` bytes. Returns their bytes.
+
+    stable: the pieces stay as they are until this returns; else each is good until the next is asked for.
+    """
+    if size:
+        try:
+            os.posix_fallocate(descriptor, 0, size)  # a full disk is found here, before any copying
+        except OSError as e:
+            if e.errno not in _UNSUPPORTED:
+                raise
+    if size >= LARGE and _goes_direct(descriptor):
+        return _write_direct(descriptor, pieces, stable=stable)
+    if size >= LARGE and stable:
+        with _InFlight(descriptor) as flight:
+            for batch in _batches(pieces):
+                flight.add(batch)
+        return flight.position
+    position = 0
+    for piece in pieces:
+        write_at(descriptor, [piece], position)
+        position += len(piece)
+    return position
+
+
+def write_at(descriptor: int, buffers: Sequence[memoryview], position: int) -> None:
+    """Write buffers one after another from a position on, however often the system stops short."""
+    rest = [b for b in buffers if len(b)]
+    while rest:
+        done = os.pwritev(descriptor, rest[:_MOST_BUFFERS], position)
+        position += done
+        rest = after(rest, done)
+
+
+def after(buffers: Sequence[memoryview], done: int) -> list[memoryview]:
+    """What is left of the buffers after their first `done` bytes."""
+    rest = []
+    for buffer in buffers:
+        if done < len(buffer):
+            rest.append(buffer[done:])
+        done = max(0, done - len(buffer))
+    return rest
+
+
+class _InFlight:
+    """Writes of consecutive batches, at most IN_FLIGHT at once. None is running when its block ends."""
+
+    def __init__(self, descriptor: int) -> None:
+        self.position = 0
+        self._descriptor = descriptor
+        self._pool = ThreadPoolExecutor(IN_FLIGHT, "distckpt-write")
+        self._running: deque[Future[None]] = deque()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self._pool.shutdown(wait=True, cancel_futures=kind is not None)
+        while kind is None and self._running:
+            self._running.popleft().result()
+
+    def add(self, batch: list[memoryview]) -> None:
+        """Begin to write a batch, once there is room. The one IN_FLIGHT + 1 before it has been written then."""
+        if len(self._running) == IN_FLIGHT:
+            self._running.popleft().result()
+        self._running.append(self._pool.submit(write_at, self._descriptor, batch, self.position))
+        self.position += sum(map(len, batch))
+
+
+def _batches(pieces: Iterable[memoryview]) -> Iterator[list[memoryview]]:
+    batch: list[memoryview] = []
+    filled = 0
+    for piece in pieces:
+        batch.append(piece)
+        filled += len(piece)
+        if filled >= BATCH or len(batch) == _MOST_BUFFERS:
+            yield batch
+            batch, filled = [], 0
+    yield batch
+
+
+# -- past the page cache ---------------------------------------------------------------------------------------------
+
+
+def _write_direct(descriptor: int, pieces: Iterable[memoryview], *, stable: bool) -> int:
+    """Write through O_DIRECT: whole blocks from aligned memory. The last is filled up, and cut off afterwards."""
+    slabs = deque(memoryview(mmap.mmap(-1, BATCH)) for _ in range(IN_FLIGHT + 1))
+    with _InFlight(descriptor) as flight:
+        filled = total = 0
+        for piece in pieces:
+            total += len(piece)
+            if stable and not filled and _is_aligned(piece):
+                flight.add([piece])
+                continue
+            taken = 0
+            while taken < len(piece):
+                part = piece[taken : taken + BATCH - filled]
+                slabs[0][filled : filled + len(part)] = part
+                filled += len(part)
+                taken += len(part)
+                if filled == BATCH:
+                    flight.add([slabs[0]])
+                    slabs.rotate(-1)
+                    filled = 0
+        if filled:
+            flight.add([slabs[0][: -(-filled // ALIGNMENT) * ALIGNMENT]])
+    os.ftruncate(descriptor, total)
+    return total
+
+
+def _is_aligned(piece: memoryview) -> bool:
+    """Whether O_DIRECT takes the piece where it lies."""
+    return (
+        not piece.readonly
+        and len(piece) >= ALIGNMENT
+        and len(piece) % ALIGNMENT == 0
+        and ctypes.addressof(ctypes.c_char.from_buffer(piece)) % ALIGNMENT == 0
+    )
+
+
+def _goes_direct(descriptor: int) -> bool:
+    """Set O_DIRECT where it goes past the page cache, and say whether it is set."""
+    flags = fcntl.fcntl(descriptor, fcntl.F_GETFL)
+    device = os.fstat(descriptor).st_dev
+    if not _past_cache.get(device, True) or not hasattr(os, "O_DIRECT"):
+        return False
+    try:
+        fcntl.fcntl(descriptor, fcntl.F_SETFL, flags | os.O_DIRECT)
+        if device not in _past_cache:
+            _past_cache[device] = not _lands_in_cache(descriptor)
+    except OSError as e:
+        if e.errno not in _UNSUPPORTED:
+            raise
+        _past_cache[device] = False
+    if not _past_cache[device]:
+        fcntl.fcntl(descriptor, fcntl.F_SETFL, flags)
+    return _past_cache[device]
+
+
+def _lands_in_cache(descriptor: int) -> bool:
+    """Whether a block just written through this descriptor is in the page cache."""
+    with contextlib.closing(mmap.mmap(-1, ALIGNMENT)) as block:
+        os.pwrite(descriptor, block, 0)
+    with contextlib.closing(mmap.mmap(descriptor, ALIGNMENT)) as mapped:
+        place = ctypes.c_char.from_buffer(mapped)
+        resident = ctypes.c_ubyte(0)
+        system = ctypes.CDLL(None, use_errno=True)
+        failed = system.mincore(
+            ctypes.c_void_p(ctypes.addressof(place)), ctypes.c_size_t(ALIGNMENT), ctypes.byref(resident)
+        )
+        del place
+        if failed:
+            raise OSError(ctypes.get_errno(), "mincore failed")
+    return bool(resident.value & 1)
