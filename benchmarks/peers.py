@@ -74,7 +74,7 @@ class Distckpt(Peer):
         self._saver, self._loader = Checkpointer(self.home), Checkpointer(self.home)
 
     def save(self, folder: Path) -> None:
-        self._saver.save(_step(folder), self._state)
+        self._saver.save(_step(folder), self._state, wait=True)
 
     def open(self, folder: Path) -> None:  # noqa: ARG002
         self._loader.close()

@@ -128,7 +128,7 @@ def test_a_plain_model_and_optimizer_take_every_bit_of_a_tag(name, made):
     model = Layers() if CASES[name].kind == "pipeline" else Experts()
     optimizer = torch.optim.AdamW(deepspeeds.groups(model))
     with quiet():
-        report = Checkpointer(root / "run").load(
+        report = Checkpointer(root / "run", wait=True).load(
             TrainState(model=model, optimizer=optimizer, rng=False), source=root / "tags"
         )
     live = parted.ours(root)
