@@ -25,7 +25,7 @@ from distckpt.format.layout import is_name
 from distckpt.format.objects import TensorRef
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Iterable, Iterator, Mapping
 
     KindOf = Callable[[Any], "str | None"]
 
@@ -245,6 +245,61 @@ def state_of(fqn: str, name: str, parameters: Mapping[str, Any]) -> tuple[Any, s
         if found in parameters:
             return parameters[found], fqn.removeprefix(f"{name}.{found}.")
     return None
+
+
+# -- the way back --------------------------------------------------------------------------------------------------
+
+
+def nested(tensors: Iterable[str], aliases: Mapping[str, str], objects: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested state dict that canonical names were made from: a TensorRef for each tensor that no object refers to."""
+    tree: dict[str, Any] = {}
+    inside = set(references([*objects.values()]))
+    rest = {fqn: TensorRef(aliases.get(fqn, fqn)) for fqn in (*tensors, *aliases) if fqn not in inside}
+    for name, value in objects.items():
+        lead, _, last = name.rpartition(".")
+        if is_optimizer_object(value):
+            _enter(tree, name, _optimizer(name, value, rest))
+        elif last == LEFT_OVER and isinstance(value, dict):
+            (_inner(tree, lead) if lead else tree).update(value)
+        elif last == "extra_state" and isinstance(value, dict):
+            for owner, state in value.items():
+                _inner(tree, lead)[f"{owner}.{_EXTRA}" if owner else _EXTRA] = state
+        else:
+            _enter(tree, name, value)
+    for fqn, ref in rest.items():
+        lead, dot, name = fqn.partition(".")
+        if dot and isinstance(tree.setdefault(lead, {}), dict):
+            tree[lead][name] = ref
+        else:
+            tree[fqn] = ref
+    return tree
+
+
+def _optimizer(name: str, value: dict[str, Any], rest: dict[str, TensorRef]) -> dict[str, Any]:
+    """State dict of an optimizer; its tensors are taken out of `rest`."""
+    parameters = parameters_of(value["groups"])
+    state: dict[Any, dict[str, Any]] = {parameter: dict(values) for parameter, values in value["values"].items()}
+    for fqn in [n for n in rest if n.startswith(name + ".")]:
+        parameter, _, key = fqn.removeprefix(name + ".").rpartition(".")
+        owner, key = state_of(fqn, name, parameters) or (parameter, key)  # of a parameter that no group has
+        state.setdefault(owner, {})[key] = rest.pop(fqn)
+    return {"state": state, "param_groups": value["groups"]}
+
+
+def _inner(tree: dict[str, Any], name: str) -> dict[str, Any]:
+    """Dict at a name, made if it is not there."""
+    holder = tree
+    for key in name.split("."):
+        if not isinstance(holder.setdefault(key, {}), dict):
+            return tree  # a value is in the way: what is put here stands at the top, under its whole name
+        holder = holder[key]
+    return holder
+
+
+def _enter(tree: dict[str, Any], name: str, value: Any) -> None:
+    lead, _, last = name.rpartition(".")
+    holder = _inner(tree, lead) if lead else tree
+    holder[last if not lead or holder is not tree else name] = value
 
 
 # -- trees of values with tensors in them --------------------------------------------------------------------------

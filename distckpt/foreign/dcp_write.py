@@ -16,9 +16,8 @@ import torch
 from distckpt.errors import NotACheckpoint, RunConflict
 from distckpt.foreign.emit import Call, Global, Instance, Pairs, TensorRecord, pickled
 from distckpt.foreign.paths import entries_of
-from distckpt.foreign.sink import Output, Sink
+from distckpt.foreign.sink import Output, Sink, lost
 from distckpt.format.box import Box, parts
-from distckpt.format.partition import Copies
 from distckpt.loading.stream import ROOM, Stretch, stream
 from distckpt.state import torch_dtype
 from distckpt.statedict import insert, references
@@ -88,11 +87,9 @@ def dcp_sink(checkpoint: Checkpoint, room: int = ROOM) -> Sink:
     content = checkpoint.manifest
     if not content.tensors and not content.objects:
         raise NotACheckpoint(f"{checkpoint.name}: has neither tensors nor values")
-    notes = [f"{name}: each rank has its own, which DCP has no place for; left out" for name in content.rank_objects]
-    notes += [f"{name}: cannot be read safely; left out: {why}" for name, why in checkpoint.unreadable.items()]
     written = _Written()
     tensors, values = entries_of(checkpoint)
-    by_file = _tensor_records(checkpoint, tensors, written, notes)
+    by_file = _tensor_records(checkpoint, tensors, written)
     by_file.setdefault(0, [])[:0] = _value_records(checkpoint, values, written)
     outputs = []
     for number, (_, records) in enumerate(sorted(by_file.items())):
@@ -105,7 +102,7 @@ def dcp_sink(checkpoint: Checkpoint, room: int = ROOM) -> Sink:
     for alias, fqn in content.aliases.items():
         _add_alias(written, alias, fqn)
     index = pickled(_metadata(written))
-    return Sink(outputs, lambda _: [(METADATA, index)], notes)
+    return Sink(outputs, lambda _: [(METADATA, index)], lost(checkpoint))
 
 
 def _output(checkpoint: Checkpoint, name: str, size: int, records: list[_Record], room: int) -> Output:
@@ -119,15 +116,11 @@ def _key(path: TreePath) -> str:
     return ".".join(map(str, path))
 
 
-def _tensor_records(
-    checkpoint: Checkpoint, paths: dict[str, TreePath], written: _Written, notes: list[str]
-) -> dict[int, list[_Record]]:
+def _tensor_records(checkpoint: Checkpoint, paths: dict[str, TreePath], written: _Written) -> dict[int, list[_Record]]:
     """Records of the tensors, by the file that their chunks come from, in its order."""
     found: dict[int, list[_Record]] = {}
     for fqn, path in paths.items():
         info = checkpoint.manifest.tensors[fqn]
-        if isinstance(info.partition, Copies):
-            notes.append(f"{fqn}: differed between the ranks that saved it; rank {info.partition.first}'s is written")
         key = _key(path)
         written.paths[key] = path
         boxes = []
@@ -168,7 +161,8 @@ def _tensors_in(checkpoint: Checkpoint, value: Any) -> dict[str, torch.Tensor]:
     for fqn in references(value):
         info = checkpoint.manifest.tensors[fqn]
         data = bytearray().join(piece for _, piece in stream(checkpoint, (s for _, _, s in _chunks(fqn, info))))
-        flat = torch.frombuffer(data, dtype=torch_dtype(info.dtype)) if data else torch.empty(0)
+        dtype = torch_dtype(info.dtype)
+        flat = torch.frombuffer(data, dtype=dtype) if data else torch.empty(0, dtype=dtype)
         found[fqn] = flat.reshape(info.shape)
     return found
 

@@ -26,11 +26,12 @@ from distckpt.foreign.deepspeed_groups import (
 from distckpt.foreign.deepspeed_layout import apart, before_round_robin
 from distckpt.foreign.deepspeed_model import check_rounded, weights_of
 from distckpt.foreign.deepspeed_position import MISFIT, groups_of, mixed_members, orders_of, plain, saved_by_position
-from distckpt.foreign.described import Directory, Tensor, whole
+from distckpt.foreign.described import Directory, Tensor, leaves, whole
 from distckpt.foreign.files import PlainFile, inside, read_bytes
 from distckpt.foreign.located import Located
 from distckpt.format.objects import join
 from distckpt.format.text import shown
+from distckpt.statedict import is_extra_state
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -132,8 +133,9 @@ class _Tag:
         if files.partitioned:
             model |= self._frozen()
         model = self._whole_model(model)
-        tree: dict[str, Any] = {k: v for k, v in first.items() if k not in _OWN and v is not None}
-        tree["model"] = model
+        file = files.stages[0].first
+        tree: dict[str, Any] = {k: leaves(v, file) for k, v in first.items() if k not in _OWN and v is not None}
+        tree["model"] = model | self._extra_state()
         if optim:
             tree["optim"] = optim
         trained = {n for part in members for n in part.shapes}
@@ -269,11 +271,17 @@ class _Tag:
         found = dict(known)
         same = {(f, t.start, t.shape): n for n, (f, t) in weights.found.items() if n in known}
         for name, (file, tensor) in weights.found.items():
-            if name in known or (files.partitioned and name not in weights.buffers):
+            if name in known or is_extra_state(name) or (files.partitioned and name not in weights.buffers):
                 continue
             owner = tied.get(name, same.get((file, tensor.start, tensor.shape)) if prod(tensor.shape) else None)
             found[name] = known[owner] if owner else whole(file, tensor)
         return found | {name: known[owner] for name, owner in tied.items()}
+
+    def _extra_state(self) -> dict[str, Any]:
+        """Extra state of modules."""
+        module = self._files.model.get("module")
+        entries = module.items() if isinstance(module, dict) else ()
+        return {n: leaves(v, self._files.stages[0].first) for n, v in entries if is_extra_state(str(n))}
 
     def _frozen(self) -> dict[str, Tensor]:
         """Frozen parameters of stage 3, a fragment in each rank's model file."""
@@ -305,7 +313,8 @@ class _Tag:
 
     def _module(self, trained: set[str]) -> dict[str, Any]:
         """What a tag that is written anew needs to know of the model, and nothing else tells."""
-        buffers, module = self._weights.buffers, {name: t for name, (_, t) in self._weights.found.items()}
+        buffers = self._weights.buffers
+        module = {name: t for name, (_, t) in self._weights.found.items() if not is_extra_state(name)}
         dtypes = {t.dtype for n, t in module.items() if n not in buffers and t.dtype in _COMPUTED}
         known = trained | buffers | {*(self._files.model.get("shared_params") or ())}
         frozen = [n for n in module if n not in known] if trained else []

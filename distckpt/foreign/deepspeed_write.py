@@ -13,9 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 from distckpt.errors import Unsupported
 from distckpt.foreign.deepspeed_layout import Piece, apart_on, period_of, piece_of, round_robin, sub_groups, together
+from distckpt.foreign.deepspeed_module import DTYPES, Module
 from distckpt.foreign.deepspeed_optim import Group, groups_of
 from distckpt.foreign.emit import Call, Global, Instance
-from distckpt.foreign.sink import Sink
+from distckpt.foreign.paths import tree_of
+from distckpt.foreign.sink import Sink, lost
 from distckpt.foreign.torch_zip import TorchFile
 from distckpt.format.box import Box, Run
 from distckpt.format.dtype import item_size
@@ -30,9 +32,8 @@ if TYPE_CHECKING:
     from distckpt.format.box import Shape
     from distckpt.loading.open import Checkpoint
 
-DTYPES = ("float32", "bfloat16", "float16")
 _VERSION = "0.19.8"
-_NOT_CLIENTS = ("optim", "lr_scheduler", "deepspeed", "environment", "model.extra_state")
+_NOT_CLIENTS = ("model", "optim", "lr_scheduler", "deepspeed", "environment")
 _SCALER = {
     "cur_scale": 65536.0,
     "dynamic": True,
@@ -95,22 +96,25 @@ class _Tag:
         self.stage, self.ranks = wanted.stage or 0, wanted.ranks or 1
         self.dtype: str = wanted.dtype or self._said_of("dtype", "float32")
         self.groups = groups_of(checkpoint, self.notes)
+        self.tree = tree_of(checkpoint)
+        trained = [name for group in self.groups for name in group.shapes]
+        model = self.tree.get("model")
+        self.module = Module(model if isinstance(model, dict) else {}, checkpoint.manifest.tensors, trained, self.dtype)
+        self.module.freeze(self._said_of("frozen", ()), wanted.frozen)
+        self.module.refuse_narrowing()
         if wanted.round_robin and self.stage in {1, 2}:
             self.groups = [g.ordered(round_robin([*g.shapes], self.ranks)) for g in self.groups]
+        self.buffers = self._flat_buffers()
 
     def sink(self) -> Sink:
         """All files of the tag."""
-        content, wanted = self.checkpoint.manifest, self.wanted
-        self.notes += [
-            f"{n}: each rank has its own, which a tag has no place for; left out" for n in content.rank_objects
-        ]
-        self.notes += [f"{n}: cannot be read safely; left out: {w}" for n, w in self.checkpoint.unreadable.items()]
+        self.notes += lost(self.checkpoint)
         if not self.groups and self.stage:
             raise Unsupported(
                 f"{self.checkpoint.name}: has no optimizer, whose groups say how ZeRO lays weights out: write stage 0, "
                 "or safetensors"
             )
-        tag = wanted.tag or f"global_step{content.step}"
+        tag = self.wanted.tag or f"global_step{self._steps()}"
         try:
             outputs = [*self._outputs(tag)]
         except TypeError as e:
@@ -143,105 +147,84 @@ class _Tag:
     # -- the model -------------------------------------------------------------------------------------------------
 
     def _model_file(self, file: TorchFile, rank: int) -> dict[str, Any]:
-        content = self.checkpoint.manifest
-        tied = {a.partition(".")[2]: f.partition(".")[2] for a, f in content.aliases.items() if a.startswith("model.")}
-        module = {name: self._entry(file, name, rank) for name in self._names()}
-        module |= {alias: module[fqn] for alias, fqn in tied.items()}
+        module, names = self.module, self.module.infos
+        entries = {name: self._entry(file, name) for name in names}
+        entries |= {other: entries[name] for other, name in module.tied.items()}
+        entries |= {name: self._value(file, value) for name, value in module.extra.items()}
         tree: dict[str, Any] = {
-            "module": module,
-            "buffer_names": [n for n in self._names() if self._is_buffer(n)],
+            "module": entries,
+            "buffer_names": module.buffers,
             "optimizer": self._whole_optimizer(file) if not self.stage and self.groups else None,
-            "param_shapes": [_sizes(shapes) for shapes in self._buffers()] if self.stage else None,
+            "param_shapes": [_sizes(shapes) for shapes in self.buffers] if self.stage else None,
             "frozen_param_shapes": None,
-            "shared_params": tied if self.stage else None,
+            "shared_params": module.tied if self.stage else None,
             "frozen_param_fragments": None,
-            "lr_scheduler": self._value(file, "lr_scheduler") if "lr_scheduler" in content.objects else None,
+            "lr_scheduler": self._value(file, self.tree.get("lr_scheduler")),
             "data_sampler": self.counted.get("data_sampler"),
             "random_ltd": self.counted.get("random_ltd"),
             "skipped_steps": self.counted.get("skipped_steps", 0),
-            "global_steps": self.counted.get("global_steps", content.step),
+            "global_steps": self._steps(),
             "dp_world_size": self.ranks,
             "mp_world_size": 1,
         } | self._said()
         if "global_samples" in self.counted:
             tree["global_samples"] = self.counted["global_samples"]
         if self.stage == 3:
-            still = {n: content.tensors[f"model.{n}"].shape for n in self._names() if self._is_frozen(n)}
-            tree["frozen_param_shapes"] = _sizes(still)
-            tree["frozen_param_fragments"] = {n: self._fragment(file, n, rank) for n in still}
-        clients = [n for n in content.objects if n not in _NOT_CLIENTS]
-        for name in clients:
+            tree["frozen_param_shapes"] = _sizes({name: names[name].shape for name in module.frozen})
+            tree["frozen_param_fragments"] = {name: self._fragment(file, name, rank) for name in module.frozen}
+        for name, value in self._client_state().items():
             if name in tree:
                 self._note(f"{name}: DeepSpeed has a value of its own under this name; left out")
             else:
-                tree[name] = self._value(file, name)
+                tree[name] = self._value(file, value)
         return tree
+
+    def _client_state(self) -> dict[Any, Any]:
+        """What is neither the model nor the engine's. `client_state` is that of `distckpt.adapters.deepspeed`."""
+        found = {name: value for name, value in self.tree.items() if name not in _NOT_CLIENTS}
+        given = found.get("client_state")
+        return {n: v for n, v in found.items() if n != "client_state"} | given if isinstance(given, dict) else found
+
+    def _steps(self) -> int:
+        found: int = self.counted.get("global_steps", self.checkpoint.manifest.step)
+        return found
 
     def _note(self, text: str) -> None:
         if text not in self.notes:
             self.notes.append(text)
-
-    def _names(self) -> list[str]:
-        """Names of the model's own tensors: those trained first, in the order of their groups."""
-        trained = [name for group in self.groups for name in group.shapes]
-        inside = {f for n in self.checkpoint.manifest.objects for f in references(self.checkpoint.object(n))}
-        return trained + [
-            name
-            for fqn in self.checkpoint.manifest.tensors
-            if fqn.startswith("model.") and fqn not in inside and (name := fqn.removeprefix("model.")) not in {*trained}
-        ]
-
-    def _is_trained(self, name: str) -> bool:
-        return any(name in group.shapes for group in self.groups)
-
-    def _is_frozen(self, name: str) -> bool:
-        if self._is_trained(name):
-            return False
-        return name in self.wanted.frozen or name in self._said_of("frozen", ())
 
     def _said_of(self, name: str, default: Any) -> Any:
         """What the tag that is read said of its model."""
         said = self.counted.get("module")
         return said.get(name, default) if isinstance(said, dict) else default
 
-    def _is_buffer(self, name: str) -> bool:
-        return not self._is_trained(name) and not self._is_frozen(name)
-
-    def _dtype(self, name: str) -> str:
-        """Dtype that a tensor of the model has in `module`."""
-        own = self.checkpoint.manifest.tensors[f"model.{name}"].dtype
-        return own if self._is_buffer(name) or own not in {*DTYPES, "float64"} else self.dtype
-
     def _dtypes(self) -> dict[str, str]:
         """What a reader finds each tensor of the model to be."""
-        found = {f"model.{n}": self._dtype(n) for n in self._names()}
-        if self.stage or self.groups:
-            found |= {f"model.{n}": "float32" for group in self.groups for n in group.shapes}
-        return found
+        found = {self.module.fqns[n]: self.module.dtype_of(n) for n in self.module.infos}
+        return found | {self.module.fqns[n]: "float32" for group in self.groups for n in group.shapes}
 
-    def _entry(self, file: TorchFile, name: str, rank: int) -> Any:  # noqa: ARG002
-        shape = self.checkpoint.manifest.tensors[f"model.{name}"].shape
-        dtype = self._dtype(name)
-        if self.stage == 3 and not self._is_buffer(name):
+    def _entry(self, file: TorchFile, name: str) -> Any:
+        module = self.module
+        shape, dtype = module.infos[name].shape, module.dtype_of(name)
+        if self.stage == 3 and not module.is_buffer(name):
             return file.tensor(dtype, (0,), list)
-        return file.tensor(dtype, shape, partial(_whole, f"model.{name}", shape, dtype))
+        return file.tensor(dtype, shape, partial(_whole, module.fqns[name], shape, dtype))
 
     def _fragment(self, file: TorchFile, name: str, rank: int) -> Any:
-        shape, dtype = self.checkpoint.manifest.tensors[f"model.{name}"].shape, self._dtype(name)
+        shape, dtype = self.module.infos[name].shape, self.module.dtype_of(name)
         length = piece_of(prod(shape), self.ranks)
         pieces = partial(apart_on, {name: prod(shape)}, self.ranks, rank)
-        return file.tensor(dtype, (length,), partial(_flat, pieces, "model.{}", dtype, length))
+        return file.tensor(dtype, (length,), partial(_flat, pieces, self.module.fqns, dtype, length))
 
-    def _value(self, file: TorchFile, name: str) -> Any:
-        """Value of this name, its tensors in the file."""
-        value = self.checkpoint.object(name)
+    def _value(self, file: TorchFile, value: Any) -> Any:
+        """Value with its tensors in the file."""
         infos = {fqn: self.checkpoint.manifest.tensors[fqn] for fqn in references(value)}
         made = {f: file.tensor(i.dtype, i.shape, partial(_whole, f, i.shape, i.dtype)) for f, i in infos.items()}
         return insert(value, made)
 
     # -- the optimizer ---------------------------------------------------------------------------------------------
 
-    def _buffers(self) -> list[dict[str, Shape]]:
+    def _flat_buffers(self) -> list[dict[str, Shape]]:
         """Parameters of each flat buffer."""
         if self.stage != 3:
             return [group.shapes for group in self.groups]
@@ -254,7 +237,7 @@ class _Tag:
 
     def _flat_file(self, file: TorchFile, rank: int) -> dict[str, Any]:
         ranks, stage = self.ranks, self.stage
-        buffers = self._buffers()
+        buffers = self.buffers
         owners = [next(g for g in self.groups if next(iter(shapes)) in g.shapes) for shapes in buffers]
         lengths, lean = [], []
         for shapes in buffers:
@@ -264,7 +247,7 @@ class _Tag:
             lengths.append(length)
             lean.append(length if stage == 3 else max(0, min(length, total - rank * length)))
         masters = [
-            self._buffer(file, s, rank, name="model.{}", dtype="float32", length=n)
+            self._buffer(file, s, rank, fqns=self.module.fqns, dtype="float32", length=n)
             for s, n in zip(buffers, lean, strict=True)
         ]
         states = {
@@ -293,22 +276,23 @@ class _Tag:
         }
 
     def _buffer(
-        self, file: TorchFile, shapes: dict[str, Shape], rank: int, *, name: str, dtype: str, length: int
+        self, file: TorchFile, shapes: dict[str, Shape], rank: int, *, fqns: dict[str, str], dtype: str, length: int
     ) -> Any:
-        """Flat buffer of a rank: `name` is what the tensor of a parameter is called."""
+        """Flat buffer of a rank: `fqns` of the parameters' tensors."""
         numels = {n: prod(shape) for n, shape in shapes.items()}
         if self.stage == 3:
             pieces = partial(apart_on, numels, self.ranks, rank)
         else:
             pieces = partial(_together_on, numels, period_of(sum(numels.values()), self.ranks), rank)
-        return file.tensor(dtype, (length,), partial(_flat, pieces, name, dtype, length))
+        return file.tensor(dtype, (length,), partial(_flat, pieces, fqns, dtype, length))
 
     def _states(
         self, file: TorchFile, group: Group, shapes: dict[str, Shape], rank: int, length: int
     ) -> dict[str, Any]:
         found: dict[str, Any] = {}
         for state, dtype in group.flat.items():
-            found[state] = self._buffer(file, shapes, rank, name=f"optim.{{}}.{state}", dtype=dtype, length=length)
+            fqns = {name: f"optim.{name}.{state}" for name in shapes}
+            found[state] = self._buffer(file, shapes, rank, fqns=fqns, dtype=dtype, length=length)
         for state, (fqn, info) in group.scalars.items():
             found[state] = file.tensor(info.dtype, info.shape, partial(_whole, fqn, info.shape, info.dtype))
         return found | group.values
@@ -331,8 +315,9 @@ class _Tag:
         whole = {"state": state, "param_groups": groups}
         if self.dtype == "float32":
             return whole
+        fqns = self.module.fqns
         masters = [
-            [file.tensor("float32", s, partial(_whole, f"model.{n}", s, "float32")) for n, s in group.shapes.items()]
+            [file.tensor("float32", s, partial(_whole, fqns[n], s, "float32")) for n, s in group.shapes.items()]
             for group in self.groups
         ]
         scale = self._scale() if self.dtype == "float16" else {"cur_scale": 1.0, "cur_iter": 0}
@@ -377,14 +362,14 @@ def _together_on(numels: dict[str, int], period: int, rank: int) -> Iterator[Pie
     return (piece for piece in together(numels, [0] * len(numels), period) if piece.rank == rank)
 
 
-def _flat(pieces: Any, name: str, dtype: str, length: int) -> Iterable[Stretch | int]:
+def _flat(pieces: Any, fqns: dict[str, str], dtype: str, length: int) -> Iterable[Stretch | int]:
     """What makes up a flat buffer of `length` elements: pieces of parameters, zeros where none lies."""
     at = 0
     for piece in pieces():
         if piece.start > at:
             yield (piece.start - at) * item_size(dtype)
         run: Run = piece.run
-        yield Stretch.whole(name.format(piece.name), run, dtype)
+        yield Stretch.whole(fqns[piece.name], run, dtype)
         at = piece.start + run.numel
     if length > at:
         yield (length - at) * item_size(dtype)

@@ -7,7 +7,7 @@ tail needs the CRC-32 of the elements. So a record of any size is written from a
 from __future__ import annotations
 
 import struct
-from collections import Counter
+from collections import Counter, OrderedDict
 from dataclasses import replace
 from math import prod
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -80,7 +80,8 @@ class _Emitter:
                 out += b"\x88" if value else b"\x89"
             case int():
                 data = value.to_bytes(value.bit_length() // 8 + 1, "little", signed=True)
-                out += b"\x8a" + bytes([len(data)]) + data
+                out += b"\x8a" + bytes([len(data)]) if len(data) < 256 else b"\x8b" + struct.pack("<i", len(data))
+                out += data
             case float():
                 out += b"G" + struct.pack(">d", value)
             case str():
@@ -96,10 +97,9 @@ class _Emitter:
                 self._all((state,), b"b")
             case Persistent(pid):
                 self._all((pid,), b"Q")
-            case Counter():
-                self.emit(Call(Global("collections", "Counter"), (dict(value),)))
-            case dict() | Pairs():
-                out += b"}("
+            case dict() | Pairs() if not isinstance(value, Counter):
+                self.emit(_called("collections", "OrderedDict")) if isinstance(value, OrderedDict) else out.extend(b"}")
+                out += b"("
                 pairs = value.items() if isinstance(value, dict) else value
                 self._all((part for pair in pairs for part in pair), b"u")
             case list():
@@ -109,7 +109,7 @@ class _Emitter:
                 out += b"("
                 self._all(value, b"t")
             case _:
-                raise TypeError(f"{type(value).__name__} has no place in an index")
+                self.emit(_made(value))
 
     def _all(self, values: Iterable[Any], after: bytes) -> None:
         for value in values:
@@ -123,6 +123,24 @@ class _Emitter:
         else:
             number = self._known[value] = len(self._known)
             self.out += data + b"r" + struct.pack("<I", number)
+
+
+def _made(value: Any) -> Call:
+    """What makes a value that has no opcode of its own in protocol 2."""
+    match value:
+        case Counter():
+            return _called("collections", "Counter", dict(value))
+        case bytes():
+            return _called("_codecs", "encode", value.decode("latin1"), "latin1")
+        case complex():
+            return _called("__builtin__", "complex", value.real, value.imag)
+        case set() | frozenset():
+            return _called("__builtin__", type(value).__name__, sorted(value, key=repr))
+    raise TypeError(f"{type(value).__name__} has no place in an index")
+
+
+def _called(module: str, name: str, *args: Any) -> Call:
+    return Call(Global(module, name), args)
 
 
 # -- records of tensors --------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from math import prod
 from typing import TYPE_CHECKING, Any
 
 from distckpt.errors import NotACheckpoint, Unsupported
-from distckpt.foreign.sink import Output, Sink
+from distckpt.foreign.sink import Output, Sink, lost
 from distckpt.format.box import Box
 from distckpt.format.datafile import DATA_ALIGNMENT
 from distckpt.format.dtype import DTYPE_OF_TAG, item_size, stored_as
@@ -49,7 +49,7 @@ def safetensors_sink(checkpoint: Checkpoint, name: str | None, shard_bytes: int,
         if DTYPE_OF_TAG.get(stored_as(entry.dtype, ())[0]) != entry.dtype:
             raise Unsupported(f"{entry.fqn}: dtype {entry.dtype} has no place in a safetensors file")
     left = {n.partition(".")[0] for n in (*checkpoint.manifest.tensors, *checkpoint.manifest.objects)} - {"model"}
-    notes = [f"{part}: has no place in safetensors; left out" for part in sorted(left)]
+    notes = lost(checkpoint) + [f"{part}: has no place in safetensors; left out" for part in sorted(left)]
     if name is not None:
         return Sink([_file(checkpoint, name, entries, room)], lambda _: [], notes, "file")
     shards = list(_shards(entries, shard_bytes))

@@ -5,9 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from distckpt.format.partition import Copies
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
+    from distckpt.loading.open import Checkpoint
     from distckpt.store.base import Store
 
 
@@ -38,3 +41,15 @@ class Sink:
     pointers: list[tuple[str, bytes]] = field(default_factory=list)
     dtypes: dict[str, str] = field(default_factory=dict)
     order: list[list[str]] | None = None
+
+
+def lost(checkpoint: Checkpoint) -> list[str]:
+    """Notes of what no other tool's format has a place for."""
+    content = checkpoint.manifest
+    notes = [f"{name}: each rank has its own, which has no place there; left out" for name in content.rank_objects]
+    notes += [f"{name}: cannot be read safely; left out: {why}" for name, why in checkpoint.unreadable.items()]
+    return notes + [
+        f"{fqn}: differed between the ranks that saved it; rank {info.partition.first}'s is written"
+        for fqn, info in content.tensors.items()
+        if isinstance(info.partition, Copies)
+    ]

@@ -164,10 +164,25 @@ class View(Checkpoint):
     def object(self, name: str) -> Any:
         """See Checkpoint.object: an optimizer's parameters are called as here."""
         value = self._source.object(name)
+        if name == "deepspeed" and self._change.rename:
+            return self._engines(value)
         if name not in self._parameters:
             return value
         groups = [{**g, "params": [self._parameter(p) for p in g["params"]]} for g in value["groups"]]
         return {**value, "groups": groups, "values": {self._parameter(p): v for p, v in value["values"].items()}}
+
+    def _engines(self, value: Any) -> Any:
+        """What is said of DeepSpeed engines: their frozen parameters are called as here."""
+        engines = value.get("engines") if isinstance(value, dict) else None
+        if not isinstance(engines, dict):
+            return value
+        made = dict(engines)
+        for key, engine in engines.items():
+            match engine:
+                case {"module": {"frozen": [*names]}}:
+                    frozen = [self._parameter(name) for name in names]
+                    made[key] = {**engine, "module": {**engine["module"], "frozen": frozen}}
+        return {**value, "engines": made}
 
     def rank_objects(self, rank: int) -> dict[str, Any]:
         """See Checkpoint.rank_objects."""

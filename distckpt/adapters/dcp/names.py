@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from distckpt.errors import Unsupported
 from distckpt.format.objects import TensorRef
-from distckpt.statedict import LEFT_OVER, canonical, entries, is_optimizer_object, parameters_of, references, state_of
+from distckpt.statedict import canonical, entries, is_optimizer_object, nested, references
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -132,7 +132,7 @@ class Offer:
 def offer(tensors: Iterable[str], aliases: Mapping[str, str], objects: Mapping[str, Any]) -> Offer:
     """Offer what a checkpoint has, under the names that DCP's planners ask for."""
     found = Offer()
-    tree = _state_dict(tensors, aliases, objects)
+    tree = nested(tensors, aliases, objects)
     for path, leaf in _flattened(tree, ()):
         fqn = ".".join(map(str, path))
         if fqn not in found.content:
@@ -145,58 +145,6 @@ def offer(tensors: Iterable[str], aliases: Mapping[str, str], objects: Mapping[s
                     lead = f"{name}.param_groups.{parameter}."
                     found.other_names.update({lead + key: v for key, v in group.items() if key != "params"})
     return found
-
-
-def _state_dict(tensors: Iterable[str], aliases: Mapping[str, str], objects: Mapping[str, Any]) -> dict[str, Any]:
-    """Nested state dict of a checkpoint, TensorRefs in place of tensors: what canonical names were made from."""
-    tree: dict[str, Any] = {}
-    rest = set(tensors) - set(references([*objects.values()])) | aliases.keys()
-    for name, value in objects.items():
-        lead, _, last = name.rpartition(".")
-        if is_optimizer_object(value):
-            _enter(tree, name, _optimizer(name, value, rest))
-        elif last == LEFT_OVER and isinstance(value, dict):
-            (_inner(tree, lead) if lead else tree).update(value)
-        elif last == "extra_state" and isinstance(value, dict):
-            for owner, state in value.items():
-                _inner(tree, lead)[f"{owner}._extra_state" if owner else "_extra_state"] = state
-        else:
-            _enter(tree, name, value)
-    for fqn in sorted(rest):
-        lead, dot, name = fqn.partition(".")
-        ref = TensorRef(aliases.get(fqn, fqn))
-        if dot and isinstance(tree.setdefault(lead, {}), dict):
-            tree[lead][name] = ref
-        else:
-            tree[fqn] = ref
-    return tree
-
-
-def _optimizer(name: str, value: dict[str, Any], rest: set[str]) -> dict[str, Any]:
-    """State dict of an optimizer; its tensors are taken out of `rest`."""
-    parameters = parameters_of(value["groups"])
-    state: dict[Any, dict[str, Any]] = {parameter: dict(values) for parameter, values in value["values"].items()}
-    for fqn in sorted(n for n in rest if n.startswith(name + ".")):
-        if at := state_of(fqn, name, parameters):
-            state.setdefault(at[0], {})[at[1]] = TensorRef(fqn)
-            rest.discard(fqn)
-    return {"state": state, "param_groups": value["groups"]}
-
-
-def _inner(tree: dict[str, Any], name: str) -> dict[str, Any]:
-    """Dict at a name, made if it is not there."""
-    holder = tree
-    for key in name.split("."):
-        if not isinstance(holder.setdefault(key, {}), dict):
-            return tree  # a value is in the way: what is put here stands at the top, under its whole name
-        holder = holder[key]
-    return holder
-
-
-def _enter(tree: dict[str, Any], name: str, value: Any) -> None:
-    lead, _, last = name.rpartition(".")
-    holder = _inner(tree, lead) if lead else tree
-    holder[last if not lead or holder is not tree else name] = value
 
 
 def _flattened(value: Any, path: Path) -> Iterator[tuple[Path, Any]]:
