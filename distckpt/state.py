@@ -219,13 +219,17 @@ def check_material(tensor: torch.Tensor, fqn: str) -> None:
         raise Unsupported(f"{fqn}: is on the meta device; materialise it first (to_empty, then initialise or load)")
 
 
+_PLAIN = frozenset({torch.Tensor, torch.nn.Parameter, torch.nn.Buffer})
+_EVERYWHERE = Everywhere()
+
+
 def plain(tensor: torch.Tensor, fqn: str, *, trusted: bool) -> GlobalTensor:
     """Return an ordinary tensor as the whole of a global one, the same on each rank that has it."""
-    if tensor.layout is not torch.strided or type(tensor) not in {torch.Tensor, torch.nn.Parameter, torch.nn.Buffer}:
+    if tensor.layout is not torch.strided or type(tensor) not in _PLAIN:
         raise Unsupported(
             f"{fqn}: a {type(tensor).__module__}.{type(tensor).__qualname__} of layout {tensor.layout} cannot be saved"
         )
     check_material(tensor, fqn)
     shape = tuple(tensor.shape)
     shards = (Shard(Box.whole(shape), tensor.detach()),)
-    return GlobalTensor(shape, dtype_name(tensor, fqn), Everywhere(), shards, trusted)
+    return GlobalTensor(shape, dtype_name(tensor, fqn), _EVERYWHERE, shards, trusted)

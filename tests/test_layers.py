@@ -13,7 +13,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "distckpt"
 
 LAYERS = [
-    {"errors"},
+    {"errors", "latest", "garbage"},
     {"format", "store"},
     {"comm"},
     {"state", "statedict"},

@@ -51,7 +51,7 @@ class Chunk:
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """A run of bytes of the file, [start, start + nbytes), that one named chunk fills."""
+    """A run of bytes that one named chunk fills: [start, start + nbytes) of the data, which follows the header."""
 
     name: str
     start: int
@@ -59,13 +59,31 @@ class Segment:
 
 
 @dataclass(frozen=True, slots=True)
+class Packed:
+    """Where chunks lie in a data file: segments in file order, their entries of the header (JSON), bytes in all."""
+
+    segments: tuple[Segment, ...]
+    entries: str
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
 class Image:
-    """The whole file: header, segments in file order, objects, and where the checksum table goes."""
+    """The whole file: header, packed chunks, objects, and where the checksum table goes."""
 
     header: bytes
-    segments: tuple[Segment, ...]
+    packed: Packed
     objects: bytes
-    objects_start: int
+
+    @property
+    def segments(self) -> tuple[Segment, ...]:
+        """Segments in file order."""
+        return self.packed.segments
+
+    @property
+    def objects_start(self) -> int:
+        """First byte of the objects."""
+        return len(self.header) + self.packed.nbytes
 
     @property
     def table_start(self) -> int:
@@ -83,9 +101,8 @@ def table_size(covered: int) -> int:
     return _TABLE_HEAD.size + 4 * -(-covered // BLOCK)
 
 
-def build(chunks: Iterable[Chunk], objects: bytes) -> Image:
-    """Lay out a data file. `objects` is JSON; it is padded with spaces to a multiple of 4 bytes."""
-    objects += b" " * (-len(objects) % 4)
+def pack(chunks: Iterable[Chunk]) -> Packed:
+    """Lay chunks out one after another. FormatError for names that a file cannot have."""
     entries: dict[str, Any] = {"__metadata__": {"writer": "distckpt", "format": "pt"}}
     placed = []
     position = 0
@@ -96,22 +113,26 @@ def build(chunks: Iterable[Chunk], objects: bytes) -> Image:
         if chunk.name in entries:
             raise FormatError(f"two chunks of one data file are named {chunk.name!r}")
         entries[chunk.name] = _entry(tag, shape, position, position + chunk.nbytes)
-        placed.append((chunk.name, position, chunk.nbytes))
-        position += chunk.nbytes
-    entries[OBJECTS_CHUNK] = _entry("U8", (len(objects),), position, position + len(objects))
-    table_at = position + len(objects)
-    header = _encode_header(entries, table_at)
-    start = len(header)
-    return Image(header, tuple(Segment(n, start + p, size) for n, p, size in placed), objects, start + position)
+        placed.append(Segment(chunk.name, position, nbytes := chunk.nbytes))
+        position += nbytes
+    return Packed(tuple(placed), json.dumps(entries, separators=(",", ":"))[:-1], position)
 
 
-def _encode_header(entries: dict[str, Any], table_at: int) -> bytes:
+def build(packed: Packed, objects: bytes) -> Image:
+    """Lay out a data file. `objects` is JSON; it is padded with spaces to a multiple of 4 bytes."""
+    objects += b" " * (-len(objects) % 4)
+    table_at = packed.nbytes + len(objects)
+    last = {OBJECTS_CHUNK: _entry("U8", (len(objects),), packed.nbytes, table_at)}
+    return Image(_encode_header(packed.entries, last, table_at), packed, objects)
+
+
+def _encode_header(entries: str, last: dict[str, Any], table_at: int) -> bytes:
     """Header with the table's entry. The table's length depends on the header's: so it is tried until it holds."""
     length = DATA_ALIGNMENT
     while True:
         size = table_size(length + table_at)
-        entries[CHECKSUMS_CHUNK] = _entry("U8", (size,), table_at, table_at + size)
-        text = json.dumps(entries, separators=(",", ":")).encode()
+        last[CHECKSUMS_CHUNK] = _entry("U8", (size,), table_at, table_at + size)
+        text = f"{entries},{json.dumps(last, separators=(',', ':'))[1:]}".encode()
         padded = -(-(_LENGTH.size + len(text)) // DATA_ALIGNMENT) * DATA_ALIGNMENT
         if padded - _LENGTH.size > MAX_HEADER:
             raise FormatError(f"data file header of {padded} bytes; safetensors readers take {MAX_HEADER}")

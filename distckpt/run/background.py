@@ -9,6 +9,7 @@ import select
 import socket
 import subprocess
 import sys
+import threading
 import time
 import weakref
 from dataclasses import dataclass, field
@@ -71,6 +72,7 @@ class Background:
         self._numbers = count()
         self._line: socket.socket | None = None
         self._process: subprocess.Popen[bytes] | None = None
+        self._preparing: threading.Thread | None = None
         self._end: Callable[[], Any] = lambda: None
 
     # -- the process -------------------------------------------------------------------------------------------------
@@ -97,6 +99,7 @@ class Background:
 
     def close(self) -> None:
         """Wait until the process has finished what was staged, and end it; give the arenas back."""
+        self._prepared()
         self._end()
         while self._line:
             self.poll()
@@ -181,8 +184,22 @@ class Background:
         )
         return job
 
-    def arena(self, job: Job, nbytes: int) -> memoryview:
+    def prepare(self, nbytes: int) -> None:
+        """Have the process and an arena of `nbytes` ready for the first save, without waiting for either."""
+        self.start()
+        if not self._arenas and (self.limit is None or nbytes <= self.limit):
+            self._arenas[0] = arena = Arena(nbytes + _SPARE)
+            self._preparing = threading.Thread(target=arena.populate, name="distckpt-arena", daemon=True)
+            self._preparing.start()
+
+    def _prepared(self) -> None:
+        if self._preparing:
+            self._preparing.join()
+        self._preparing = None
+
+    def arena(self, job: Job, nbytes: int) -> Arena:
         """Memory of at least `nbytes` for the job; used before, where there is some."""
+        self._prepared()
         taken = {j.arena for j in self._jobs}
         number = min(n for n in range(ARENAS) if n not in taken)
         arena = self._arenas.get(number)
@@ -192,7 +209,7 @@ class Background:
             self._arenas[number] = arena = Arena(nbytes + _SPARE)
             self._known.discard(number)
         job.arena = number
-        return arena.view
+        return arena
 
     def staged(self, job: Job, *, header: int, covered: int, size: int, told: tuple[int, int]) -> None:
         """Hand a job over: its image lies in its arena."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 import warnings
+from contextlib import suppress
 from dataclasses import dataclass
 from operator import index
 from typing import TYPE_CHECKING, Any, Literal, overload
@@ -12,11 +13,13 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 from distckpt import __version__, comm
 from distckpt.comm import Comm, together
 from distckpt.errors import (
+    DistckptError,
     NotACheckpoint,
     RunConflict,
     StateWarning,
     Unsupported,
 )
+from distckpt.garbage import uncollected
 from distckpt.loading.plan import Options
 from distckpt.run.background import ARENAS, Background
 from distckpt.run.choose import Search, load_newest
@@ -26,6 +29,7 @@ from distckpt.run.pending import PendingSave
 from distckpt.run.publish import now
 from distckpt.run.save import SaveReport, plain_metrics, save_and_publish
 from distckpt.run.source import foreign_root, load_source
+from distckpt.saving.image import local_bytes
 from distckpt.saving.save import Request, plan
 from distckpt.store.local import LocalStore
 
@@ -87,6 +91,7 @@ class Checkpointer:
         self._background = (
             Background(self._store, self._comm.timeout, arena_bytes) if isinstance(self._store, LocalStore) else None
         )
+        self._prepared = False
         self._pending: list[PendingSave] = []
         self._launch: int | None = None
         self._closed = False
@@ -121,6 +126,7 @@ class Checkpointer:
     def step(self, step: int, state: TrainState, metrics: Mapping[str, Any] | None = None) -> StepReport:
         """Save if a save is due at this step. Called after each optimizer step; `step` counts those done."""
         if self._every is None or step % self._every:
+            self._prepare(state)
             return StepReport()
         return StepReport(self.save(step, state, metrics))
 
@@ -165,7 +171,14 @@ class Checkpointer:
         self._check(state)
         if isinstance(step, bool) or not hasattr(step, "__index__") or not 0 <= (number := index(step)) < 1 << 63:
             raise ValueError(f"step={step!r}: a count of optimizer steps, an int of at least 0")
-        waited = self._background is None or (self._wait if wait is None else wait)
+        with uncollected():
+            wait = self._wait if wait is None else wait
+            return self._save(number, state, metrics or {}, wait=wait, check_replicas=check_replicas)
+
+    def _save(
+        self, step: int, state: TrainState, metrics: Mapping[str, Any], *, wait: bool, check_replicas: bool
+    ) -> PendingSave | SaveReport | None:
+        waited = wait or self._background is None
         if waited:
             self._finish_pending()
         started = time.monotonic()
@@ -177,16 +190,16 @@ class Checkpointer:
         def capture() -> State:
             if self._background and not waited and self._when_busy == "wait":
                 self._background.wait_for_room()
-            recorded.update(plain_metrics(metrics or {}))  # here, so that every rank learns if one rank's cannot be
+            recorded.update(plain_metrics(metrics))  # here, so that every rank learns if one rank's cannot be
             return state.capture()
 
         request = Request(
-            step=number,
+            step=step,
             launch=self._launch,
             date=now(),
             metrics=recorded,
             writer={"distckpt": __version__},
-            generation=lambda: self._generation(number),
+            generation=lambda: self._generation(step),
             check_replicas=check_replicas,
             flag=self._flag,
         )
@@ -194,7 +207,7 @@ class Checkpointer:
             return self._save_in_background(capture, request)
         made = save_and_publish(self._comm, self._history, capture, request)
         seconds = time.monotonic() - started
-        return SaveReport(number, str(made.directory), made.nbytes, seconds, made.notes)
+        return SaveReport(step, str(made.directory), made.nbytes, seconds, made.notes)
 
     def _save_in_background(self, capture: Callable[[], State], request: Request) -> PendingSave | None:
         assert self._background is not None
@@ -212,6 +225,13 @@ class Checkpointer:
         pending = PendingSave(self._comm, self._store, self._background, planned)
         self._pending = [*self._pending[-ARENAS:], pending]
         return pending
+
+    def _prepare(self, state: TrainState) -> None:
+        """Have the first save find what it needs: the writer process, and an arena of its size."""
+        if self._background and not (self._wait or self._prepared or state.unusable):
+            with uncollected(), suppress(DistckptError):  # the save itself says what is wrong with the state
+                self._background.prepare(local_bytes(state.capture(), self._comm.world_size))
+        self._prepared = True
 
     def _flag(self) -> int:
         failed = any(pending.failed for pending in self._pending)
@@ -312,6 +332,8 @@ class Checkpointer:
             return open_launch(self._store, directory, self._comm.world_size, now()).to_bytes(_STEP, "little")
 
         self._launch = int.from_bytes(together(self._comm, "opening a launch", begin)[0], "little")
+        if report:
+            self._prepare(state)
         if report and notes:
             report.notes.append(notes)
         return report

@@ -32,7 +32,7 @@ from distckpt.format.dtype import DTYPE_OF_TAG, item_size, stored_as
 from distckpt.format.objects import TensorRef
 from distckpt.saving.agree import agree
 from distckpt.saving.divide import divide
-from distckpt.saving.image import own_chunks
+from distckpt.saving.image import view_of
 from distckpt.state import Shard, State, as_bytes, part_of, torch_dtype
 from distckpt.statedict import insert, is_extra_state
 from distckpt.store.local import LocalStore
@@ -195,9 +195,8 @@ def _views(
     state: State, partitions: dict[str, Partition], rank: int
 ) -> Iterator[tuple[tuple[str, Region], torch.Tensor]]:
     for fqn, partition in partitions.items():
-        chunks = own_chunks(state, {fqn: partition}, rank)
-        for region, (_, view) in zip(partition.of_file(rank), chunks.values(), strict=True):
-            yield (fqn, region), view
+        for region in partition.of_file(rank):
+            yield (fqn, region), view_of(state, fqn, region, rank)
 
 
 def _place(made: torch.Tensor, region: Region, data: torch.Tensor) -> None:

@@ -154,9 +154,9 @@ class History:
             return False
         try:
             whole = complete(self.store, attempt)
-            if whole and not counts(attempt.directory, whole.launch, read_launches(self.store)):
+            if not counts(attempt.directory, whole.launch, read_launches(self.store)):
                 return False  # of a superseded launch: committed, it would not count
-            if whole is None or any(self.store.head(attempt.key(f.name)) != f.size for f in whole.files):
+            if any(self.store.head(attempt.key(f.name)) != f.size for f in whole.files):
                 return False
             commit(self.store, attempt, whole)
         except (KeyMissing, RunConflict):

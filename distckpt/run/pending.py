@@ -99,7 +99,7 @@ class PendingSave:
         try:
             image, chunks = planned.image()
             if self._background.limit is not None and image.size > self._background.limit:
-                write_part(self._store, self._part, whole(image, live(image, chunks)), len(image.header), image.size)
+                write_part(self._store, self._part, whole(image, live(chunks)), len(image.header), image.size)
                 self._background.written(self._job, image.size)
                 return
             told = json.dumps(
@@ -109,9 +109,9 @@ class PendingSave:
                 }
             ).encode()
             end = image.table_start + len(told)
-            view = self._background.arena(self._job, end)
-            stage(image, chunks, view)
-            view[image.table_start : end] = told
+            arena = self._background.arena(self._job, end)
+            stage(image, chunks, arena)
+            arena.view[image.table_start : end] = told
         except Exception as e:  # noqa: BLE001  kept in the job, and raised on every rank at the next call
             self._background.give_up(self._job, e)
             return

@@ -270,7 +270,8 @@ class EnvironmentAdapter:
         return State(objects={self.NAME: JoinedObject(self._now(), joins="precision", on_reshard="first")})
 
     def _now(self) -> dict[str, Any]:
-        precision = sorted({str(p.dtype).removeprefix("torch.") for m in self._models.values() for p in m.parameters()})
+        dtypes = {p.dtype for m in self._models.values() for p in m.parameters()}
+        precision = sorted(str(dtype).removeprefix("torch.") for dtype in dtypes)
         return {
             "distckpt": __version__,
             "torch": str(torch.__version__),

@@ -38,6 +38,8 @@ from distckpt.store.local import LocalStore
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
+    from distckpt.format.manifest import Manifest
+
 MOST_MESSAGE = 1 << 16
 _NICE = 5
 
@@ -131,13 +133,14 @@ class _Writer:
         draft = manifest.from_json(told["draft"]) if told["draft"] else None
         part = Part(begun.attempt, begun.rank, objects, draft)
         header = view[: message["header"]]
-        write_part(self._store, part, Summed(header, [view[: message["covered"]]]), len(header), message["size"])
+        content = Summed(header, [view[: message["covered"]]])
+        draft = write_part(self._store, part, content, len(header), message["size"])
         if part.rank == 0:
-            self._commit(part)
+            self._commit(part, draft)
 
-    def _commit(self, part: Part) -> None:
+    def _commit(self, part: Part, draft: Manifest | None = None) -> None:
         """Wait for the other ranks' acks, commit, and publish."""
-        made = commit_when_acked(self._store, part.attempt, timeout=self._timeout)
+        made = commit_when_acked(self._store, part.attempt, draft, timeout=self._timeout)
         remove_acks(self._store, part.attempt)
         publish(self._history, Checkpoint(self._store, part.attempt.directory, made))
 

@@ -13,7 +13,7 @@ import secrets
 import struct
 from dataclasses import dataclass, field
 from math import prod
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from distckpt.comm import exchange, together
 from distckpt.errors import Mismatch, Unsupported
@@ -21,6 +21,7 @@ from distckpt.format import partition
 from distckpt.format.box import Run
 from distckpt.format.checksum import DIGEST_SIZE, crc_of, digest
 from distckpt.format.partition import Copies, FlatEven, Grid, Pieces, Split
+from distckpt.latest import Latest
 from distckpt.saving.objects import encoded, of_rank, share
 from distckpt.state import Everywhere, Layout, Listed, RankObject, State, as_bytes
 
@@ -57,7 +58,20 @@ class Agreement:
     policies: dict[str, str] = field(default_factory=dict)
     generation: int = 1
     flags: list[int] = field(default_factory=list)
+    key: bytes = b""
+    """Same key, same tensors, aliases and policies. Empty where they were put together from what ranks exchanged."""
     notes: list[str] = field(default_factory=list)
+
+
+class _Merged(NamedTuple):
+    """What descriptions say, put together: tensors, aliases, policies of per-rank objects."""
+
+    tensors: dict[str, Agreed]
+    aliases: dict[str, str]
+    policies: dict[str, str]
+
+
+_MERGED: Latest[_Merged] = Latest()
 
 
 @dataclass(slots=True)
@@ -116,7 +130,13 @@ def agree(
     )
     everyone = list(range(comm.world_size))
     distinct = [(everyone, own.description)] if same[0] else _distinct(comm, replies, cuts[0], own.description)
-    _merge(agreement, distinct)
+    if same[0] and same[2]:
+        agreement.key = replies[0][cuts[0][0] : cuts[0][1]] + comm.world_size.to_bytes(4, "little")
+        merged = _MERGED.get(agreement.key, lambda: _merged(distinct))
+    else:
+        merged = _merged(distinct)
+    agreement.tensors = dict(merged.tensors)  # its own: what ranks hold unequal copies of is changed below
+    agreement.aliases, agreement.policies = merged.aliases, merged.policies
     if same[1]:
         agreement.objects = {n: v for n, v in own.encoded.items() if n not in agreement.policies}
     else:
@@ -183,14 +203,15 @@ def _distinct(
     return [(holders, json.loads(sent[holders[0]])) for holders in ranks.values()]
 
 
-def _merge(agreement: Agreement, distinct: list[tuple[list[int], dict[str, Any]]]) -> None:
+def _merged(distinct: list[tuple[list[int], dict[str, Any]]]) -> _Merged:
     """Union of the descriptions. Ranks that both describe a tensor must say the same, or be replicas of it."""
+    tensors, aliases, policies = _Merged({}, {}, {})
     holders: dict[str, list[tuple[list[int], list[Any]]]] = {}
     for ranks, description in distinct:
         for fqn, said in description["tensors"].items():
             holders.setdefault(fqn, []).append((ranks, said))
-        agreement.aliases.update(description["aliases"])
-        agreement.policies.update({n: p for n, p in description["objects"].items() if p is not None})
+        aliases.update(description["aliases"])
+        policies.update({n: p for n, p in description["objects"].items() if p is not None})
     problems = []
     world_size = sum(len(ranks) for ranks, _ in distinct)
     groups: dict[tuple[int, ...], list[int]] = {}
@@ -214,11 +235,12 @@ def _merge(agreement: Agreement, distinct: list[tuple[list[int], dict[str, Any]]
         layouts = [_layout_from_json(said[2], tuple(shape), ranks[0], steps[key]) for _, said in versions]
         if len(ranks) < world_size:
             layouts = [_held(found, frozenset(ranks)) for found in layouts]
-        agreement.tensors[fqn] = Agreed(tuple(shape), dtype, min(layouts, key=_first_rank) if layout else layouts[0])
-    if taken := agreement.aliases.keys() & agreement.tensors.keys():
+        tensors[fqn] = Agreed(tuple(shape), dtype, min(layouts, key=_first_rank) if layout else layouts[0])
+    if taken := aliases.keys() & tensors.keys():
         problems.append(f"{min(taken)}: tied to another parameter on some ranks only")
     if problems:
         raise Mismatch("ranks hold states that contradict each other:\n" + "\n".join(problems))
+    return _Merged(tensors, aliases, policies)
 
 
 def _opinions(said_by: list[tuple[list[int], list[Any]]], world_size: int) -> list[tuple[list[int], list[Any]]]:

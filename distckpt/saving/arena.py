@@ -8,8 +8,11 @@ from __future__ import annotations
 import contextlib
 import mmap
 import os
+import time
+from typing import Any
 
 _POPULATE_WRITE = 23  # MADV_POPULATE_WRITE of Linux 5.14
+_AT_ONCE = 4 << 20
 
 
 class Arena:
@@ -23,15 +26,20 @@ class Arena:
         self.descriptor = descriptor
         self._memory = mmap.mmap(descriptor, self.nbytes)
         self.view = memoryview(self._memory)
+        self.laid: tuple[Any, int, list[Any]] = (None, 0, [])
+        """Views into it for the image that was staged here last: see `stage`."""
 
     def populate(self) -> None:
         """Have the pages made now, so that the first copy does not wait for each."""
         with contextlib.suppress(OSError):  # an older kernel makes them when they are touched
-            self._memory.madvise(_POPULATE_WRITE)
+            for start in range(0, self.nbytes, _AT_ONCE):
+                self._memory.madvise(_POPULATE_WRITE, start, min(_AT_ONCE, self.nbytes - start))
+                time.sleep(0)  # the interpreter lock is held meanwhile: training must not wait for all of it
 
     def close(self) -> None:
         """Give the memory back, but for what still refers to it."""
         os.close(self.descriptor)
+        self.laid = (None, 0, [])
         with contextlib.suppress(BufferError):
             self.view.release()
             self._memory.close()

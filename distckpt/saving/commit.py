@@ -89,15 +89,18 @@ def found_attempt(store: Store, directory: StepDir, attempt: str) -> Attempt:
         return Attempt(directory, attempt, 0)
 
 
-def complete(store: Store, attempt: Attempt) -> Manifest | None:
-    """Return the manifest of an attempt that every rank has acked; None if one refused.
+def complete(store: Store, attempt: Attempt, draft: Manifest | None = None) -> Manifest:
+    """Return the manifest of an attempt that every rank has acked. draft: that of rank 0's ack, where it is at hand.
 
-    KeyMissing, Corrupt or FormatError where an ack cannot be used.
+    RunConflict if one refused; KeyMissing, Corrupt or FormatError where an ack cannot be used.
     """
     said = [_read_ack(store, attempt, rank) for rank in range(attempt.world_size)]
-    if any("error" in ack for ack in said):
-        return None
-    whole = replace(manifest.from_json(said[0].get("draft")), files=tuple(FileInfo(*ack["file"]) for ack in said))
+    for rank, ack in enumerate(said):
+        if "error" in ack:
+            raise RunConflict(f"{attempt.directory}: rank {rank} gave the attempt up: {ack['error']}")
+    whole = replace(
+        draft or manifest.from_json(said[0].get("draft")), files=tuple(FileInfo(*ack["file"]) for ack in said)
+    )
     manifest.check(whole)
     return whole
 
@@ -110,8 +113,11 @@ def commit(store: Store, attempt: Attempt, whole: Manifest) -> None:
         raise RunConflict(f"{attempt.key(COMMIT)}: another job or launch committed it first; ours is not used") from e
 
 
-def commit_when_acked(store: Store, attempt: Attempt, *, timeout: float) -> Manifest:
-    """Wait for every rank's ack, then commit. RanksMissing names those whose ack did not come within `timeout` s."""
+def commit_when_acked(store: Store, attempt: Attempt, draft: Manifest | None, *, timeout: float) -> Manifest:
+    """Wait for every rank's ack, then commit. RanksMissing names those whose ack did not come within `timeout` s.
+
+    draft: see `complete`.
+    """
     deadline = time.monotonic() + timeout
     pause = 0.001
     while missing := set(range(attempt.world_size)) - acked_ranks(store, attempt):
@@ -119,9 +125,7 @@ def commit_when_acked(store: Store, attempt: Attempt, *, timeout: float) -> Mani
             raise RanksMissing(f"{attempt.directory}: no ack from ranks {sorted(missing)} within {timeout:g} s")
         time.sleep(pause)
         pause = min(2 * pause, 0.1)
-    whole = complete(store, attempt)
-    if whole is None:
-        raise RunConflict(f"{attempt.directory}: a rank gave the attempt up")
+    whole = complete(store, attempt, draft)
     commit(store, attempt, whole)
     return whole
 

@@ -2,55 +2,87 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from math import prod
 from typing import TYPE_CHECKING
 
 from distckpt.errors import Unsupported
 from distckpt.format import datafile
+from distckpt.format.box import Box
 from distckpt.format.layout import chunk_name
-from distckpt.state import as_bytes, cut, is_plain_memory
+from distckpt.state import Everywhere, Layout, as_bytes, cut, is_plain_memory
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterable, Iterator, Mapping
 
     import torch
 
+    from distckpt.format.box import Region
     from distckpt.format.partition import Partition
+    from distckpt.saving.agree import Agreed
     from distckpt.state import GlobalTensor, State
 
 MODEL_LEAD = "model."
 
 
-def own_chunks(state: State, partitions: Mapping[str, Partition], rank: int) -> dict[str, tuple[str, torch.Tensor]]:
-    """Chunks that `rank` writes: name -> (fqn, view of live memory). Unsupported if it does not hold one of them."""
-    found = {}
+@dataclass(frozen=True, slots=True)
+class Laid:
+    """The chunks of one rank's data file, laid out: in file order, the fqn and region of each."""
+
+    packed: datafile.Packed
+    places: tuple[tuple[str, Region], ...]
+
+
+def lay_out(tensors: Mapping[str, Agreed], partitions: Mapping[str, Partition], rank: int) -> Laid:
+    """Lay out what `rank` writes: the model's chunks before the others within an item size."""
+    places, chunks = {}, []
     for fqn, partition in partitions.items():
         for region in partition.of_file(rank):
-            held: GlobalTensor | None = state.tensors.get(fqn)
-            view = None
-            for shard in held.shards if held else ():
-                if (view := cut(shard, region)) is not None:
-                    break
-            if view is None:
-                raise Unsupported(f"{fqn}: rank {rank} should hold {region}, and does not; other ranks say it does")
-            found[chunk_name(fqn, region, partition.shape)] = (fqn, view)
+            name = chunk_name(fqn, region, partition.shape)
+            places[name] = (fqn, region)
+            sizes = region.sizes if isinstance(region, Box) else (region.numel,)
+            chunks.append(datafile.Chunk(name, tensors[fqn].dtype, sizes, not fqn.startswith(MODEL_LEAD)))
+    packed = datafile.pack(chunks)
+    return Laid(packed, tuple(places[segment.name] for segment in packed.segments))
+
+
+def held(state: State, laid: Laid, rank: int) -> list[torch.Tensor]:
+    """Views of live memory, of each chunk in file order. Unsupported if `rank`, this one, does not hold one of them."""
+    found = [view_of(state, fqn, region, rank) for fqn, region in laid.places]
+    for view, (fqn, _), segment in zip(found, laid.places, laid.packed.segments, strict=True):
+        if view.nbytes != segment.nbytes:
+            raise Unsupported(
+                f"{fqn}: the part of rank {rank} has {view.nbytes} bytes, and should have {segment.nbytes}"
+            )
     return found
 
 
-def build(chunks: Mapping[str, tuple[str, torch.Tensor]], objects: bytes) -> datafile.Image:
-    """Image of the data file with these chunks: the model's before the others within an item size."""
-    return datafile.build(
-        (
-            datafile.Chunk(name, str(t.dtype).removeprefix("torch."), tuple(t.shape), not fqn.startswith(MODEL_LEAD))
-            for name, (fqn, t) in chunks.items()
-        ),
-        objects,
-    )
+def view_of(state: State, fqn: str, region: Region, rank: int) -> torch.Tensor:
+    """View of live memory: a region of a tensor. Unsupported if `rank`, this one, does not hold it."""
+    whole: GlobalTensor | None = state.tensors.get(fqn)
+    for shard in whole.shards if whole else ():
+        if (view := cut(shard, region)) is not None:
+            return view
+    raise Unsupported(f"{fqn}: rank {rank} should hold {region}, and does not; other ranks say it does")
 
 
-def live(image: datafile.Image, chunks: Mapping[str, tuple[str, torch.Tensor]]) -> Iterator[memoryview]:
-    """Content of an image's segments, where it lies; a tensor that is not plain memory is copied, one at a time."""
-    for segment in image.segments:
-        tensor = chunks[segment.name][1]
+def live(tensors: Iterable[torch.Tensor]) -> Iterator[memoryview]:
+    """Bytes of tensors, where they lie; one that is not plain memory is copied, one at a time."""
+    for tensor in tensors:
         if not is_plain_memory(tensor):
-            tensor = tensor.resolve_conj().resolve_neg().cpu().contiguous()
-        yield as_bytes(tensor)
+            yield as_bytes(tensor.resolve_conj().resolve_neg().cpu().contiguous())
+        else:
+            yield as_bytes(tensor)
+
+
+def local_bytes(state: State, world_size: int) -> int:
+    """About how many bytes a rank will write of a state: what it holds, divided by those who hold the same."""
+    found = 0
+    for whole in state.tensors.values():
+        layout = whole.layout
+        if isinstance(layout, Everywhere):
+            copies = world_size if whole.trusted else 1
+        else:
+            copies = prod(split.count for split in layout.replicas) if isinstance(layout, Layout) else 1
+        found += sum(shard.tensor.nbytes for shard in whole.shards) // copies
+    return found

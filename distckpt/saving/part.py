@@ -74,10 +74,11 @@ def whole(image: Image, content: Iterable[memoryview]) -> Summed:
     return Summed(memoryview(image.header), pieces())
 
 
-def write_part(store: Store, part: Part, content: Summed, header: int, size: int) -> None:
+def write_part(store: Store, part: Part, content: Summed, header: int, size: int) -> Manifest | None:
     """Write a rank's data file and, last, its ack. A failure is acked, too, so that nobody waits for this rank.
 
     content: of the file; its pieces stay as they are. header, size: bytes of the file's header, and of all of it.
+    Returns the draft as it stands in the ack.
     """
     try:
         store.write(part.attempt.key(part.name), content, size=size, stable=True)
@@ -88,6 +89,7 @@ def write_part(store: Store, part: Part, content: Summed, header: int, size: int
         with contextlib.suppress(StoreError):  # what failed is raised; this is for those who wait
             write_refusal(store, part.attempt, part.rank, e)
         raise
+    return draft
 
 
 def _with_objects(store: Store, part: Part, draft: Manifest) -> Manifest:

@@ -13,12 +13,14 @@ from typing import TYPE_CHECKING, Any
 
 from distckpt.comm import together
 from distckpt.errors import RanksMissing
+from distckpt.format.datafile import build
 from distckpt.format.layout import StepDir
 from distckpt.format.manifest import Manifest, TensorInfo
+from distckpt.latest import Latest
 from distckpt.saving.agree import agree
 from distckpt.saving.commit import Attempt, commit_when_acked, remove_acks
 from distckpt.saving.divide import divide
-from distckpt.saving.image import build, live, own_chunks
+from distckpt.saving.image import Laid, held, lay_out, live
 from distckpt.saving.part import Part, abandon_part, whole, write_part
 
 if TYPE_CHECKING:
@@ -32,6 +34,9 @@ if TYPE_CHECKING:
     from distckpt.saving.agree import Agreement
     from distckpt.state import State
     from distckpt.store.base import Store
+
+
+_LAYOUTS: Latest[tuple[Mapping[str, Partition], Laid]] = Latest()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,13 +73,12 @@ class Planned:
     notes: list[str]
     flags: list[int]
     _state: State
-    _partitions: Mapping[str, Partition]
+    _laid: Laid
     _rank_objects: bytes
 
-    def image(self) -> tuple[Image, Mapping[str, tuple[str, torch.Tensor]]]:
-        """Image of this rank's data file, and its chunks: name -> (fqn, view of live memory). Unsupported."""
-        chunks = own_chunks(self._state, self._partitions, self.part.rank)
-        return build(chunks, self._rank_objects), chunks
+    def image(self) -> tuple[Image, list[torch.Tensor]]:
+        """Image of this rank's data file, and views of live memory: its chunks, in file order. Unsupported."""
+        return build(self._laid.packed, self._rank_objects), held(self._state, self._laid, self.part.rank)
 
 
 def plan(comm: Comm, capture: Callable[[], State], request: Request) -> Planned:
@@ -87,12 +91,12 @@ def plan(comm: Comm, capture: Callable[[], State], request: Request) -> Planned:
         flag=request.flag,
         check_replicas=request.check_replicas,
     )
-    partitions = divide(agreement.tensors)
+    partitions, laid = _dealt(agreement, comm.rank)
     attempt = Attempt(StepDir(request.step, agreement.generation), agreement.attempt, comm.world_size)
     part = Part(attempt, comm.rank)
     if comm.rank == 0:
         part = Part(attempt, 0, agreement.objects, _draft(attempt, request, agreement, partitions))
-    return Planned(part, agreement.notes, agreement.flags, state, partitions, _dump(agreement.rank_objects))
+    return Planned(part, agreement.notes, agreement.flags, state, laid, _dump(agreement.rank_objects))
 
 
 def save(comm: Comm, store: Store, capture: Callable[[], State], request: Request) -> Committed:
@@ -103,17 +107,19 @@ def save(comm: Comm, store: Store, capture: Callable[[], State], request: Reques
     planned = plan(comm, capture, request)
     part = planned.part
     directory = part.attempt.directory
+    draft: Manifest | None = None
     made: Manifest | None = None
 
     def write() -> bytes:
+        nonlocal draft
         image, chunks = planned.image()
-        write_part(store, part, whole(image, live(image, chunks)), len(image.header), image.size)
+        draft = write_part(store, part, whole(image, live(chunks)), len(image.header), image.size)
         return image.size.to_bytes(8, "little")
 
     def commit() -> None:
         nonlocal made
         if comm.rank == 0:
-            made = commit_when_acked(store, part.attempt, timeout=comm.timeout)
+            made = commit_when_acked(store, part.attempt, draft, timeout=comm.timeout)
             remove_acks(store, part.attempt)
 
     try:
@@ -125,6 +131,16 @@ def save(comm: Comm, store: Store, capture: Callable[[], State], request: Reques
         abandon_part(store, part)
         raise
     return Committed(directory, sum(int.from_bytes(s, "little") for s in sizes), planned.notes, made)
+
+
+def _dealt(agreement: Agreement, rank: int) -> tuple[Mapping[str, Partition], Laid]:
+    """Partitions of all tensors, and the layout of this rank's file. Both are the same for the same description."""
+
+    def deal() -> tuple[Mapping[str, Partition], Laid]:
+        partitions = divide(agreement.tensors)
+        return partitions, lay_out(agreement.tensors, partitions, rank)
+
+    return _LAYOUTS.get((agreement.key, rank), deal) if agreement.key else deal()
 
 
 def _draft(attempt: Attempt, request: Request, agreement: Agreement, partitions: Mapping[str, Partition]) -> Manifest:

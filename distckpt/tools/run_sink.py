@@ -64,13 +64,10 @@ def _data_file(view: View, lead: str, index: int, attempt: str, room: int) -> Ou
         for region in info.partition.of_file(index):
             copy_of = index if hasattr(info.partition, "copy_of") else None
             chunks[chunk_name(fqn, region, info.shape)] = Stretch.whole(fqn, region, info.dtype, copy_of)
-    image = datafile.build(
-        (
-            datafile.Chunk(name, s.dtype, _sizes(s.region), not s.fqn.startswith(MODEL_LEAD))
-            for name, s in chunks.items()
-        ),
-        _rank_objects(view, index),
+    packed = datafile.pack(
+        datafile.Chunk(name, s.dtype, _sizes(s.region), not s.fqn.startswith(MODEL_LEAD)) for name, s in chunks.items()
     )
+    image = datafile.build(packed, _rank_objects(view, index))
     name = data_file(index, attempt)
 
     def write(store: Store) -> list[Any]:

@@ -24,6 +24,7 @@ from distckpt.format.datafile import (
     decode_table,
     encode_table,
     file_digest,
+    pack,
     table_size,
 )
 from distckpt.format.dtype import ITEM_SIZE, stored_as
@@ -37,11 +38,11 @@ def content_of(chunk: Chunk) -> bytes:
 
 def file_of(chunks, objects=b"{}"):
     """(image, bytes of the whole file)."""
-    image = build(chunks, objects)
+    image = build(pack(chunks), objects)
     by_name = {c.name: c for c in chunks}
     body = image.header
     for segment in image.segments:
-        assert segment.start == len(body)
+        assert len(image.header) + segment.start == len(body)
         body += content_of(by_name[segment.name])
     body += image.objects
     assert len(body) == image.table_start
@@ -102,25 +103,25 @@ def test_a_file_of_any_chunks_is_one_that_safetensors_and_decode_header_agree_on
 
 @given(chunk_lists)
 def test_chunks_lie_packed_and_aligned_larger_items_and_the_model_first(chunks):
-    image = build(chunks, b"")
+    image = build(pack(chunks), b"")
     by_name = {c.name: c for c in chunks}
     placed = [by_name[s.name] for s in image.segments]
     assert len(image.header) % DATA_ALIGNMENT == 0
     assert [(ITEM_SIZE[c.dtype], not c.last) for c in placed] == sorted(
         ((ITEM_SIZE[c.dtype], not c.last) for c in placed), reverse=True
     )
-    position = len(image.header)
+    position = 0
     for chunk, segment in zip(placed, image.segments, strict=True):
         assert (segment.start, segment.nbytes) == (position, prod(chunk.shape) * ITEM_SIZE[chunk.dtype])
         assert segment.start % ITEM_SIZE[chunk.dtype] == 0
         position += segment.nbytes
-    assert image.objects_start == position
+    assert image.objects_start == len(image.header) + position
 
 
 @given(chunk_lists, st.randoms())
 def test_the_order_in_which_chunks_are_given_changes_nothing(chunks, random):
     shuffled = random.sample(chunks, len(chunks))
-    assert build(chunks, b"{}") == build(shuffled, b"{}")
+    assert build(pack(chunks), b"{}") == build(pack(shuffled), b"{}")
 
 
 @pytest.mark.parametrize("count", [40, 57, 58, 59, 60, 3000])
@@ -137,13 +138,13 @@ def test_the_header_grows_by_whole_pages(count):
 def test_a_header_that_no_safetensors_reader_takes_is_refused(monkeypatch):
     monkeypatch.setattr(datafile, "MAX_HEADER", 5000)
     with pytest.raises(FormatError, match="data file header of 8192 bytes"):
-        build([Chunk(f"{i}", "float32", (1,)) for i in range(90)], b"")
+        build(pack([Chunk(f"{i}", "float32", (1,)) for i in range(90)]), b"")
 
 
 @pytest.mark.parametrize("names", [["a", "a"], ["__objects__"], ["__metadata__"], ["__checksums__"]], ids=",".join)
 def test_a_name_that_would_hide_another_chunk_is_refused(names):
     with pytest.raises(FormatError, match="chunk"):
-        build([Chunk(n, "float32", (1,)) for n in names], b"")
+        build(pack([Chunk(n, "float32", (1,)) for n in names]), b"")
 
 
 def test_every_damaged_byte_of_header_or_table_changes_the_digest_of_the_file():
@@ -222,7 +223,7 @@ def test_a_deeply_nested_header_is_a_format_error(depth):
             decode_header(struct.pack("<Q", len(nest)) + nest, 10)
 
 
-@given(damaged(entries_of(build([Chunk("a", "float32", (3,)), Chunk("b", "complex64", (2,))], b"{}"))))
+@given(damaged(entries_of(build(pack([Chunk("a", "float32", (3,)), Chunk("b", "complex64", (2,))]), b"{}"))))
 def test_a_damaged_header_is_a_format_error_or_describes_the_whole_file(entries):
     header = header_of(entries)
     size = len(header) + 3 * 4 + 2 * 8 + 4 + table_size(1)
@@ -253,7 +254,7 @@ def test_any_json_is_no_header(value):
     ],
 )
 def test_a_header_with_a_hole_or_a_wrong_size_is_refused(change, message):
-    image = build([Chunk("a", "float32", (3,)), Chunk("b", "float16", (2,))], b"{}")
+    image = build(pack([Chunk("a", "float32", (3,)), Chunk("b", "float16", (2,))]), b"{}")
     entries = entries_of(image)
     decode_header(image.header, image.size)
     change(entries)
@@ -269,7 +270,7 @@ def test_a_header_with_a_name_twice_is_refused():
 
 
 def test_a_file_of_another_size_is_refused():
-    image = build([Chunk("a", "float32", (3,))], b"{}")
+    image = build(pack([Chunk("a", "float32", (3,))]), b"{}")
     for size in (image.size - 1, image.size + 1):
         with pytest.raises(FormatError, match="chunks end"):
             decode_header(image.header, size)

@@ -383,3 +383,20 @@ def test_one_step_saved_twice_in_flight_is_two_generations(tmp_path):
         c.save(7, live)
     assert [str(c.directory) for c in History(LocalStore(tmp_path)).valid()] == ["step-00000007.2", "step-00000007"]
     assert torch.equal(loaded(tmp_path), torch.full((VALUES,), 2.0))
+
+
+def test_the_first_save_finds_process_and_arena_made(tmp_path):
+    live, w = state(1)
+    with Checkpointer(tmp_path, every=2) as c:
+        assert c.step(1, live).saved is None
+        until(writers)
+        assert c._background._arenas[0].nbytes >= 4 * VALUES
+        arena = c._background._arenas[0]
+        w.fill_(2)
+        saved = c.step(2, live).saved
+        assert c._background._arenas == {0: arena}
+        saved.wait()
+    with Checkpointer(tmp_path) as c:
+        assert c.resume(live).step == 2
+        until(writers)
+    assert torch.equal(w, torch.full((VALUES,), 2.0))

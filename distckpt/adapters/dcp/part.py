@@ -13,15 +13,16 @@ from distckpt.errors import Unsupported
 from distckpt.format import objects
 from distckpt.format.box import Box
 from distckpt.format.checksum import crc_of, digest
+from distckpt.format.datafile import Chunk, build, pack
 from distckpt.format.layout import chunk_name, data_file
 from distckpt.format.manifest import FileInfo
-from distckpt.saving.image import build, live
+from distckpt.saving.image import MODEL_LEAD, live
 from distckpt.saving.part import whole
 from distckpt.state import as_bytes, plain
 from distckpt.statedict import extract, is_extra_state
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
 
     from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem
 
@@ -72,13 +73,19 @@ def write(store: Store, ticket: Ticket, plan: SavePlan, planner: SavePlanner) ->
             own.take_chunk(item, planner)
     if ticket.attempt.world_size > 1:
         own.sum_tensors()
-    image = build(own.pieces, b"{}")
+    image = build(pack(_chunks(own)), b"{}")
     name = data_file(ticket.rank, ticket.attempt.id)
-    content = whole(image, live(image, own.pieces))
+    content = whole(image, live(own.pieces[segment.name][1] for segment in image.segments))
     store.write(ticket.attempt.key(name), content, size=image.size, stable=True)
     file = FileInfo(name, image.size, len(image.header), content.digest)
     chunks = {fqn: (shape, dtype, tuple(boxes)) for fqn, (shape, dtype, boxes) in own.chunks.items()}
     return Part(ticket.rank, ticket.attempt.id, file, chunks, own.values, own.sums, own.ties)
+
+
+def _chunks(own: _Own) -> Iterator[Chunk]:
+    for name, (fqn, tensor) in own.pieces.items():
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        yield Chunk(name, dtype, tuple(tensor.shape), not fqn.startswith(MODEL_LEAD))
 
 
 def _state_dict(planner: SavePlanner) -> dict[str, Any]:

@@ -167,7 +167,7 @@ class StorageWriter(storage.StorageWriter):
             writer={"distckpt": __version__},
         )
         write_ack(store, attempt, 0, parts[0].file, draft)
-        return commit_when_acked(store, attempt, timeout=self._timeout)
+        return commit_when_acked(store, attempt, draft, timeout=self._timeout)
 
 
 def _structure(plans: list[SavePlan]) -> Structure:
