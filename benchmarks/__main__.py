@@ -19,13 +19,21 @@ if TYPE_CHECKING:
     from benchmarks.report import Report
 
 BENCHES = {
-    "save": "saving",
-    "load": "saving",
-    "small": "saving",
-    "plan": "plan",
-    "reshard-offline": "reshard_offline",
+    "save": "saving.save",
+    "async": "stall.stall",
+    "load": "saving.load",
+    "reshard": "reshard.reshard",
+    "small": "saving.small",
+    "partial": "partial.partial",
+    "replicated": "replicated.replicated",
+    "integrity": "integrity.integrity",
+    "plan": "plan.plan",
+    "reshard-offline": "reshard_offline.reshard_offline",
 }
-"""Name of a benchmark -> the module that has a function of that name."""
+"""Name of a benchmark -> its function."""
+
+RESIZES = ("async", "reshard")
+"""Benchmarks that need other numbers of ranks, too: given all ranks, they join what they need."""
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -94,11 +102,16 @@ def run(name: str, ranks: Ranks, asked: argparse.Namespace) -> Report | None:
         folder=asked.folder,
         nbytes=int((asked.gb or (0.008 if asked.quick else 0.5)) * 2**30),
         rounds=asked.rounds or (2 if asked.quick else 5),
+        quick=asked.quick,
     )
+    module, function = BENCHES[name].split(".")
+    act = getattr(import_module(f"benchmarks.{module}"), function)
     report: Report | None = None
-    with ranks.world() as world:
-        if world:
-            report = getattr(import_module(f"benchmarks.{BENCHES[name]}"), name.replace("-", "_"))(world, options)
+    if name in RESIZES:
+        report = act(ranks, options)
+    else:
+        with ranks.world() as world:
+            report = act(world, options) if world else None
     if report and ranks.rank == 0:
         print(f"\n# {name}\n{json.dumps(machine())}\n{report}", flush=True)
     return report

@@ -24,6 +24,7 @@ class Options:
     folder: Path
     nbytes: int
     rounds: int
+    quick: bool = False
 
     @contextmanager
     def media(self, world: World) -> Iterator[dict[str, Path]]:

@@ -74,14 +74,14 @@ class Distckpt(Peer):
         self._saver, self._loader = Checkpointer(self.home), Checkpointer(self.home)
 
     def save(self, folder: Path) -> None:
-        self._saver.save(_step(folder), self._state, wait=True)
+        self._saver.save(step_of(folder), self._state, wait=True)
 
     def open(self, folder: Path) -> None:  # noqa: ARG002
         self._loader.close()
         self._loader = Checkpointer(self.home)
 
     def load(self, folder: Path) -> None:
-        self._loader.load(self._state, step=_step(folder))
+        self._loader.load(self._state, step=step_of(folder))
 
     def close(self) -> None:
         self._saver.close()
@@ -94,12 +94,12 @@ class TorchSave(Peer):
     name = "torch.save"
 
     def save(self, folder: Path) -> None:
-        path = _own(folder, self.world, "pt")
+        path = own_file(folder, self.world, "pt")
         torch.save(self.tensors.local, path)
         sync([path])
 
     def load(self, folder: Path) -> None:
-        _copy(torch.load(_own(folder, self.world, "pt"), weights_only=True), self.tensors)
+        _copy(torch.load(own_file(folder, self.world, "pt"), weights_only=True), self.tensors)
 
 
 class Safetensors(Peer):
@@ -110,14 +110,14 @@ class Safetensors(Peer):
     def save(self, folder: Path) -> None:
         from safetensors.torch import save_file
 
-        path = _own(folder, self.world, "safetensors")
+        path = own_file(folder, self.world, "safetensors")
         save_file(self.tensors.local, path)
         sync([path])
 
     def load(self, folder: Path) -> None:
         from safetensors.torch import load_file
 
-        _copy(load_file(_own(folder, self.world, "safetensors")), self.tensors)
+        _copy(load_file(own_file(folder, self.world, "safetensors")), self.tensors)
 
 
 class Dcp(Peer):
@@ -158,10 +158,15 @@ class TorchCheckpointing(Peer):
         items = {"model": package.ItemSpec(resharder=DefaultResharder() if reshards else None)}
         # by default it writes unaligned memory with O_DIRECT, which ext4 refuses
         storage = LocalFileSystemStorageConfig(use_direct_io=False)
-        how = package.SyncCheckpointSaverConfig()
-        config = package.CheckpointManager.Config(items=items, save=how, storage_config=storage)
+        config = package.CheckpointManager.Config(items=items, save=self.how(), storage_config=storage)
         self._manager: Any = package.CheckpointManager(config)
         self._state = {"model": dict(self.tensors.whole if reshards else self.tensors.local)}
+
+    def how(self) -> Any:
+        """Configuration of its saver."""
+        from torch_checkpointing import SyncCheckpointSaverConfig
+
+        return SyncCheckpointSaverConfig()
 
     def save(self, folder: Path) -> None:
         self._manager.save(str(folder), self._state)
@@ -222,13 +227,13 @@ class Raw(Peer):
         self._memory = [as_bytes(t.cpu()) for t in self.tensors.local.values()]
 
     def save(self, folder: Path) -> None:
-        with _opened(_own(folder, self.world, "raw"), os.O_WRONLY | os.O_CREAT) as descriptor:
+        with _opened(own_file(folder, self.world, "raw"), os.O_WRONLY | os.O_CREAT) as descriptor:
             self._move(os.pwritev, descriptor)
             os.fsync(descriptor)
         sync([folder])
 
     def load(self, folder: Path) -> None:
-        with _opened(_own(folder, self.world, "raw"), os.O_RDONLY) as descriptor:
+        with _opened(own_file(folder, self.world, "raw"), os.O_RDONLY) as descriptor:
             self._move(os.preadv, descriptor)
 
     def settle(self) -> None:
@@ -257,14 +262,14 @@ class RawDirect(Raw):
 
     def save(self, folder: Path) -> None:
         flags = os.O_WRONLY | os.O_CREAT | os.O_DIRECT
-        with _opened(_own(folder, self.world, "raw"), flags) as descriptor:
+        with _opened(own_file(folder, self.world, "raw"), flags) as descriptor:
             os.posix_fallocate(descriptor, 0, self._size)
             self._move(os.pwritev, descriptor)
             os.fsync(descriptor)
         sync([folder])
 
     def load(self, folder: Path) -> None:
-        with _opened(_own(folder, self.world, "raw"), os.O_RDONLY | os.O_DIRECT) as descriptor:
+        with _opened(own_file(folder, self.world, "raw"), os.O_RDONLY | os.O_DIRECT) as descriptor:
             self._move(os.preadv, descriptor)
 
     def _move(self, call: Any, descriptor: int) -> None:
@@ -298,12 +303,14 @@ def _all(call: Any, descriptor: int, buffers: list[memoryview], position: int) -
     return done
 
 
-def _own(folder: Path, world: World, ending: str) -> Path:
+def own_file(folder: Path, world: World, ending: str) -> Path:
+    """File of this rank in a folder, which is made."""
     folder.mkdir(parents=True, exist_ok=True)
     return folder / f"rank-{world.rank}.{ending}"
 
 
-def _step(folder: Path) -> int:
+def step_of(folder: Path) -> int:
+    """Step that a folder is named after."""
     return int(folder.name.removeprefix("step-"))
 
 

@@ -1,6 +1,7 @@
-"""Planning and index: a Llama-3-8B's 873 tensors under FSDP, at growing world sizes, beside DCP's planner and metadata.
+"""Planning and index of large models at large world sizes, beside DCP's planner and metadata; and rank 0's commit.
 
-Ranks are simulated: what is timed is what one rank (ours: any; DCP's: rank 0) computes, and what the index weighs.
+Ranks are simulated: one rank of each class that describes the same runs the real `agree` on a thread, the others answer
+as it does. What is told is the CPU time of one rank.
 """
 
 from __future__ import annotations
@@ -9,126 +10,253 @@ import io
 import pickle
 import statistics
 import time
-from math import prod
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+import torch
+
+from benchmarks.covers import served, written_once
+from benchmarks.meter import seconds
 from benchmarks.report import Report, Table
 from benchmarks.rounds import Ratio
+from benchmarks.simulated import MODELS, PARALLELISMS, Sharding, index_of
+from distckpt.comm import ThreadComm
 from distckpt.format import manifest
-from distckpt.format.manifest import FileInfo, Manifest, TensorInfo
-from distckpt.format.partition import Grid, Split
-from distckpt.saving.agree import Agreed
+from distckpt.format.layout import StepDir
+from distckpt.loading.open import open_checkpoint
+from distckpt.loading.plan import Options as LoadOptions
+from distckpt.loading.plan import plan as plan_load
+from distckpt.saving.agree import agree
+from distckpt.saving.commit import Attempt, acked_ranks, commit, complete, remove_acks, write_ack
 from distckpt.saving.divide import divide
-from distckpt.state import Layout
+from distckpt.state import GlobalTensor, Saved, Shard, State
+from distckpt.store.local import LocalStore
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from pathlib import Path
 
     from benchmarks.options import Options
     from benchmarks.ranks import World
+    from benchmarks.simulated import Model
+    from distckpt.format.manifest import Manifest
+    from distckpt.format.partition import Partition
+    from distckpt.saving.agree import Agreement
+
+FULL = {
+    "Llama-3 8B": (8, 1024, 16384, 100_000),
+    "Llama-3 70B": (1024, 16384),
+    "Llama-3 405B": (16384,),
+    "MoE": (1024, 16384, 100_000),
+}
+QUICK = {"Llama-3 8B": (8,)}
+READERS = {"FSDP": 24, "TP x FSDP": 16, "ZeRO-3": 12}
+"""Layouts, with their world sizes, that each checkpoint is planned to be loaded into."""
+_PATIENCE = 120.0
 
 
-def llama_shapes() -> dict[str, tuple[int, ...]]:
-    """Fqn -> shape of Llama-3-8B's 291 parameters and their two Adam moments."""
-    blocks: dict[str, tuple[int, ...]] = {
-        "self_attn.q_proj": (4096, 4096),
-        "self_attn.k_proj": (1024, 4096),
-        "self_attn.v_proj": (1024, 4096),
-        "self_attn.o_proj": (4096, 4096),
-        "mlp.gate_proj": (14336, 4096),
-        "mlp.up_proj": (14336, 4096),
-        "mlp.down_proj": (4096, 14336),
-        "input_layernorm": (4096,),
-        "post_attention_layernorm": (4096,),
-    }
-    shapes = {f"layers.{i}.{name}.weight": s for i in range(32) for name, s in blocks.items()}
-    shapes |= {"embed_tokens.weight": (128256, 4096), "norm.weight": (4096,), "lm_head.weight": (128256, 4096)}
-    return {
-        name: shape
-        for fqn, shape in shapes.items()
-        for name in (f"model.{fqn}", f"optim.{fqn}.exp_avg", f"optim.{fqn}.exp_avg_sq")
-    }
+def plan(world: World, options: Options) -> Report:
+    """Plan on rank 0, while the others wait."""
+    report = Report("plan")
+    with options.media(world) as media:
+        if world.rank == 0:
+            _tell(report, options, media.get("tmpfs", media["disk"]))
+        world.barrier()
+    return report
 
 
-def agreed(world_size: int) -> dict[str, Agreed]:
-    """The tensors, each cut along its first dimension over `world_size` ranks."""
-    return {
-        fqn: Agreed(s, "float32", Layout(Grid(s, ((Split(world_size, 1),), *((),) * (len(s) - 1)), 0)))
-        for fqn, s in llama_shapes().items()
-    }
+@dataclass(slots=True)
+class Planned:
+    """What planning one save and its loads took: CPU milliseconds of a rank, bytes."""
+
+    tensors: int
+    agree: float
+    divide: float
+    own: float
+    sent: int
+    load: float
+    index: int
+    files: int
+    opened: float
+    shards: int
+    regions: int
+
+    @property
+    def save(self) -> float:
+        """Milliseconds of a rank to plan a save."""
+        return self.agree + self.divide + self.own
+
+    def row(self) -> list[str]:
+        """As a table has it."""
+        times = [f"{x:.1f}" for x in (self.save, self.agree, self.divide, self.own)]
+        counts = [f"{self.index / 1e6:.2f}", f"{self.opened:.0f}", str(self.shards), str(self.regions)]
+        return [*times, str(self.sent), f"{self.load:.1f}", *counts]
 
 
-def index_of(world_size: int) -> Manifest:
-    """Manifest of a checkpoint of those tensors."""
-    tensors = agreed(world_size)
-    partitions = divide(tensors)
-    infos = {fqn: TensorInfo(t.shape, t.dtype, partitions[fqn]) for fqn, t in tensors.items()}
-    size = 81920 + sum(4 * prod(t.shape) for t in tensors.values()) // world_size
-    files = tuple(FileInfo(f"rank-{r:05d}.0123456789ab.safetensors", size, 81920, "0" * 32) for r in range(world_size))
-    return Manifest(1, 1, 1, "0123456789ab", "2026-01-01T00:00:00+00:00", world_size, infos, files)
+COLUMNS = "model, layout|ranks|plan, ms|agree|divide|own chunks|bytes sent|load plan, ms|commit.json, MB|open, ms"
+PROVEN = ["shards", "regions"]
 
 
-def _timed(fn: Callable[[], object], repeat: int = 5) -> float:
-    """Median seconds of a call."""
-    found = []
-    for _ in range(repeat):
-        started = time.perf_counter()
-        fn()
-        found.append(time.perf_counter() - started)
-    return statistics.median(found)
+def _tell(report: Report, options: Options, place: Path) -> None:
+    rows, dense = [[*COLUMNS.split("|"), *PROVEN]], list[Planned]()
+    for name, sizes in (QUICK if options.quick else FULL).items():
+        model = MODELS[name]()
+        for kind in PARALLELISMS:
+            for n in sizes:
+                found = _planned(model, kind, n, 1 if options.quick or len(model) > 10_000 else 5)
+                rows.append([f"{name}, {kind}", str(n), *found.row()])
+                if found.tensors == 873 and kind == "FSDP":
+                    dense.append(found)
+    title = "planning: CPU milliseconds of one rank; every shard proven written once, every region proven covered"
+    report.tables.append(Table(title, rows))
+    ranks = 64 if options.quick else 16384
+    report.tables.append(_commit(report, place, ranks))
+    report.tables.append(_beside_dcp((8,) if options.quick else (8, 64)))
+    report.ratios["plan_ms"] = Ratio.of([max(p.save for p in dense)])
+    report.ratios["load_plan_ms"] = Ratio.of([max(p.load for p in dense)])
+    report.ratios["manifest_bytes"] = Ratio.of([dense[-1].index])
+    report.ratios["manifest_bytes_beyond_files"] = Ratio.of([max(p.index - 100 * p.files for p in dense)])
+    report.ratios["open_ms"] = Ratio.of([max(p.opened for p in dense)])
+    report.ratios["sent_bytes"] = Ratio.of([max(p.sent for p in dense)])
 
 
-def _dcp_metadata_bytes(world_size: int) -> tuple[float, int]:
-    """(seconds, bytes) of DCP's global plan for the same tensors: its rank 0's work, on plans made by hand."""
-    import torch
-    from torch.distributed.checkpoint.default_planner import create_default_global_save_plan
-    from torch.distributed.checkpoint.metadata import (
-        ChunkStorageMetadata,
-        MetadataIndex,
-        TensorProperties,
+def _planned(model: Model, kind: str, n: int, repeats: int) -> Planned:
+    sharding = PARALLELISMS[kind](model, n)
+    agreement, agreed, sent = _agree(model, sharding)
+    partitions = divide(agreement.tensors)
+    content = index_of(model, partitions, n)
+    data = manifest.encode(content)
+    shards, regions = written_once(partitions, n), 0
+    for reader, size in READERS.items():
+        regions += served(partitions, PARALLELISMS[reader](model, size).layouts, size, every=n <= 1024)
+    return Planned(
+        tensors=len(model),
+        agree=agreed,
+        divide=_milliseconds(lambda: divide(agreement.tensors), repeats),
+        own=_milliseconds(lambda: [list(p.of_file(n // 2)) for p in partitions.values()], repeats),
+        sent=sent,
+        load=max(_load(model, content, reader, size, repeats) for reader, size in READERS.items()),
+        index=len(data),
+        files=n,
+        opened=_milliseconds(lambda: manifest.decode(data), repeats),
+        shards=shards,
+        regions=regions,
     )
+
+
+def _milliseconds(act: Callable[[], object], repeats: int) -> float:
+    return statistics.median(seconds(act) for _ in range(repeats)) * 1e3
+
+
+@dataclass(slots=True)
+class SimulatedComm:
+    """A rank of many: those of a class answer as its one member that runs."""
+
+    inner: ThreadComm
+    rank: int
+    world_size: int
+    timeout: float
+    sent: int = 0
+    ranks_of: list[int] = field(default_factory=list)
+
+    def all_gather(self, what: str, payload: bytes) -> list[bytes]:
+        """See Comm.all_gather."""
+        self.sent += len(payload)
+        said = self.inner.all_gather(what, payload)
+        return [said[c] for c in self.ranks_of]
+
+    def send(self, what: str, data: memoryview, to: int) -> None:
+        """See Comm.send. Nothing is sent to plan."""
+        raise NotImplementedError(what)
+
+    receive = send
+
+    def close(self) -> None:
+        """See Comm.close."""
+
+
+def _agree(model: Model, sharding: Sharding) -> tuple[Agreement, float, int]:
+    """(what all ranks agree on, CPU milliseconds of rank 0, bytes that a rank hands to collectives)."""
+    n = sharding.world_size
+    classes = [sharding.class_of(rank) for rank in range(n)]
+
+    def one(of_class: int, inner: ThreadComm) -> tuple[Agreement, float, int, int]:
+        state = sharding.state(model, of_class)
+        comm = SimulatedComm(inner, classes.index(of_class), n, inner.timeout, ranks_of=classes)
+        started = time.thread_time()
+        _, agreement = agree(comm, lambda: state, step=1, generation=lambda: 1)
+        return agreement, (time.thread_time() - started) * 1e3, comm.sent, of_class
+
+    comms = ThreadComm.group(sharding.classes, _PATIENCE)
+    with ThreadPoolExecutor(sharding.classes) as pool:
+        done, _ = wait([pool.submit(one, *pair) for pair in enumerate(comms)], return_when=FIRST_EXCEPTION)
+        results = [future.result() for future in done]
+    return next(found for found in results if found[3] == 0)[:3]
+
+
+def _load(model: Model, content: Manifest, reader: str, size: int, repeats: int) -> float:
+    """Milliseconds of one rank to plan the load of a checkpoint into another layout."""
+    layouts, nothing = PARALLELISMS[reader](model, size).layouts, torch.empty(0)
+    targets = State()
+    for fqn, w in model.items():
+        shards = tuple(Shard(region, nothing) for region in layouts[fqn].held.of_file(size // 2))
+        targets.tensors[fqn] = GlobalTensor(w.shape, w.dtype, layouts[fqn], shards)
+    saved = Saved(dict(content.tensors), {}, content.world_size, size // 2, size, lambda _n, _r: None)
+    names = {fqn: fqn for fqn in model}
+    return _milliseconds(lambda: plan_load(saved, names, {}, targets, LoadOptions()), repeats)
+
+
+def _commit(report: Report, place: Path, ranks: int) -> Table:
+    """Rank 0's work once all have written: list and read the acks, check, commit, remove the acks."""
+    model = MODELS["Llama-3 8B"]()
+    partitions: dict[str, Partition] = divide(_agree(model, PARALLELISMS["FSDP"](model, ranks))[0].tensors)
+    content = index_of(model, partitions, ranks)
+    store, attempt = LocalStore(place), Attempt(StepDir(1), content.attempt, ranks)
+    for rank, file in enumerate(content.files):
+        write_ack(store, attempt, rank, file, content if rank == 0 else None)
+    made: list[Manifest | None] = []
+    rows = [["rank 0's commit", "seconds"]]
+    for what, act in (
+        ("list the acks", lambda: acked_ranks(store, attempt)),
+        ("read them, and check the manifest", lambda: made.append(complete(store, attempt))),
+        ("write commit.json", lambda: commit(store, attempt, made[0] or content)),
+        ("remove the acks", lambda: remove_acks(store, attempt)),
+        ("(a reader) open it", lambda: open_checkpoint(store, attempt.directory)),
+    ):
+        took = seconds(act)
+        rows.append([what, f"{took:.3f}"])
+    report.ratios["commit_s"] = Ratio.of([sum(float(row[1]) for row in rows[1:-1])])
+    return Table(f"commit of Llama-3 8B at {ranks} ranks, with real ack files on {place}", rows)
+
+
+def _beside_dcp(sizes: tuple[int, ...]) -> Table:
+    """Seconds and bytes of DCP's global plan: its rank 0's work, on plans made by hand."""
+    rows = [["DCP, Llama-3 8B, FSDP", "plan, s on rank 0", "metadata, MB"]]
+    for n in sizes:
+        took, size = _dcp(n)
+        rows.append([f"{n} ranks", f"{took:.2f}", f"{size / 1e6:.1f}"])
+    return Table("DCP's planner and metadata, which grow with tensors times ranks", rows)
+
+
+def _dcp(n: int) -> tuple[float, int]:
+    from torch.distributed.checkpoint.default_planner import create_default_global_save_plan
+    from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
     from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem, WriteItemType
 
-    plans = []
-    for rank in range(world_size):
+    model, plans = MODELS["Llama-3 8B"](), []
+    layouts = PARALLELISMS["FSDP"](model, n).layouts
+    for rank in range(n):
         items = []
-        for fqn, shape in llama_shapes().items():
-            step = -(-shape[0] // world_size)
-            start = min(shape[0], step * rank)
-            size = min(shape[0], start + step) - start
-            if size:
-                offsets, sizes = (start, *[0] * (len(shape) - 1)), (size, *shape[1:])
-                chunk = ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes))
-                data = TensorWriteData(chunk, TensorProperties(torch.float32), torch.Size(shape))
-                index = MetadataIndex(fqn, torch.Size(offsets), None)
-                items.append(WriteItem(index, WriteItemType.SHARD, tensor_data=data))
+        for fqn, w in model.items():
+            for region in layouts[fqn].held.of_file(rank):
+                offsets = torch.Size(region.offsets)  # type: ignore[union-attr]
+                chunk = ChunkStorageMetadata(offsets, torch.Size(region.sizes))  # type: ignore[union-attr]
+                data = TensorWriteData(chunk, TensorProperties(torch.float32), torch.Size(w.shape))
+                items.append(WriteItem(MetadataIndex(fqn, offsets, None), WriteItemType.SHARD, tensor_data=data))
         plans.append(SavePlan(items))
     started = time.perf_counter()
     _, metadata = create_default_global_save_plan(plans)
     buffer = io.BytesIO()
     pickle.dump(metadata, buffer)
     return time.perf_counter() - started, buffer.tell()
-
-
-def plan(world: World, options: Options) -> Report:  # noqa: ARG001
-    """Plan on rank 0, while the others wait."""
-    report = Report("plan")
-    if world.rank == 0:
-        _plan(report)
-    world.barrier()
-    return report
-
-
-def _plan(report: Report) -> None:
-    rows = [["ranks", "plan, ms a rank", "commit.json", "open, ms", "DCP plan, s on rank 0", "DCP metadata"]]
-    for world_size in (8, 64, 512, 16384, 100_000):
-        tensors = agreed(world_size)
-        plan = _timed(lambda tensors=tensors: [list(p.of_file(3)) for p in divide(tensors).values()])  # type: ignore[misc]
-        data = manifest.encode(index_of(world_size))
-        opened = _timed(lambda data=data: manifest.decode(data))  # type: ignore[misc]
-        peer = _dcp_metadata_bytes(world_size) if world_size <= 64 else None
-        theirs = [f"{peer[0]:.2f}", f"{peer[1] / 1e6:.1f} MB"] if peer else ["-", "-"]
-        rows.append([str(world_size), f"{plan * 1e3:.1f}", f"{len(data) / 1e6:.2f} MB", f"{opened * 1e3:.0f}", *theirs])
-    report.tables.append(Table("planning and index, Llama-3-8B with Adam (873 tensors), FSDP over N ranks", rows))
-    report.ratios["plan_ms"] = Ratio.of([plan * 1e3])
-    report.ratios["manifest_bytes"] = Ratio.of([len(data)])

@@ -66,7 +66,7 @@ def _rows(found: Sequence[Series], act: str, nbytes: int) -> list[list[str]]:
     rows = [["program", "GB/s", "ours over it", "first, s", "CPU, s", "memory, MiB", "read, MB", "written, MB"]]
     for series in found:
         if series.why_not:
-            rows.append([series.program, series.why_not[:60], *[""] * 6])
+            rows.append([series.program, series.why_not.partition("; ")[0][:100], *[""] * 6])
             continue
         moved = [
             f"{series.median(act, f'{way}_called') / 1e6:.0f} ({series.median(act, f'{way}_stored') / 1e6:.0f})"
@@ -76,7 +76,7 @@ def _rows(found: Sequence[Series], act: str, nbytes: int) -> list[list[str]]:
             [
                 series.program,
                 f"{nbytes / series.median(act) / 1e9:.2f}",
-                str(ratio(series, ours, act)) if series is not ours else "",
+                str(ratio(series, ours, act)) if ours.rounds and series is not ours else "",
                 f"{series.first[act].seconds:.2f}",
                 f"{series.median(act, 'cpu'):.2f}",
                 f"{series.median(act, 'memory') / 2**20:.0f}",

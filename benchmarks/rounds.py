@@ -149,6 +149,11 @@ def load_once(peer: Peer, folder: Path) -> Sample:
 def loads_once(peer: Peer, folder: Path, *, cold: bool) -> dict[str, Sample]:
     """A save that is not timed, a cold load where there is such a thing, and a warm one."""
     measure(peer.world, lambda: peer.save(folder))
+    return loads(peer, folder, cold=cold)
+
+
+def loads(peer: Peer, folder: Path, *, cold: bool) -> dict[str, Sample]:
+    """A cold load where there is such a thing, and a warm one."""
     found = {}
     if cold:
         peer.open(folder)

@@ -60,17 +60,26 @@ class Sharded:
         """The tensors as distckpt takes them."""
         return TrainState(model=Holder(self.whole), rng=False)
 
+    def part(self, leads: tuple[str, ...]) -> dict[str, Any]:
+        """Tensors whose names begin like this, as DTensors."""
+        return {name: t for name, t in self.whole.items() if name.startswith(leads)}
+
     def scrub(self) -> None:
         """Overwrite every tensor, so that a load must bring it back."""
         for t in self.local.values():
             t.fill_(-1)
 
-    def verify(self) -> None:
-        """Wrong unless every tensor is bit for bit what it was made as."""
+    def verify(self, leads: tuple[str, ...] = ("",)) -> None:
+        """Wrong unless every tensor (whose name begins so) is bit for bit what it was made as."""
         wrong = [
-            n
-            for n, t in self.local.items()
-            if not torch.equal(t.cpu().view(torch.uint8), self._truth[n].view(torch.uint8))
+            name
+            for name, t in self.local.items()
+            if name.startswith(leads) and not torch.equal(as_bits(t.cpu()), as_bits(self._truth[name]))
         ]
         if wrong:
             raise Wrong(f"{len(wrong)} of {len(self.local)} tensors are not as they were saved: {', '.join(wrong[:4])}")
+
+
+def as_bits(t: torch.Tensor) -> torch.Tensor:
+    """Memory of a tensor as bytes: what is not a number is equal to itself, too."""
+    return t.contiguous().view(-1).view(torch.uint8)

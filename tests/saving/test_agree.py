@@ -11,7 +11,7 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
-from benchmarks.plan import index_of, llama_shapes
+from benchmarks.simulated import MODELS, fsdp, index_of
 from distckpt import Checkpointer, TrainState
 from distckpt.comm import ThreadComm
 from distckpt.errors import Mismatch
@@ -102,8 +102,11 @@ def test_a_sharded_save_moves_no_more_than_128_bytes_a_rank_in_a_collective(tmp_
 
 
 def test_the_index_grows_with_the_number_of_tensors_and_not_with_tensors_times_ranks():
-    assert len(llama_shapes()) == 873
-    small, large = index_of(8), index_of(16384)
+    model = MODELS["Llama-3 8B"]()
+    assert len(model) == 873
+    small, large = (
+        index_of(model, {fqn: layout.held for fqn, layout in fsdp(model, n).layouts.items()}, n) for n in (8, 16384)
+    )
     without_files = [{k: v for k, v in manifest.to_json(m).items() if k != "files"} for m in (small, large)]
     eight, many = (json.dumps(j) for j in without_files)
     assert many.replace("16384", "8") == eight
