@@ -27,7 +27,7 @@ from distckpt.comm import SoloComm
 from distckpt.errors import DistckptError
 from distckpt.format.checksum import BLOCK
 from distckpt.loading import open as opening
-from distckpt.saving import image
+from distckpt.saving import part
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -54,7 +54,7 @@ class _NoSums:
 @contextmanager
 def without_sums() -> Iterator[None]:
     """Neither sum what is saved nor compare what is loaded."""
-    with mock.patch.object(image, "BlockSums", _NoSums), mock.patch.object(opening.DataFile, "verify"):
+    with mock.patch.object(part, "BlockSums", _NoSums), mock.patch.object(opening.DataFile, "verify"):
         yield
 
 

@@ -102,7 +102,7 @@ def _tell(report: Report, options: Options, place: Path) -> None:
     rows, dense = [[*COLUMNS.split("|"), *PROVEN]], list[Planned]()
     for name, sizes in (QUICK if options.quick else FULL).items():
         model = MODELS[name]()
-        for kind in PARALLELISMS:
+        for kind in ("FSDP", "PP") if options.quick else PARALLELISMS:
             for n in sizes:
                 found = _planned(model, kind, n, 1 if options.quick or len(model) > 10_000 else 5)
                 rows.append([f"{name}, {kind}", str(n), *found.row()])
