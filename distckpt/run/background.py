@@ -55,6 +55,7 @@ class Job:
     ended: bool = False
     error: DistckptError | None = None
     notes: list[str] = field(default_factory=list)
+    copying: threading.Thread | None = None
 
 
 class Background:
@@ -100,6 +101,9 @@ class Background:
     def close(self) -> None:
         """Wait until the process has finished what was staged, and end it; give the arenas back."""
         self._prepared()
+        for job in self._jobs:
+            if job.copying:
+                job.copying.join(self._timeout)
         self._end()
         while self._line:
             self.poll()
@@ -211,8 +215,17 @@ class Background:
         job.arena = number
         return arena
 
-    def staged(self, job: Job, *, header: int, covered: int, size: int, told: tuple[int, int]) -> None:
-        """Hand a job over: its image lies in its arena."""
+    def staged(
+        self,
+        job: Job,
+        *,
+        header: int,
+        covered: int,
+        size: int,
+        told: tuple[int, int],
+        after: Callable[[], None] | None = None,
+    ) -> None:
+        """Hand a job over: its image lies in its arena, or will once `after` returns, which is waited for elsewhere."""
         assert job.arena is not None
         if job.arena not in self._known and not job.ended:
             arena = self._arenas[job.arena]
@@ -221,7 +234,26 @@ class Background:
         job.nbytes = size
         if not job.ended:
             said = {"job": job.number, "arena": job.arena, "header": header, "covered": covered, "size": size}
-            self._send({"do": "staged", **said, "told": told})
+            message = {"do": "staged", **said, "told": told}
+            if after is None:
+                self._send(message)
+            else:
+                job.copying = threading.Thread(target=self._send_after, args=(after, message), name="distckpt-copies")
+                job.copying.start()
+
+    def _send_after(self, after: Callable[[], None], message: dict[str, Any]) -> None:
+        try:
+            after()
+        except RuntimeError as e:  # the device failed
+            message = {"do": "give-up", "job": message["job"], "error": ["StoreError", f"copying from the device: {e}"]}
+        line = self._line
+        with contextlib.suppress(OSError):  # the process has died: the job's failure is found at the next call
+            if line:
+                line.send(json.dumps(message).encode())
+
+    def copying(self, job: Job) -> bool:
+        """Whether a device still copies the job's state."""
+        return job.copying is not None and job.copying.is_alive()
 
     def written(self, job: Job, size: int) -> None:
         """Say that the training process has written a part itself: on rank 0 it is still to be committed."""

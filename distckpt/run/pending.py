@@ -16,6 +16,8 @@ from distckpt.saving.part import abandon_part, whole, write_part
 from distckpt.saving.stage import stage
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from distckpt.comm import Comm
     from distckpt.format.layout import StepDir
     from distckpt.run.background import Background
@@ -37,6 +39,7 @@ class PendingSave:
         self.notes = planned.notes
         self._job = background.begin(planned.part)
         self._report: SaveReport | None = None
+        self._copies: Callable[[], None] | None = None
         self._stage(planned)
 
     def __repr__(self) -> str:
@@ -49,8 +52,8 @@ class PendingSave:
 
     @property
     def staged(self) -> bool:
-        """Whether this rank's state has been copied: then it may change. Not collective."""
-        return self._job.nbytes > 0
+        """Whether this rank's state has been copied, by the device too: then anything may change. Not collective."""
+        return self._job.nbytes > 0 and not self._background.copying(self._job)
 
     @property
     def committed(self) -> bool:
@@ -110,7 +113,7 @@ class PendingSave:
             ).encode()
             end = image.table_start + len(told)
             arena = self._background.arena(self._job, end)
-            stage(image, chunks, arena)
+            self._copies = stage(image, chunks, planned.lasting(), arena)
             arena.view[image.table_start : end] = told
         except Exception as e:  # noqa: BLE001  kept in the job, and raised on every rank at the next call
             self._background.give_up(self._job, e)
@@ -121,4 +124,5 @@ class PendingSave:
             covered=image.table_start,
             size=image.size,
             told=(image.table_start, end),
+            after=self._copies,
         )

@@ -84,7 +84,7 @@ class _Writer:
                 case "give-up":
                     kind, text = message["error"]
                     self._refuse(self._begun.pop(message["job"]), RanksMissing(f"{kind}: {text}"))
-                    self._answer(message["job"], {})
+                    self._answer(message["job"], {"error": [kind, text]})
         for part in self._begun.values():
             self._refuse(part, RanksMissing("the training process ended before it had staged its state"))
 

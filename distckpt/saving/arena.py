@@ -9,7 +9,10 @@ import contextlib
 import mmap
 import os
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 _POPULATE_WRITE = 23  # MADV_POPULATE_WRITE of Linux 5.14
 _AT_ONCE = 4 << 20
@@ -28,6 +31,8 @@ class Arena:
         self.view = memoryview(self._memory)
         self.laid: tuple[Any, int, list[Any]] = (None, 0, [])
         """Views into it for the image that was staged here last: see `stage`."""
+        self.unpin: Callable[[], object] | None = None
+        """Undoes what lets a device copy into it directly."""
 
     def populate(self) -> None:
         """Have the pages made now, so that the first copy does not wait for each."""
@@ -40,6 +45,8 @@ class Arena:
         """Give the memory back, but for what still refers to it."""
         os.close(self.descriptor)
         self.laid = (None, 0, [])
+        if self.unpin:
+            self.unpin()
         with contextlib.suppress(BufferError):
             self.view.release()
             self._memory.close()

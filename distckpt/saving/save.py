@@ -80,6 +80,10 @@ class Planned:
         """Image of this rank's data file, and views of live memory: its chunks, in file order. Unsupported."""
         return build(self._laid.packed, self._rank_objects), held(self._state, self._laid, self.part.rank)
 
+    def lasting(self) -> list[bool]:
+        """Which chunks, in file order, stay as they are until an optimizer steps: parameters and their states."""
+        return [self._state.tensors[fqn].trusted for fqn, _ in self._laid.places]
+
 
 def plan(comm: Comm, capture: Callable[[], State], request: Request) -> Planned:
     """Capture the state on every rank and agree on who writes what. Collective; raises on every rank or on none."""

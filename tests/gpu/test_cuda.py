@@ -59,3 +59,39 @@ def test_strided_and_cast_targets_on_a_device_are_filled(tmp_path):
         target.weight = nn.Parameter(torch.zeros(300, 700, device="cuda", dtype=torch.float64).t())
         c.load(TrainState(model=target, rng=False))
     assert torch.equal(target.weight.float(), saved.weight)
+
+
+def test_a_save_in_the_background_has_the_state_of_its_step_while_training_goes_on(tmp_path):
+    model, optimizer = make(0)
+    model.append(nn.BatchNorm1d(8).cuda())
+    model.big = nn.Parameter(torch.zeros(64 << 20, device="cuda"))  # takes the device a while to copy
+    state = TrainState(model=model, optimizer=optimizer, rng=False)
+    train(model, optimizer, 1)
+    with Checkpointer(tmp_path) as c:
+        found = []
+        for step in range(1, 5):
+            with torch.no_grad():
+                model.big.fill_(step)
+            expected = {n: t.detach().clone() for n, t in model.state_dict().items()}
+            found.append((c.save(step, state), expected))
+            train(model, optimizer, 2)
+            with torch.no_grad():
+                model.big.fill_(-1)
+        found[-1][0].wait()
+        for pending, expected in found:
+            c.load(state, step=pending.step)
+            assert all(torch.equal(t, expected[n]) for n, t in model.state_dict().items())
+
+
+def test_an_optimizer_step_right_after_a_background_save_does_not_change_what_is_saved(tmp_path):
+    model = nn.Linear(1, 1, bias=False)
+    model.weight = nn.Parameter(torch.ones(256 << 20, device="cuda"))
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    model.weight.grad = torch.ones_like(model.weight)
+    with Checkpointer(tmp_path) as c:
+        for step in (1, 2, 3):
+            pending = c.save(step, TrainState(model=model, rng=False))
+            optimizer.step()
+            pending.wait()
+        c.load(TrainState(model=model, rng=False), step=2)
+    assert torch.all(model.weight == 0)
