@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import os
-import time
-import warnings
-from contextlib import suppress
 from dataclasses import dataclass
 from operator import index
 from typing import TYPE_CHECKING, Any, Literal, overload
@@ -13,24 +10,20 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 from distckpt import __version__, comm
 from distckpt.comm import Comm, together
 from distckpt.errors import (
-    DistckptError,
     NotACheckpoint,
     RunConflict,
-    StateWarning,
     Unsupported,
 )
 from distckpt.garbage import uncollected
 from distckpt.loading.plan import Options
-from distckpt.run.background import ARENAS, Background
 from distckpt.run.choose import Search, load_newest
 from distckpt.run.history import History
 from distckpt.run.launches import open_launch, read_launches
-from distckpt.run.pending import PendingSave
 from distckpt.run.publish import now
-from distckpt.run.save import SaveReport, plain_metrics, save_and_publish
+from distckpt.run.save import plain_metrics
+from distckpt.run.saver import Saver
 from distckpt.run.source import foreign_root, load_source
-from distckpt.saving.image import local_bytes
-from distckpt.saving.save import Request, plan
+from distckpt.saving.save import Request
 from distckpt.store.local import LocalStore
 
 if TYPE_CHECKING:
@@ -40,13 +33,13 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
     from distckpt.loading.report import LoadReport
+    from distckpt.run.pending import PendingSave
+    from distckpt.run.save import SaveReport
     from distckpt.run.trainstate import TrainState
     from distckpt.state import State
     from distckpt.store.base import Store
 
 _STEP = 8  # bytes of a step in a message
-_FAILED, _BUSY = 1, 2
-"""What a rank tells the others at the next save: that an earlier one has failed, that it has no room for this one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,21 +71,14 @@ class Checkpointer:
     ) -> None:
         if every is not None and (type(every) is not int or every < 1):
             raise ValueError(f"every={every!r}: a number of steps, an int of at least 1")
-        if arena_bytes is not None and (type(arena_bytes) is not int or arena_bytes < 0):
-            raise ValueError(f"arena_bytes={arena_bytes!r}: a number of bytes, or None for no limit")
-        if when_busy not in {"wait", "skip"}:
-            raise ValueError(f"when_busy={when_busy!r}: 'wait' or 'skip'")
         self._store: Store = LocalStore(root) if isinstance(root, (str, os.PathLike)) else root
         self._every = every
         self._comm = comm or _default_comm(timeout)
         self._given = comm is not None
         self._history = History(self._store)
-        self._wait, self._when_busy = wait, when_busy
-        self._background = (
-            Background(self._store, self._comm.timeout, arena_bytes) if isinstance(self._store, LocalStore) else None
-        )
+        self._saver = Saver(self._comm, self._history, when_busy=when_busy, arena_bytes=arena_bytes)
+        self._wait = wait
         self._prepared = False
-        self._pending: list[PendingSave] = []
         self._launch: int | None = None
         self._closed = False
 
@@ -102,23 +88,22 @@ class Checkpointer:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if error:
-            self._pending = []  # the error is what is raised; what is staged is written all the same
-        self.close()
+        self._close(failed=error is not None)
 
     def close(self) -> None:
         """Wait for saves in flight, then give back processes, memory, and the process group.
 
         Collective where a save is in flight: raises on every rank if one has failed.
         """
+        self._close(failed=False)
+
+    def _close(self, *, failed: bool) -> None:
         if self._closed:
             return
         self._closed = True
         try:
-            self._finish_pending()
+            self._saver.close(failed=failed)
         finally:
-            if self._background:
-                self._background.close()
             self._comm.close()
 
     # -- save --------------------------------------------------------------------------------------------------------
@@ -178,18 +163,12 @@ class Checkpointer:
     def _save(
         self, step: int, state: TrainState, metrics: Mapping[str, Any], *, wait: bool, check_replicas: bool
     ) -> PendingSave | SaveReport | None:
-        waited = wait or self._background is None
-        if waited:
-            self._finish_pending()
-        started = time.monotonic()
         if self._launch is None:
             self._start_without_resume()
         assert self._launch is not None
         recorded = dict[str, Any]()
 
         def capture() -> State:
-            if self._background and not waited and self._when_busy == "wait":
-                self._background.wait_for_room()
             recorded.update(plain_metrics(metrics))  # here, so that every rank learns if one rank's cannot be
             return state.capture()
 
@@ -201,59 +180,19 @@ class Checkpointer:
             writer={"distckpt": __version__},
             generation=lambda: self._generation(step),
             check_replicas=check_replicas,
-            flag=self._flag,
         )
-        if not waited:
-            return self._save_in_background(capture, request)
-        made = save_and_publish(self._comm, self._history, capture, request)
-        seconds = time.monotonic() - started
-        return SaveReport(step, str(made.directory), made.nbytes, seconds, made.notes)
-
-    def _save_in_background(self, capture: Callable[[], State], request: Request) -> PendingSave | None:
-        assert self._background is not None
-        planned = plan(self._comm, capture, request)
-        if any(flag & _FAILED for flag in planned.flags):
-            self._finish_pending()
-        if busy := [rank for rank, flag in enumerate(planned.flags) if flag & _BUSY]:
-            warnings.warn(
-                f"step {request.step} is not saved: rank {busy[0]} is still writing {ARENAS} earlier saves "
-                "(when_busy='skip')",
-                StateWarning,
-                stacklevel=4,
-            )
-            return None
-        pending = PendingSave(self._comm, self._store, self._background, planned)
-        self._pending = [*self._pending[-ARENAS:], pending]
-        return pending
+        return self._saver.save(capture, request, wait=wait)
 
     def _prepare(self, state: TrainState) -> None:
-        """Have the first save find what it needs: the writer process, and an arena of its size."""
-        if self._background and not (self._wait or self._prepared or state.unusable):
-            with uncollected(), suppress(DistckptError):  # the save itself says what is wrong with the state
-                self._background.prepare(local_bytes(state.capture(), self._comm.world_size))
+        if not (self._wait or self._prepared or state.unusable):
+            with uncollected():
+                self._saver.prepare(state.capture)
         self._prepared = True
-
-    def _flag(self) -> int:
-        failed = any(pending.failed for pending in self._pending)
-        busy = self._when_busy == "skip" and self._background is not None and self._background.busy
-        return _FAILED * failed | _BUSY * busy
-
-    def _finish_pending(self) -> None:
-        """Wait for saves in flight. Collective. Raises what the first that failed raised; none is in flight then."""
-        problem: Exception | None = None
-        pending, self._pending = self._pending, []
-        for save in pending:
-            try:
-                save.wait()
-            except Exception as e:  # noqa: BLE001, PERF203  the later ones are finished, too, before it is raised
-                problem = problem or e
-        if problem:
-            raise problem
 
     def _generation(self, step: int) -> int:
         """Generation of a step about to be saved. Asked on rank 0."""
         self._refuse_if_superseded()
-        in_flight = [p.directory.generation for p in self._pending if p.step == step]
+        in_flight = self._saver.generations_in_flight(step)
         return max(self._history.next_generation(step), *(g + 1 for g in in_flight), 1)
 
     def _refuse_if_superseded(self) -> None:
@@ -315,7 +254,7 @@ class Checkpointer:
         no checkpoint of ours yet, is resumed from what that tool saved. Options as in `load`.
         """
         self._check(state)
-        self._finish_pending()
+        self._saver.finish()
         options = Options(
             strict=strict, only=only, cast=cast, rename=rename, per_rank=dict(per_rank or {}), verify=verify
         )
@@ -363,7 +302,7 @@ class Checkpointer:
         NotACheckpoint where there is none.
         """
         self._check(state)
-        self._finish_pending()
+        self._saver.finish()
         options = Options(
             strict=strict, only=only, cast=cast, rename=rename, per_rank=dict(per_rank or {}), verify=verify
         )

@@ -66,7 +66,7 @@ def loaded(root, **options):
 @contextlib.contextmanager
 def stopped_writer(c, root):
     """Its writer process does nothing while the block runs."""
-    c._background.start()
+    c._saver._background.start()
     until(writers)
     (pid,) = writers()
     time.sleep(0.3)  # it has started, and waits for messages
@@ -230,7 +230,7 @@ def test_a_child_that_was_forked_leaves_the_writer_alone(tmp_path):
         c.save(1, live).wait()
         child = os.fork()
         if not child:
-            c._background._end()
+            c._saver._background._end()
             os._exit(0)
         os.waitpid(child, 0)
         c.save(2, live).wait()
@@ -390,11 +390,11 @@ def test_the_first_save_finds_process_and_arena_made(tmp_path):
     with Checkpointer(tmp_path, every=2) as c:
         assert c.step(1, live).saved is None
         until(writers)
-        assert c._background._arenas[0].nbytes >= 4 * VALUES
-        arena = c._background._arenas[0]
+        assert c._saver._background._arenas[0].nbytes >= 4 * VALUES
+        arena = c._saver._background._arenas[0]
         w.fill_(2)
         saved = c.step(2, live).saved
-        assert c._background._arenas == {0: arena}
+        assert c._saver._background._arenas == {0: arena}
         saved.wait()
     with Checkpointer(tmp_path) as c:
         assert c.resume(live).step == 2

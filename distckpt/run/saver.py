@@ -1,0 +1,114 @@
+"""The saves of one job, one after another: waited for, or in flight; and what of them has failed. Collective."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from contextlib import suppress
+from dataclasses import replace
+from typing import TYPE_CHECKING, Literal
+
+from distckpt.errors import DistckptError, StateWarning
+from distckpt.run.background import ARENAS, Background
+from distckpt.run.pending import PendingSave
+from distckpt.run.save import SaveReport, save_and_publish
+from distckpt.saving.image import local_bytes
+from distckpt.saving.save import Request, plan
+from distckpt.store.local import LocalStore
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from distckpt.comm import Comm
+    from distckpt.run.history import History
+    from distckpt.state import State
+
+_FAILED, _BUSY = 1, 2
+"""What a rank tells the others at the next save: that an earlier one has failed, that it has no room for this one."""
+
+
+class Saver:
+    """when_busy, arena_bytes: as in Checkpointer. Where the store is no directory, every save is waited for."""
+
+    def __init__(
+        self, comm: Comm, history: History, *, when_busy: Literal["wait", "skip"], arena_bytes: int | None
+    ) -> None:
+        if arena_bytes is not None and (type(arena_bytes) is not int or arena_bytes < 0):
+            raise ValueError(f"arena_bytes={arena_bytes!r}: a number of bytes, or None for no limit")
+        if when_busy not in {"wait", "skip"}:
+            raise ValueError(f"when_busy={when_busy!r}: 'wait' or 'skip'")
+        self._comm, self._history, self._when_busy = comm, history, when_busy
+        store = history.store
+        self._background = Background(store, comm.timeout, arena_bytes) if isinstance(store, LocalStore) else None
+        self._pending: list[PendingSave] = []
+
+    def save(self, capture: Callable[[], State], request: Request, *, wait: bool) -> PendingSave | SaveReport | None:
+        """Save what `capture` gives. None: skipped, and said so."""
+        if self._background and not wait:
+            return self._in_background(self._background, capture, request)
+        self.finish()
+        started = time.monotonic()
+        made = save_and_publish(self._comm, self._history, capture, request)
+        seconds = time.monotonic() - started
+        return SaveReport(request.step, str(made.directory), made.nbytes, seconds, made.notes)
+
+    def _in_background(
+        self, background: Background, capture: Callable[[], State], request: Request
+    ) -> PendingSave | None:
+        def captured() -> State:
+            if self._when_busy == "wait":
+                background.wait_for_room()
+            return capture()
+
+        def flag() -> int:
+            failed = any(pending.failed for pending in self._pending)
+            return _FAILED * failed | _BUSY * (self._when_busy == "skip" and background.busy)
+
+        planned = plan(self._comm, captured, replace(request, flag=flag))
+        if any(flag & _FAILED for flag in planned.flags):
+            self.finish()
+        if busy := [rank for rank, flag in enumerate(planned.flags) if flag & _BUSY]:
+            warnings.warn(
+                f"step {request.step} is not saved: rank {busy[0]} is still writing {ARENAS} earlier saves "
+                "(when_busy='skip')",
+                StateWarning,
+                stacklevel=5,
+            )
+            return None
+        pending = PendingSave(self._comm, self._history.store, background, planned)
+        self._pending = [*self._pending[-ARENAS:], pending]
+        return pending
+
+    def generations_in_flight(self, step: int) -> list[int]:
+        """Generations of a step that have been begun, and may not be in the store yet."""
+        return [p.directory.generation for p in self._pending if p.step == step]
+
+    def prepare(self, capture: Callable[[], State]) -> None:
+        """Have the first save find what it needs: the writer process, and an arena of its size."""
+        if self._background:
+            with suppress(DistckptError):  # the save itself says what is wrong with the state
+                self._background.prepare(local_bytes(capture(), self._comm.world_size))
+
+    def finish(self) -> None:
+        """Wait for saves in flight. Raises what the first that failed raised; none is in flight then."""
+        problem: Exception | None = None
+        pending, self._pending = self._pending, []
+        for save in pending:
+            try:
+                save.wait()
+            except Exception as e:  # noqa: BLE001, PERF203  the later ones are finished, too, before it is raised
+                problem = problem or e
+        if problem:
+            raise problem
+
+    def close(self, *, failed: bool = False) -> None:
+        """Finish, and end the writer process. failed: an exception is being raised already: do not meet other ranks.
+
+        What is staged is written and committed then, too.
+        """
+        try:
+            if not failed:
+                self.finish()
+        finally:
+            if self._background:
+                self._background.close()
