@@ -170,7 +170,7 @@ class TorchCheckpointing(Peer):
 
     def save(self, folder: Path) -> None:
         self._manager.save(str(folder), self._state)
-        _sync_shares(folder, self.world)
+        sync_shares(folder, self.world)
 
     def load(self, folder: Path) -> None:
         self._manager.load(str(folder), into=self._state, strict=True)
@@ -191,7 +191,7 @@ class TorchSnapshot(Peer):
 
     def save(self, folder: Path) -> None:
         self._snapshot.take(str(folder), self._state)
-        _sync_shares(folder, self.world)
+        sync_shares(folder, self.world)
 
     def load(self, folder: Path) -> None:
         self._snapshot(str(folder)).restore(self._state)
@@ -212,7 +212,7 @@ class ByteCheckpoint(Peer):
 
     def save(self, folder: Path) -> None:
         self._package.save(str(folder), {"model": self._module})
-        _sync_shares(folder, self.world)
+        sync_shares(folder, self.world)
 
     def load(self, folder: Path) -> None:
         self._package.load(str(folder), {"model": self._module})
@@ -327,7 +327,7 @@ def sync(paths: list[Path]) -> None:
         os.close(descriptor)
 
 
-def _sync_shares(folder: Path, world: World) -> None:
+def sync_shares(folder: Path, world: World) -> None:
     """Make every file below a folder durable, each rank its share of them."""
     world.barrier()
     files = sorted(p for p in folder.rglob("*") if p.is_file())

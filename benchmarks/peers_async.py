@@ -84,6 +84,8 @@ class AsyncTorchCheckpointing(TorchCheckpointing):
 
     def stall(self, folder: Path) -> None:
         self._pending: Any = self._manager.save(str(folder), self._state)
+        with self._manager.lock():  # what the optimizer's next step waits for: until then the state must not change
+            pass
 
     def busy(self) -> bool:
         return not self._pending.done()

@@ -9,6 +9,7 @@ from benchmarks import rounds
 from benchmarks.cache import can_evict
 from benchmarks.meter import measure
 from benchmarks.peers import SYNC, Distckpt
+from benchmarks.peers_deepspeed import DeepSpeed
 from benchmarks.report import Report
 from benchmarks.workload import Sharded
 
@@ -26,7 +27,8 @@ def save(world: World, options: Options) -> Report:
     report, tensors = Report("save"), Sharded.large(world, options.nbytes)
     with options.media(world) as media:
         for medium, base in media.items():
-            found = rounds.run(world, tensors, base, SYNC, once=rounds.save_once, count=options.rounds)
+            peers = (*SYNC, DeepSpeed)
+            found = rounds.run(world, tensors, base, peers, once=rounds.save_once, count=options.rounds)
             report.add(f"save to {medium}: {_what(world, tensors)}", found, "save", tensors.nbytes)
             report.ratios |= rounds.ratios(found, "save", f"{medium}.")
     return report

@@ -76,7 +76,7 @@ def _stalls(world: World, options: Options, report: Report) -> None:
             report.ratios[f"{lead}first_stall_over_later"] = Ratio.of([ours.first["stall"].seconds / later])
             keys = {"DCP async": "vs_dcp_async", "DCP async, process": "vs_dcp_async_process"}
             keys |= {"torch_checkpointing async": "vs_torch_checkpointing_async"}
-            for program in keys.keys() & ran.keys():
+            for program in (p for p in keys if p in ran):
                 report.ratios[f"{medium}.{keys[program]}"] = rounds.ratio(ran[program], ours, "stall")
 
 
