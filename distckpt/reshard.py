@@ -18,10 +18,12 @@ import re
 import sys
 import time
 import warnings
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from distckpt.errors import DistckptError
 
 if TYPE_CHECKING:
     from distckpt.tools.copy import CopyReport
@@ -31,27 +33,33 @@ _DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "fp64": "fl
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command; returns its exit status: 0 done, 1 an error (on stderr), 2 wrong usage."""
-    options = _parser().parse_args(arguments)
-    from distckpt.errors import DistckptError
+    """Run the command; returns its exit status: 0 done, 1 an error (on stderr), 2 wrong usage, 130 interrupted."""
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    _refuse_unused(parser, options)
+    try:
+        return _run(options)
+    except (DistckptError, OSError, ValueError) as e:
+        print(f"{type(e).__name__}: {e}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted: the same command goes on where it stopped", file=sys.stderr)
+        return 130
+
+
+def _run(options: argparse.Namespace) -> int:
     from distckpt.tools.copy import copy
     from distckpt.tools.transfer import Worker
 
     worker = Worker(*_place(), options.workers, options.timeout)
     bar = _Bar(shown=sys.stderr.isatty() and not options.json and worker.index == 0)
     warnings.simplefilter("ignore")  # what they say is among the notes
-    try:
-        copied = partial(copy, memory=options.memory, worker=worker, tell=bar.add, **_wanted(options))
-        planned = copied(dry_run=True)
-        if options.dry_run:
-            _show(planned, options)
-            return 0
-        bar.total = sum(planned.files.values())
+    copied = partial(copy, memory=options.memory, worker=worker, tell=bar.add, **_wanted(options))
+    report = copied(dry_run=True)
+    if not options.dry_run:
+        bar.total = report.bytes_written
         report = copied(verify=options.verify)
-    except (DistckptError, ValueError) as e:
-        print(f"{type(e).__name__}: {e}", file=sys.stderr)
-        return 1
-    bar.end()
+        bar.end()
     if worker.index == 0:
         _show(report, options)
     return 0
@@ -78,7 +86,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--tag", help="what the tag is called (default: global_stepN)")
     add("--round-robin", action="store_true", help="that engine has round_robin_gradients")
     add("--frozen", action="append", default=[], metavar="NAME", help="parameter without gradients (--zero-stage 3)")
-    add("--sub-group-size", type=_positive, default=10**9, metavar="N", help="of that engine (--zero-stage 3)")
+    add("--sub-group-size", type=_positive, metavar="N", help="of that engine (--zero-stage 3)")
     add("--param-order", type=_order, metavar="FILE", help="JSON: names of the optimizer's parameters, a list a group")
     add(
         "--name",
@@ -88,7 +96,7 @@ def _parser() -> argparse.ArgumentParser:
         default=[],
         help="entry of SRC that is the model...",
     )
-    add("--shard-size", type=_bytes, default=5 * 10**9, metavar="SIZE", help="most bytes of a safetensors file (5GB)")
+    add("--shard-size", type=_bytes, metavar="SIZE", help="most bytes of a safetensors file (5GB)")
     add("--memory", type=_bytes, metavar="SIZE", help="most bytes of buffers, such as 2GB")
     add("--workers", type=_positive, default=1, help="processes on this machine")
     add("--timeout", type=float, default=600.0, metavar="S", help="seconds to wait for others while nothing comes")
@@ -96,6 +104,26 @@ def _parser() -> argparse.ArgumentParser:
     add("--dry-run", action="store_true", help="print the plan, write nothing")
     add("--json", action="store_true", help="print a line of JSON instead of text")
     return parser
+
+
+_OF_FORMAT = {
+    "zero_stage": ["deepspeed"],
+    "tag": ["deepspeed"],
+    "round_robin": ["deepspeed"],
+    "frozen": ["deepspeed"],
+    "sub_group_size": ["deepspeed"],
+    "shard_size": ["safetensors"],
+    "world_size": ["deepspeed", "distckpt", "dcp"],
+}
+"""Options that only some formats have."""
+
+
+def _refuse_unused(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    """End the program if an option is given that would change nothing."""
+    to = options.to or _format_of(options.destination)
+    for option, formats in _OF_FORMAT.items():
+        if getattr(options, option) not in (None, False, []) and to not in formats:
+            parser.error(f"--{option.replace('_', '-')} is for --to {' or '.join(formats)}, not {to}")
 
 
 def _wanted(options: argparse.Namespace) -> dict[str, Any]:
@@ -106,17 +134,11 @@ def _wanted(options: argparse.Namespace) -> dict[str, Any]:
     name, dtype, files = options.to or _format_of(options.destination), options.dtype, options.world_size
     to: Any = name
     if name == "deepspeed":
-        to = DeepSpeed(
-            options.zero_stage,
-            files,
-            dtype,
-            options.tag,
-            options.round_robin,
-            tuple(options.frozen),
-            options.sub_group_size,
-        )
+        frozen, robin = tuple(options.frozen), options.round_robin
+        to = DeepSpeed(options.zero_stage, files, dtype, options.tag, round_robin=robin, frozen=frozen)
+        to = replace(to, sub_group_size=options.sub_group_size) if options.sub_group_size else to
         dtype = files = None
-    elif name == "safetensors":
+    elif name == "safetensors" and options.shard_size is not None:
         to = Safetensors(options.shard_size)
     order = tuple(tuple(group) for group in options.param_order) if options.param_order else None
     return {
@@ -167,8 +189,8 @@ def _pair(text: str) -> tuple[str, str]:
 
 
 def _place() -> tuple[int, int]:
-    """(rank, ranks) of a job that torchrun or srun has started, else (0, 1)."""
-    for rank, count in (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_NTASKS")):
+    """(rank, ranks) of a job that torchrun or srun has started, else (0, 1): a batch script is a task by itself."""
+    for rank, count in (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS")):
         if os.environ.get(rank, "").isdecimal() and os.environ.get(count, "").isdecimal():
             return int(os.environ[rank]), int(os.environ[count])
     return 0, 1

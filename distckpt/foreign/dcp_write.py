@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from distckpt.errors import NotACheckpoint, RunConflict
+from distckpt.errors import RunConflict
 from distckpt.foreign.emit import Call, Global, Instance, Pairs, TensorRecord, pickled
 from distckpt.foreign.paths import entries_of
-from distckpt.foreign.sink import Output, Sink, lost
+from distckpt.foreign.sink import Output, Sink, lost, refuse_empty
 from distckpt.format.box import Box, parts
 from distckpt.loading.stream import ROOM, Stretch, stream
 from distckpt.state import torch_dtype
@@ -41,10 +41,14 @@ _FILES = "torch.distributed.checkpoint.filesystem"
 
 
 class Folder(LocalStore):
-    """A directory in which one hidden name may be written, too: the index, by which DCP knows its own."""
+    """A directory in which names may be written that are no keys: DCP's index, which is hidden, and one more."""
+
+    def __init__(self, root: str | os.PathLike[str], *, also: str = METADATA) -> None:
+        super().__init__(root)
+        self._names = {METADATA, also}
 
     def _path(self, key: str, *, prefix: bool = False) -> Path:
-        return self.root / METADATA if key == METADATA else super()._path(key, prefix=prefix)
+        return self.root / key if key in self._names else super()._path(key, prefix=prefix)
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,8 +89,7 @@ def write_dcp(checkpoint: Checkpoint, folder: str | os.PathLike[str]) -> list[st
 def dcp_sink(checkpoint: Checkpoint, room: int = ROOM) -> Sink:
     """Plan the files of a DCP directory. NotACheckpoint where there is nothing to write."""
     content = checkpoint.manifest
-    if not content.tensors and not content.objects:
-        raise NotACheckpoint(f"{checkpoint.name}: has neither tensors nor values")
+    refuse_empty(checkpoint)
     written = _Written()
     tensors, values = entries_of(checkpoint)
     by_file = _tensor_records(checkpoint, tensors, written)

@@ -78,7 +78,7 @@ def read_deepspeed(folder: Path, order: Sequence[Sequence[str]] | None = None) -
 
     order: names of the optimizer's parameters by group, for what is saved by position.
     """
-    tag = _tag_of(folder)
+    tag = tag_of(folder)
     try:
         return _Tag(tag, order).describe()
     except (DistckptError, OSError):
@@ -87,7 +87,8 @@ def read_deepspeed(folder: Path, order: Sequence[Sequence[str]] | None = None) -
         raise FormatError(f"{tag}: not laid out as DeepSpeed lays out a tag ({type(e).__name__}: {e})") from e
 
 
-def _tag_of(folder: Path) -> Path:
+def tag_of(folder: Path) -> Path:
+    """Tag that `latest` in a directory names; where there is none, the directory itself. NotACheckpoint."""
     latest = next((folder / name for name in LATEST if (folder / name).is_file()), None)
     if latest is None or any(MODEL.fullmatch(p.name) for p in folder.iterdir()):
         return folder

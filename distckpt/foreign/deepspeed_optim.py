@@ -52,8 +52,8 @@ def groups_of(checkpoint: Checkpoint, notes: list[str]) -> list[Group]:
     parameters = parameters_of(value["groups"])
     if unnamed := [p for p in parameters.values() if not isinstance(p, str)]:
         raise Unsupported(
-            f"{checkpoint.name}: its optimizer names parameters by position ({shown(unnamed)}): say their order with "
-            "order="
+            f"{checkpoint.name}: its optimizer names parameters by position ({shown(unnamed)}), in groups of "
+            f"{[len(group['params']) for group in value['groups']]}: say their order with order= (--param-order)"
         )
     tensors: dict[str, dict[str, str]] = {}
     for fqn in content.tensors:

@@ -11,7 +11,8 @@ from functools import partial
 from math import prod
 from typing import TYPE_CHECKING, Any
 
-from distckpt.errors import Unsupported
+from distckpt.errors import StoreError, Unsupported
+from distckpt.foreign.deepspeed import LATEST
 from distckpt.foreign.deepspeed_layout import Piece, apart_on, period_of, piece_of, round_robin, sub_groups, together
 from distckpt.foreign.deepspeed_module import DTYPES, Module
 from distckpt.foreign.deepspeed_optim import Group, groups_of
@@ -23,6 +24,7 @@ from distckpt.format.box import Box, Run
 from distckpt.format.dtype import item_size
 from distckpt.loading.stream import Stretch
 from distckpt.statedict import insert, references
+from distckpt.store.base import check
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -77,6 +79,11 @@ class DeepSpeed:
             )
         if self.dtype not in {None, *DTYPES}:
             raise Unsupported(f"dtype {self.dtype!r}: DeepSpeed's weights are {', '.join(DTYPES)}")
+        try:
+            if self.tag is not None and check(self.tag) in LATEST:
+                raise StoreError(f"{self.tag!r} is DeepSpeed's own name for the newest tag")
+        except StoreError as e:
+            raise ValueError(f"tag {self.tag!r}: {e}") from e
 
     def sink(self, checkpoint: Checkpoint, destination: Path, attempt: str, room: int) -> Sink:  # noqa: ARG002
         """Plan the files of the tag. Unsupported for what ZeRO has no place for, Mismatch for steps that differ."""

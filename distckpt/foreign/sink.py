@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from distckpt.errors import NotACheckpoint
 from distckpt.format.partition import Copies
 
 if TYPE_CHECKING:
@@ -41,6 +42,15 @@ class Sink:
     pointers: list[tuple[str, bytes]] = field(default_factory=list)
     dtypes: dict[str, str] = field(default_factory=dict)
     order: list[list[str]] | None = None
+
+
+def refuse_empty(checkpoint: Checkpoint) -> None:
+    """NotACheckpoint where there is nothing to write."""
+    if not checkpoint.manifest.tensors and not checkpoint.manifest.objects:
+        why = "; ".join(f"{name}: {why}" for name, why in checkpoint.unreadable.items())
+        raise NotACheckpoint(
+            f"{checkpoint.name}: has neither tensors nor values" + (f" that can be read: {why}" if why else "")
+        )
 
 
 def lost(checkpoint: Checkpoint) -> list[str]:

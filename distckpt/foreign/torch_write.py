@@ -5,9 +5,9 @@ from __future__ import annotations
 from functools import partial
 from typing import TYPE_CHECKING
 
-from distckpt.errors import NotACheckpoint, Unsupported
+from distckpt.errors import Unsupported
 from distckpt.foreign.paths import tree_of
-from distckpt.foreign.sink import Sink, lost
+from distckpt.foreign.sink import Sink, lost, refuse_empty
 from distckpt.foreign.torch_zip import TorchFile
 from distckpt.format.box import Box
 from distckpt.loading.stream import Stretch
@@ -21,8 +21,7 @@ if TYPE_CHECKING:
 def torch_sink(checkpoint: Checkpoint, name: str, room: int) -> Sink:
     """Plan one file: {"model": ..., "optim": ..., ...}, or the model alone where there is nothing else."""
     content = checkpoint.manifest
-    if not content.tensors and not content.objects:
-        raise NotACheckpoint(f"{checkpoint.name}: has neither tensors nor values")
+    refuse_empty(checkpoint)
     file = TorchFile()
     tensors = {f: file.tensor(i.dtype, i.shape, partial(_whole, f, i)) for f, i in sorted(content.tensors.items())}
     tree = tree_of(checkpoint)

@@ -7,6 +7,7 @@ Otherwise it goes through scratch, and pieces are copied (and cast, or sent to a
 
 from __future__ import annotations
 
+import mmap
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from math import prod
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
     from distckpt.loading.plan import Item
 
 WINDOW = 16 << 20
-"""Bytes of a file that one read covers at most, in whole blocks."""
+"""Bytes of a file that one read covers at most, in whole blocks, unless less is asked for."""
 THREADS = 4
 HOLES = 4 << 20
 """Widest stretch, in bytes, that is read for the sake of strided pieces in it."""
@@ -58,15 +59,18 @@ class Piece:
             self.target.copy_(data.view(dtype).as_strided(sizes, steps))
 
 
-def read(checkpoint: Checkpoint, items: Iterable[Item]) -> None:
-    """Fill the items' shards. Corrupt where a block does not match its checksum; then targets are a mix."""
+def read(checkpoint: Checkpoint, items: Iterable[Item], window: int = WINDOW) -> None:
+    """Fill the items' shards. Corrupt where a block does not match its checksum; then targets are a mix.
+
+    window: bytes of a file that one read covers at most, of which several are in flight.
+    """
     by_file: dict[int, list[Item]] = {}
     for item in items:
         by_file.setdefault(item.file, []).append(item)
     jobs: list[tuple[DataFile, list[list[Piece]]]] = []
     for index, wanted in sorted(by_file.items()):
         file = checkpoint.data_file(index)
-        runs = list(_runs((p for i in wanted for p in _pieces(file, i)), file))
+        runs = list(_runs((p for i in wanted for p in _pieces(file, i, window)), file, window))
         jobs += [(file, runs)] if file.sequential else [(file, [run]) for run in runs]
     with ThreadPoolExecutor(THREADS, "distckpt-read") as pool:
         futures = [pool.submit(_read_runs, checkpoint, file, runs) for file, runs in jobs]
@@ -108,14 +112,14 @@ def _chunk(file: DataFile, item: Item) -> Stored:
     return chunk
 
 
-def _pieces(file: DataFile, item: Item) -> Iterator[Piece]:
+def _pieces(file: DataFile, item: Item, window: int) -> Iterator[Piece]:
     """Pieces of one chunk, as the shard's memory takes them."""
     size = item.dtype.itemsize
     chunk = _chunk(file, item)
     for overlap in overlaps(item.region, item.shard.region, item.shape):
         whole = part_of(item.shard, overlap.target, overlap.box)
         plain = whole.dtype == item.dtype and is_plain_memory(whole) and chunk.strides is None
-        limit = max(1, HOLES // size)
+        limit = max(1, min(HOLES, window) // size)
         found = spans(overlap.source, overlap.box, limit=limit, in_place=plain, step=chunk.strides)
         for span in found:
             target = part_of(item.shard, overlap.target, span.box)
@@ -125,29 +129,29 @@ def _pieces(file: DataFile, item: Item) -> Iterator[Piece]:
             source = (
                 None if direct else (item.dtype, span.box.sizes, chunk.strides or strides(overlap.source.box.sizes))
             )
-            yield from _cut(Piece(start, start + span.extent * size, target, memory, source))
+            yield from _cut(Piece(start, start + span.extent * size, target, memory, source), window)
 
 
-def _cut(piece: Piece) -> Iterator[Piece]:
+def _cut(piece: Piece, window: int) -> Iterator[Piece]:
     """Cut a piece of plain memory where windows meet; other pieces are short and stay whole."""
     if piece.memory is None:
         yield piece
         return
     start = piece.start
     while start < piece.stop:
-        stop = min(piece.stop, (start // WINDOW + 1) * WINDOW)
+        stop = min(piece.stop, (start // window + 1) * window)
         memory = piece.memory[start - piece.start : stop - piece.start]
         yield Piece(start, stop, piece.target, memory, None)
         start = stop
 
 
-def _runs(pieces: Iterable[Piece], file: DataFile) -> Iterator[list[Piece]]:
+def _runs(pieces: Iterable[Piece], file: DataFile, window: int) -> Iterator[list[Piece]]:
     """Pieces by the reads that bring them: the same window, their blocks (of `file.grain`) adjacent or the same."""
     grain = file.grain
     run: list[Piece] = []
     last_block = -1
     for piece in sorted((p for p in pieces if p.stop > p.start), key=lambda p: (p.start, p.stop)):
-        same_window = run and piece.start // WINDOW == run[0].start // WINDOW
+        same_window = run and piece.start // window == run[0].start // window
         if run and not (same_window and piece.start // grain <= last_block + 1):
             yield run
             run, last_block = [], -1
@@ -169,7 +173,8 @@ def _read_run(checkpoint: Checkpoint, file: DataFile, run: list[Piece]) -> None:
     buffers = _scatter(run, start, stop)
     scratch = None
     if buffers is None:
-        scratch = torch.empty(stop - start, dtype=torch.uint8)
+        # goes back to the system at once: of malloc's memory each thread would keep its largest scratch
+        scratch = torch.frombuffer(mmap.mmap(-1, stop - start), dtype=torch.uint8)
         buffers = [as_bytes(scratch)]
     checkpoint.read(file.key, start, buffers)
     file.verify(first, list(_blocks(buffers)))

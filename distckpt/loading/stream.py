@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from distckpt.format.box import Box, Run, parts
+from distckpt.format.checksum import BLOCK
 from distckpt.format.layout import chunk_name
 from distckpt.loading.plan import Item
 from distckpt.loading.read import read
@@ -62,7 +63,7 @@ def stream(checkpoint: Checkpoint, wanted: Iterable[Stretch], room: int = ROOM) 
         while at < stretch.stop:
             count = min(stretch.stop - at, (room - filled) // dtype.itemsize)
             if not count:
-                yield from _filled(checkpoint, batch)
+                yield from _filled(checkpoint, batch, room)
                 batch, filled = [], 0
                 continue
             data = memory[filled : filled + count * dtype.itemsize]
@@ -70,7 +71,7 @@ def stream(checkpoint: Checkpoint, wanted: Iterable[Stretch], room: int = ROOM) 
             batch.append((index, data, items))
             at += count
             filled = min(room, -(-(filled + len(data)) // _ALIGNMENT) * _ALIGNMENT)
-    yield from _filled(checkpoint, batch)
+    yield from _filled(checkpoint, batch, room)
 
 
 def _items(checkpoint: Checkpoint, stretch: Stretch, run: Run, data: torch.Tensor) -> Iterator[Item]:
@@ -95,8 +96,8 @@ def _shards(region: Region, run: Run, data: torch.Tensor) -> Iterator[Shard]:
 
 
 def _filled(
-    checkpoint: Checkpoint, batch: list[tuple[int, torch.Tensor, list[Item]]]
+    checkpoint: Checkpoint, batch: list[tuple[int, torch.Tensor, list[Item]]], room: int
 ) -> Iterator[tuple[int, memoryview]]:
-    read(checkpoint.base, (item for _, _, items in batch for item in items))
+    read(checkpoint.base, (item for _, _, items in batch for item in items), max(BLOCK, room // 8 // BLOCK * BLOCK))
     for index, data, _ in batch:
         yield index, as_bytes(data)

@@ -96,9 +96,9 @@ class History:
         names = [entry.name for entry in self.store.list("")]
         if COMMIT in names:
             return _ONE_CHECKPOINT
+        known = {f.directory: "superseded" if f.superseded else f.problem or "whole" for f in self.committed()}
         told = [
-            f"{directory} is " + ("superseded" if is_committed(self.store, directory) else "a save that did not finish")
-            for directory in self.directories()
+            f"{directory} is {known.get(directory, 'a save that did not finish')}" for directory in self.directories()
         ]
         if told:
             return ", ".join(told[:5])

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from distckpt.comm import together
 from distckpt.errors import Mismatch, NotACheckpoint, StateWarning
+from distckpt.foreign.deepspeed import LATEST, tag_of
 from distckpt.foreign.open import KINDS, holds_foreign, open_foreign
 from distckpt.format.layout import COMMIT, StepDir
 from distckpt.format.objects import decode
@@ -22,7 +23,7 @@ from distckpt.run.choose import Search, load_newest, loaded_whole, mark
 from distckpt.run.history import History
 from distckpt.saving.objects import encoded, share
 from distckpt.state import JoinedObject, State
-from distckpt.store.local import LocalStore
+from distckpt.store.local import LocalStore, local_path
 
 if TYPE_CHECKING:
     import os
@@ -109,6 +110,8 @@ def open_source(
     """
     path = _followed(source)
     kind = _kind(path)
+    if names and kind != _FOREIGN:
+        raise Mismatch(f"names={dict(names)!r}: {path} is distckpt's own, whose parts have their names")
     if kind != _RUN:
         return _opened(path, kind, names, order)
     history = History(LocalStore(path))
@@ -130,8 +133,15 @@ def _is_foreign(root: Path | None) -> bytes:
 
 
 def _followed(source: str | os.PathLike[str]) -> Path:
-    """Path of a source; of a symlink to a step directory, such as `last`, that directory's."""
+    """Path of a source. Unsupported for a URI.
+
+    Of a symlink to a step directory, such as `last`, that directory's; of a directory whose `latest` names a tag that
+    `distckpt.adapters.deepspeed` saved, the tag's.
+    """
+    local_path(source)
     path = Path(source)
+    if (path / LATEST[0]).is_file() and History(LocalStore(tag := tag_of(path))).directories():
+        return tag
     return path.resolve() if path.is_symlink() and StepDir.parse(path.resolve().name) else path
 
 

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import os
+import re
 import secrets
 import stat
 from pathlib import Path
@@ -24,6 +26,8 @@ if TYPE_CHECKING:
 
 _MOST_BUFFERS = 1024  # IOV_MAX of Linux
 _MOST_RACES = 100
+_LONGEST = 200
+_TEMPORARY = re.compile(r"\A\.tmp-[0-9a-f]{8}-")
 _MISSING = (FileNotFoundError, IsADirectoryError, NotADirectoryError)
 _ADVICE = {
     errno.ENOSPC: "the file system is full: free room, or keep fewer checkpoints",
@@ -135,6 +139,38 @@ class LocalStore:
             finally:
                 temp.unlink(missing_ok=True)
 
+    @contextlib.contextmanager
+    def locked(self, key: str) -> Iterator[None]:
+        """Hold a key while the block runs and this process lives. KeyExists if another process holds it.
+
+        A file system without locks holds nothing.
+        """
+        path = self._path(key)
+        descriptor = None
+        try:
+            with _mapped("lock", path):
+                _make_directory(path.parent)
+                descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+                try:
+                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError as e:
+                    raise KeyExists(f"{path}: another process holds it") from e
+                except OSError as e:
+                    if e.errno not in {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}:
+                        raise
+            yield
+        finally:
+            if descriptor is not None:
+                os.close(descriptor)
+
+    def discard_temporary(self, key: str) -> None:
+        """Remove what killed writes of a key left behind. Nobody else must be writing it."""
+        path = self._path(key)
+        with _mapped("clear", path):
+            for found in path.parent.iterdir() if path.parent.is_dir() else ():
+                if _TEMPORARY.sub("", found.name) == path.name[:_LONGEST] != found.name:
+                    found.unlink(missing_ok=True)
+
     def _path(self, key: str, *, prefix: bool = False) -> Path:
         return self.root / check(key, prefix=prefix)
 
@@ -167,7 +203,7 @@ class LocalStore:
 
 def _temporary_name(path: Path) -> Path:
     """Hidden name beside `path`; not longer than a name may be, however long that of `path` is."""
-    return path.with_name(f".tmp-{secrets.token_hex(4)}-{path.name[:200]}")
+    return path.with_name(f".tmp-{secrets.token_hex(4)}-{path.name[:_LONGEST]}")
 
 
 @contextlib.contextmanager

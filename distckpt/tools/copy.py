@@ -9,25 +9,28 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import os
+import signal
+import threading
 import time
 import warnings
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from distckpt.errors import Corrupt, RankFailed, StateWarning
+from distckpt.errors import Corrupt, RankFailed, StateWarning, StoreError
+from distckpt.foreign.files import PlainFile
 from distckpt.format import manifest
 from distckpt.format.checksum import digest
 from distckpt.loading.stream import ROOM
 from distckpt.run.source import open_source
 from distckpt.store.base import write_all
-from distckpt.store.local import LocalStore
-from distckpt.tools.formats import FORMATS, DeepSpeed, Format, Safetensors, refuse_taken
-from distckpt.tools.transfer import Staging, Worker, collect, move_into_place, write_share
+from distckpt.store.local import LocalStore, local_path
+from distckpt.tools.formats import FORMATS, DeepSpeed, Format, Safetensors, Torch, is_taken, refuse_taken
+from distckpt.tools.transfer import Staging, Worker, collect, move_into_place, outputs_of, write_share
 from distckpt.tools.view import Change, View
 
 if TYPE_CHECKING:
-    import os
     from collections.abc import Callable, Mapping
 
     from distckpt.loading.open import Checkpoint
@@ -57,7 +60,8 @@ class Source:
 class CopyReport:
     """What a copy did, or (dry run) would do. nbytes: of the tensors; files: key -> bytes; seconds: wall time.
 
-    bytes_read, bytes_written: of this process. notes: what has no place in the destination.
+    bytes_read: by this process. bytes_written: of its share, by an interrupted try before, too. notes: what has no
+    place in the destination.
     """
 
     destination: str
@@ -109,22 +113,24 @@ def copy(
     plan = _Plan(request)
     sizes = {o.name: o.size for o in plan.sink.outputs}
     report = CopyReport(plan.where, plan.view.nbytes, sizes, notes=[*plan.view.notes, *plan.sink.notes])
+    shares = worker.divided()
+    report.bytes_written = sum(o.size for share in shares for o in outputs_of(plan.sink, share))
     if dry_run:
+        if not worker.index:
+            refuse_taken(plan.sink, plan.destination)
         return report
-    refuse_taken(plan.sink, plan.destination)
-    if worker.index == 0:
-        for note in report.notes:
-            warnings.warn(note, StateWarning, stacklevel=2)
-    if verify:
-        plan.view.verify_all()
-    if worker.processes == 1:
-        write_share(plan.sink, plan.staging, worker, tell)
+    if worker.index:
+        # where the others have made it whole meanwhile, nothing is left to do; where not, the first one says why
+        if not is_taken(plan.sink, plan.destination):
+            plan.write(request, shares, tell, verify=verify)
     else:
-        _in_processes(request, worker.divided(), plan, tell)
-    if worker.index == 0:
-        plan.finish(collect(plan.sink, plan.staging, worker), verify=verify)
+        with plan.staging.held():
+            refuse_taken(plan.sink, plan.destination)
+            for note in report.notes:
+                warnings.warn(note, StateWarning, stacklevel=2)
+            plan.write(request, shares, tell, verify=verify)
+            plan.finish(collect(plan.sink, plan.staging, worker), verify=verify)
     report.bytes_read, report.seconds = plan.view.bytes_read, time.monotonic() - started
-    report.bytes_written = sum(report.files.values())
     return report
 
 
@@ -142,29 +148,50 @@ class _Plan:
 
     def __init__(self, request: _Request) -> None:
         self._to, change = request.to, request.change
-        self.destination = Path(request.destination).absolute()
+        self.destination = _resolved(request.destination)
         if isinstance(request.to, DeepSpeed) and (change.dtype or change.files):
             raise ValueError("a tag's dtype and number of ranks are DeepSpeed(dtype=, ranks=), not a Change's")
+        if isinstance(request.to, (Safetensors, Torch)) and change.files:
+            raise ValueError(f"{change.files} files: {type(request.to).__name__} is not divided by a number of files")
         checkpoint = request.source.open()
-        self.view = View(checkpoint, replace(change, step=request.source.step if checkpoint.foreign else None))
+        change = replace(change, step=request.source.step if checkpoint.foreign else None)
+        self.view = View(checkpoint, change, request.source.order or ())
         told = [manifest.to_json(self.view.manifest), asdict(change), repr(request.to)]
         identity = [
             str(Path(request.source.path).absolute()),
             str(self.destination),
             *map(repr, _files_of(self.view)),
         ]
-        attempt = digest(json.dumps([told, identity], sort_keys=True, default=str).encode())[:12]
-        self.staging = Staging(self.destination, attempt)
-        self.sink = request.to.sink(self.view, self.destination, attempt, request.room)
+        self.attempt = digest(json.dumps([told, identity], sort_keys=True, default=str).encode())[:12]
+        self.staging = Staging(self.destination, self.attempt)
+        self.sink = request.to.sink(self.view, self.destination, self.attempt, request.room)
 
     @property
     def where(self) -> str:
         """What the copy is called in the end."""
         return str(self.destination / self.sink.top) if self.sink.kind == "inside" else str(self.destination)
 
+    def write(self, request: _Request, shares: list[Worker], tell: Callable[[int], None], *, verify: bool) -> None:
+        """Write these shares: by processes of their own, if there are several. Corrupt if the source has changed."""
+        if verify:
+            self.view.verify_all()
+        if len(shares) == 1:
+            write_share(self.sink, self.staging, shares[0], tell)
+        else:
+            _in_processes(request, shares, self, tell)
+        self.refuse_changed()
+
+    def refuse_changed(self) -> None:
+        """Corrupt if another tool's file is no longer what it was when it was opened: what was read is a mix then."""
+        for name, *was in _files_of(self.view):
+            now = PlainFile(Path(name))
+            if was != [now.size, now.changed]:
+                raise Corrupt(f"{name}: was changed while it was being copied: start again once nobody writes it")
+
     def finish(self, results: Mapping[str, Any], *, verify: bool) -> None:
         """Write what makes the copy whole, check it, and move it into place."""
         for name, data in self.sink.finish(results):
+            self.staging.data.discard_temporary(name)
             write_all(self.staging.data, name, data)
         top = self.destination.name if self.sink.kind == "file" else self.sink.top
         self._check(self.staging.data.root / top, verify=verify)
@@ -193,16 +220,24 @@ class _Plan:
             again.read_all()
 
 
+def _resolved(destination: str) -> Path:
+    """Path that nothing on the way to is a symlink. Unsupported, StoreError."""
+    try:
+        return local_path(destination).resolve()
+    except (OSError, RuntimeError) as e:
+        raise StoreError(f"cannot follow {destination}: {e}") from e
+
+
 def _files_of(view: View) -> list[tuple[str, int, int]]:
     """What tells whether another tool's files are still those that a copy began with."""
-    return [(f.name, f.size, getattr(f, "changed", 0)) for f in getattr(view.base, "sources", ())]
+    return [(f.name, f.size, f.changed) for f in getattr(view.base, "sources", ()) if isinstance(f, PlainFile)]
 
 
 def _in_processes(request: _Request, shares: list[Worker], plan: _Plan, tell: Callable[[int], None]) -> None:
     """Write the shares of several workers, each in a process of its own. RankFailed, with what each raised."""
     context = multiprocessing.get_context("spawn")
     answers: Any = context.SimpleQueue()
-    running = [context.Process(target=_work, args=(request, share, answers), daemon=True) for share in shares]
+    running = [context.Process(target=_work, args=(request, s, plan.attempt, answers), daemon=True) for s in shares]
     for process in running:
         process.start()
     problems = []
@@ -226,9 +261,21 @@ def _told(answer: int | str, tell: Callable[[int], None]) -> list[str]:
     return []
 
 
-def _work(request: _Request, share: Worker, answers: Any) -> None:
+def _work(request: _Request, share: Worker, attempt: str, answers: Any) -> None:
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process that started this one ends it
     try:
         plan = _Plan(request)
+        if plan.attempt != attempt:
+            raise Corrupt(f"{request.source.path}: was changed while it was being copied: start again")
         write_share(plan.sink, plan.staging, share, answers.put)
     except Exception as e:  # noqa: BLE001  it is raised again in the process that started this one
         answers.put(f"worker {share.index}: {type(e).__name__}: {e}")
+
+
+def _end_with_parent() -> None:
+    """A worker that outlives a killed parent would be in the way of the next try."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
-from distckpt.errors import RunConflict
-from distckpt.foreign.dcp_write import METADATA, dcp_sink
+from distckpt.errors import RunConflict, StoreError
+from distckpt.foreign.dcp_write import dcp_sink
 from distckpt.foreign.deepspeed_write import DeepSpeed
 from distckpt.foreign.safetensors_write import safetensors_sink
 from distckpt.foreign.torch_write import torch_sink
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from distckpt.foreign.sink import Sink
     from distckpt.tools.view import View
 
-__all__ = ["DCP", "FORMATS", "DeepSpeed", "Distckpt", "Format", "Safetensors", "Torch", "refuse_taken"]
+__all__ = ["DCP", "FORMATS", "DeepSpeed", "Distckpt", "Format", "Safetensors", "Torch", "is_taken", "refuse_taken"]
 
 
 class Format(Protocol):
@@ -89,21 +90,26 @@ FORMATS: dict[str, Callable[[], Format]] = {
 
 
 def refuse_taken(sink: Sink, destination: Path) -> None:
-    """RunConflict where the destination holds something already."""
-    step = StepDir.parse(sink.top) if sink.kind == "inside" else None
-    if step:
-        store = LocalStore(destination) if destination.is_dir() else None
-        if store and (read_launches(store) or any(f.directory.step == step.step for f in History(store).committed())):
+    """RunConflict where the destination holds something already. StoreError where nothing can be moved to it."""
+    if os.path.ismount(destination):
+        raise StoreError(f"{destination}: is a mount point, which no directory can be moved to: give a path below it")
+    if step := StepDir.parse(sink.top) if sink.kind == "inside" else None:
+        if is_taken(sink, destination):
             raise RunConflict(
-                f"{store}: holds step {step.step} already, or is a run that jobs have resumed, where a copy would not "
-                "count: copy into a new directory"
+                f"{destination}: holds step {step.step} already, or is a run that jobs have resumed, where a copy "
+                "would not count: copy into a new directory"
             )
-    elif sink.kind == "inside":
-        if (destination / sink.top).exists():
-            raise RunConflict(
-                f"{destination / sink.top}: exists already; give another tag or destination, or remove it first"
-            )
-    elif (destination / METADATA).exists():
-        raise RunConflict(f"{destination}: holds a DCP checkpoint already; give a new directory")
-    elif destination.is_file() or (destination.is_dir() and any(destination.iterdir())):
-        raise RunConflict(f"{destination}: exists already; give another destination, or remove it first")
+    elif is_taken(sink, destination):
+        target, tag = (destination / sink.top, "tag or ") if sink.kind == "inside" else (destination, "")
+        raise RunConflict(f"{target}: exists already; give another {tag}destination, or remove it first")
+
+
+def is_taken(sink: Sink, destination: Path) -> bool:
+    """Whether the destination holds something already."""
+    if sink.kind != "inside":
+        return destination.exists() and not (destination.is_dir() and not any(destination.iterdir()))
+    step = StepDir.parse(sink.top)
+    if step is None or not destination.is_dir():
+        return (destination / sink.top).exists()
+    store = LocalStore(destination)
+    return bool(read_launches(store)) or any(f.directory.step == step.step for f in History(store).committed())

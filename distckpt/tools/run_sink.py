@@ -7,8 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from distckpt import __version__
-from distckpt.errors import NotACheckpoint
-from distckpt.foreign.sink import Output, Sink
+from distckpt.foreign.sink import Output, Sink, refuse_empty
 from distckpt.format import datafile, manifest, objects
 from distckpt.format.box import Box
 from distckpt.format.checksum import digest
@@ -31,8 +30,7 @@ if TYPE_CHECKING:
 def run_sink(view: View, directory: StepDir, attempt: str, room: int) -> Sink:
     """Plan the files of a step directory. NotACheckpoint where there is nothing to write."""
     content = view.manifest
-    if not content.tensors and not content.objects:
-        raise NotACheckpoint(f"{view.name}: has neither tensors nor values")
+    refuse_empty(view)
     last = max((info.partition.last_file for info in content.tensors.values()), default=0)
     count = max(content.world_size, last + 1)
     outputs = [_data_file(view, f"{directory}/", index, attempt, room) for index in range(count)]

@@ -6,6 +6,7 @@ that was interrupted goes on where it stopped. The last one moves the whole into
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -13,19 +14,21 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from distckpt.errors import KeyMissing, RanksMissing, RunConflict, StoreError
+from distckpt.errors import KeyExists, KeyMissing, RanksMissing, RunConflict, StoreError
 from distckpt.foreign.dcp_write import Folder
+from distckpt.format.checksum import digest
 from distckpt.format.text import read_json
 from distckpt.store.base import read_all, write_all
 from distckpt.store.local import LocalStore
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
     from distckpt.foreign.sink import Output, Sink
 
 _MOST = 1 << 20
+_LONGEST = 200
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +44,13 @@ class Worker:
     processes: int = 1
     timeout: float = 600.0
 
+    def __post_init__(self) -> None:
+        if not (0 <= self.index < self.count and self.processes > 0 and self.timeout > 0):
+            raise ValueError(
+                f"worker {self.index} of {self.count}, {self.processes} processes, timeout {self.timeout}: an index "
+                "below the count, at least one process, and a timeout above 0 are expected"
+            )
+
     def divided(self) -> list[Worker]:
         """One for each of its processes."""
         total = self.count * self.processes
@@ -50,34 +60,61 @@ class Worker:
 class Staging:
     """The hidden directory: `data/` as it will be, `done/` what each finished output returned."""
 
-    def __init__(self, destination: Path, digest: str) -> None:
-        self.root = destination.parent / f".{destination.name}.{digest}.partial"
-        self.data = Folder(self.root / "data")
+    def __init__(self, destination: Path, attempt: str) -> None:
+        self.root = destination.parent / f".{destination.name[:_LONGEST]}.{attempt}.partial"
+        self.data = Folder(self.root / "data", also=destination.name)
         self._done = LocalStore(self.root / "done")
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """Keep other processes from this copy while the block makes it, and remove the directory once it has.
+
+        RunConflict where one is at it.
+        """
+        made = False
+        lock = contextlib.ExitStack()
+        try:
+            lock.enter_context(self._done.locked("lock"))
+        except KeyExists as e:
+            raise RunConflict(f"{self.root}: another process is making this very copy: wait for it") from e
+        try:
+            with lock:
+                yield
+            made = True
+        finally:
+            if made or not self.data.root.exists():
+                shutil.rmtree(self.root)
 
     def result(self, output: Output) -> dict[str, Any] | None:
         """What an output returned, as `result`; None if it is not finished."""
         try:
-            found: dict[str, Any] = read_json(read_all(self._done, self._key(output), limit=_MOST))
+            found: dict[str, Any] = read_json(read_all(self._done, _key(output), limit=_MOST))
             return found if self.data.head(output.name) == output.size else None
         except KeyMissing:
             return None
 
-    def finish(self, output: Output, result: Any) -> None:
-        """Say that an output is written."""
-        write_all(self._done, self._key(output), json.dumps({"result": result}).encode())
+    def make(self, output: Output) -> None:
+        """Write an output, and say that it is written. What a killed try left of it goes first."""
+        self.data.discard_temporary(output.name)
+        result = output.write(self.data)
+        write_all(self._done, _key(output), json.dumps({"result": result}).encode())
 
-    @staticmethod
-    def _key(output: Output) -> str:
-        return output.name.replace("/", "_") + ".json"
+
+def _key(output: Output) -> str:
+    return digest(output.name.encode()) + ".json"
 
 
 def write_share(sink: Sink, staging: Staging, worker: Worker, tell: Callable[[int], None]) -> None:
     """Write the outputs that are this worker's. `tell` learns of the bytes of each."""
-    for output in shares(sink, worker.count)[worker.index]:
+    for output in outputs_of(sink, worker):
         if staging.result(output) is None:
-            staging.finish(output, output.write(staging.data))
+            staging.make(output)
         tell(output.size)
+
+
+def outputs_of(sink: Sink, worker: Worker) -> list[Output]:
+    """Outputs that are this worker's."""
+    return shares(sink, worker.count)[worker.index]
 
 
 def shares(sink: Sink, count: int) -> list[list[Output]]:
@@ -111,18 +148,18 @@ def collect(sink: Sink, staging: Staging, worker: Worker) -> dict[str, Any]:
 
 
 def move_into_place(sink: Sink, staging: Staging, destination: Path, top: str) -> None:
-    """Make the destination appear as a whole, durably, and remove the staging directory. RunConflict if it is there.
+    """Make the destination appear as a whole, durably. RunConflict if it is there.
 
     top: what of the data is moved: "" all of it, else the one file or directory in it.
     """
     source = staging.data.root / top if top else staging.data.root
     target = destination / top if sink.kind == "inside" else destination
-    target.parent.mkdir(parents=True, exist_ok=True)
-    if target.is_dir() and not any(target.iterdir()):
-        target.rmdir()
-    if target.exists():
-        raise RunConflict(f"{target}: exists already; give another destination, or remove it first")
     try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if target.is_dir() and not any(target.iterdir()):
+            target.rmdir()
+        if target.exists():
+            raise RunConflict(f"{target}: exists already; give another destination, or remove it first")
         source.rename(target)
         folder = os.open(target.parent, os.O_RDONLY)
         try:
@@ -131,4 +168,3 @@ def move_into_place(sink: Sink, staging: Staging, destination: Path, top: str) -
             os.close(folder)
     except OSError as e:
         raise StoreError(f"cannot move {source} to {target}: {e.strerror}; the data is whole there") from e
-    shutil.rmtree(staging.root)

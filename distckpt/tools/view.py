@@ -20,12 +20,16 @@ from distckpt.loading.stream import Stretch, stream
 from distckpt.statedict import is_optimizer_object, parameters_of, references, state_of
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterator, Mapping, Sequence
 
     from distckpt.format.manifest import TensorInfo
     from distckpt.format.partition import Partition
 
-_FLOATS = {name for name in ITEM_SIZE if name.startswith(("float", "bfloat"))}
+_FLOATS = {name for name in ITEM_SIZE if name.startswith(("float", "bfloat"))} - {"float8_e8m0fnu", "float4_e2m1fn_x2"}
+
+
+_STRICT = ("model", "optim")
+"""Parts that no copy leaves out unasked."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,11 +52,13 @@ class Change:
             raise Unsupported(f"dtype {self.dtype!r}: one of {', '.join(sorted(_FLOATS))} is expected")
         if self.files is not None and self.files < 1:
             raise ValueError(f"world size {self.files}: at least 1 is expected")
-        for pattern, _ in self.rename:
+        if isinstance(self.only, str):
+            raise TypeError(f"only={self.only!r}: a tuple of parts is expected, such as ({self.only!r},)")
+        for pattern, replacement in self.rename:
             try:
-                re.compile(pattern)
+                re.sub(f"(?:{pattern})?", replacement, "")
             except re.error as e:  # noqa: PERF203  which of them it is is told
-                raise ValueError(f"rename: {pattern!r} is not a regular expression: {e}") from e
+                raise ValueError(f"rename: {pattern!r} to {replacement!r} is no regular expression: {e}") from e
 
     def keeps(self, name: str) -> bool:
         """Whether a tensor or an object of this name is kept."""
@@ -66,14 +72,19 @@ class Change:
 
 
 class View(Checkpoint):
-    """A checkpoint after a Change."""
+    """A checkpoint after a Change. order: names, by group, of an optimizer's parameters that it has by position."""
 
-    def __init__(self, source: Checkpoint, change: Change) -> None:
-        self._source, self._change = source, change
+    def __init__(self, source: Checkpoint, change: Change, order: Sequence[Sequence[str]] = ()) -> None:
+        self._source, self._change, self._order = source, change, order
         content = source.manifest
+        if odd := next((n for n in source.unreadable if change.keeps(n) and n.partition(".")[0] in _STRICT), None):
+            raise Unsupported(f"{odd}: cannot be read safely: {source.unreadable[odd]}. only= copies the other parts")
         objects = {n: o for n, o in content.objects.items() if change.keeps(n)}
         self._parameters = {
             n: parameters_of(value["groups"]) for n in objects if is_optimizer_object(value := source.object(n))
+        }
+        self._positions = {
+            at: name for n in self._parameters for at, name in self._ordered(source.object(n)["groups"]).items()
         }
         self._inside = {fqn for n in objects for fqn in references(source.object(n))}
         self._saved = self._named(n for n in content.tensors if change.keeps(n))
@@ -106,7 +117,20 @@ class View(Checkpoint):
         lead, dot, rest = fqn.partition(".")
         return f"{lead}.{self._change.renamed(rest)}" if dot and lead == "model" and fqn not in self._inside else fqn
 
+    def _ordered(self, groups: list[dict[str, Any]]) -> dict[Any, str]:
+        """Names of parameters by position. Mismatch if the order has other groups."""
+        positions = [group["params"] for group in groups]
+        if not self._order or any(isinstance(p, str) for of_group in positions for p in of_group):
+            return {}
+        if [*map(len, positions)] != [*map(len, self._order)]:
+            raise Mismatch(
+                f"order= has groups of {[*map(len, self._order)]} names, {self._source.name} of "
+                f"{[*map(len, positions)]} parameters"
+            )
+        return {p: n for ps, names in zip(positions, self._order, strict=True) for p, n in zip(ps, names, strict=True)}
+
     def _parameter(self, parameter: Any) -> Any:
+        parameter = self._positions.get(parameter, parameter)
         return self._change.renamed(parameter) if isinstance(parameter, str) else parameter
 
     def _named(self, fqns: Iterator[str]) -> dict[str, str]:

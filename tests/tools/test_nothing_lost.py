@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import distckpt
-from distckpt.errors import Mismatch, Unsupported
+from distckpt.errors import Mismatch, NotACheckpoint, Unsupported
 from distckpt.run.source import open_source
 from distckpt.tools.copy import copy
 from distckpt.tools.formats import DeepSpeed
@@ -240,3 +240,28 @@ def test_a_tied_parameter_may_be_trained_under_any_of_its_names(tmp_path):
     said = torch.load(file, weights_only=False)
     assert (said["shared_params"], said["buffer_names"]) == ({"emb": "head"}, [])
     assert open_source(tmp_path / "tags").manifest.aliases.keys() <= {"model.emb", "model.head"}
+
+
+def _save_installed(folder):
+    from distckpt.adapters import deepspeed
+
+    deepspeed.install()
+    model = deepspeeds.net(0, Odd)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+    engine = deepspeeds.engine(model, optimizer, 1)
+    for i in range(2):
+        deepspeeds.step(engine, None, i)
+    engine.save_checkpoint(folder, client_state={"epoch": 2, "rng": torch.arange(3)})
+
+
+def test_tags_of_an_unchanged_script_go_back_to_deepspeed(tmp_path):
+    deepspeeds.run(2, _save_installed, str(tmp_path / "ours"))
+    report = quietly(tmp_path / "ours", tmp_path / "theirs", DeepSpeed(2, 3), verify=True)
+    assert report.destination == str(tmp_path / "theirs" / "global_step2")
+    file = tmp_path / "theirs" / "global_step2" / "mp_rank_00_model_states.pt"
+    said = torch.load(file, weights_only=False)
+    assert (said["global_steps"], said["epoch"]) == (2, 2)
+    assert torch.equal(said["rng"], torch.arange(3))
+    (tmp_path / "ours" / "latest").write_text("gone")
+    with pytest.raises(NotACheckpoint, match=r"gone: does not exist, though .*latest names it"):
+        copy(tmp_path / "ours", tmp_path / "out")

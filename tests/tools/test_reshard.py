@@ -168,19 +168,20 @@ def test_tasks_of_a_job_share_the_files_through_the_file_system(runs, tmp_path):
 def test_an_interrupted_one_leaves_nothing_under_its_name_and_goes_on_where_it_stopped(runs, tmp_path, monkeypatch):
     from distckpt.tools import transfer
 
-    finish, count = transfer.Staging.finish, []
+    make, count = transfer.Staging.make, []
 
-    def stop(self, output, result):
+    def stop(self, output):
         if len(count) == 2:
+            output.write(self.data)  # and is killed before it can say so
             raise KeyboardInterrupt
         count.append(output.name)
-        finish(self, output, result)
+        make(self, output)
 
-    monkeypatch.setattr(transfer.Staging, "finish", stop)
+    monkeypatch.setattr(transfer.Staging, "make", stop)
     with pytest.raises(KeyboardInterrupt):
         copy(runs / "fsdp3", tmp_path / "out", change=Change(files=4))
     assert not (tmp_path / "out").exists()
-    monkeypatch.setattr(transfer.Staging, "finish", finish)
+    monkeypatch.setattr(transfer.Staging, "make", make)
     before = {p.name: p.stat().st_mtime_ns for p in tmp_path.rglob("*.safetensors")}
     assert len(before) == 3
     copy(runs / "fsdp3", tmp_path / "out", change=Change(files=4))
