@@ -240,12 +240,15 @@ class OptimizerAdapter:
         return found
 
     def _tensor_target(self, loading: _Loading, key: str, name: str, slot: Slot, group: dict[str, Any]) -> None:
-        """Enter the memory that a saved state fills: the live tensor where there is one, else one made as the optimizer
-        would.
-        """  # noqa: D205
-        info = loading.saved.tensors[key]
-        dtype, shape = torch_dtype(info.dtype), slot.whole(key).shape
+        """Enter the memory that a saved state fills: the live tensor, or one made as the optimizer would.
+
+        A state that was saved in the dtype of its parameter has that of the parameter here.
+        """
+        info, shape = loading.saved.tensors[key], slot.whole(key).shape
         scalar = name in _SCALARS or (info.shape == () and shape != ())
+        of = loading.saved.tensors.get(f"model.{key.removeprefix(self._prefix + '.').removesuffix('.' + name)}")
+        alike = of is not None and of.dtype == info.dtype and not scalar
+        dtype = slot.parameter.dtype if alike else torch_dtype(info.dtype)
         if not slot.held:
             loading.state.tensors[key] = slot.absent(dtype, key, scalar=scalar)
             return

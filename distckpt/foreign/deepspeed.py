@@ -135,7 +135,9 @@ class _Tag:
             model |= self._frozen()
         model = self._whole_model(model)
         file = files.stages[0].first
-        tree: dict[str, Any] = {k: leaves(v, file) for k, v in first.items() if k not in _OWN and v is not None}
+        tree: dict[str, Any] = {
+            k: leaves(v, file) for k, v in first.items() if k not in _OWN and not (k == "lr_scheduler" and v is None)
+        }
         tree["model"] = model | self._extra_state()
         if optim:
             tree["optim"] = optim

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from distckpt.errors import Corrupt, FormatError, KeyMissing, KeyTruncated, Unsupported
 from distckpt.foreign.files import Files
-from distckpt.foreign.leads import arranged
+from distckpt.foreign.leads import arranged, gathered
 from distckpt.foreign.located import Located, Undecodable
 from distckpt.format.box import Box
 from distckpt.format.layout import StepDir, chunk_name, fqn_of
@@ -84,14 +84,19 @@ class Directory:
 
 
 def describe(
-    found: Directory, names: Mapping[str, str] | None = None, like: Mapping[Any, Any] | None = None
+    found: Directory,
+    names: Mapping[str, str] | None = None,
+    like: Mapping[Any, Any] | None = None,
+    rest: str | None = None,
 ) -> Described:
     """Checkpoint over a directory. FormatError, with the fqn, for chunks that do not make up their tensor.
 
     `names`: entry of the tree -> lead (`model`, `optim`, ...), where they are not the usual ones. `like`: the state
-    dict that is to be loaded, whose entries are called what they are called there.
+    dict that is to be loaded, whose entries are called what they are called there. `rest`: lead for what is of no part
+    of the training state.
     """
-    named = canonical(arranged(found.tree, names or {}, kind_of, like), kind_of)
+    tree = gathered(found.tree, rest) if rest else found.tree
+    named = canonical(arranged(tree, names or {}, kind_of, like), kind_of)
     aliases = _ties(named.tensors)
     tensors: dict[str, TensorInfo] = {}
     chunks: list[dict[str, Chunk]] = [{} for _ in found.files]

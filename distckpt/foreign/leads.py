@@ -56,6 +56,12 @@ def arranged(
     return rest
 
 
+def gathered(tree: Mapping[Any, Any], lead: str) -> dict[Any, Any]:
+    """Tree whose entries that are of no part of the training state lie together, under one lead."""
+    parts = {"model", "optim", "lr_scheduler", "deepspeed"}
+    return {k: v for k, v in tree.items() if k in parts} | {lead: {k: v for k, v in tree.items() if k not in parts}}
+
+
 def _taken(rest: dict[Any, Any], entry: str, tree: Mapping[Any, Any]) -> Any:
     """Remove an entry from the tree and return it; dots lead into nested dicts."""
     if entry in rest:

@@ -33,13 +33,16 @@ def open_foreign(
     names: Mapping[str, str] | None = None,
     order: Sequence[Sequence[str]] | None = None,
     like: Mapping[Any, Any] | None = None,
+    *,
+    rest: str | None = None,
 ) -> Described | None:
     """Describe what another tool saved at `path`; None where there is nothing of a kind that is read.
 
     names: entry of the state dict -> lead, where the entries are not called model, optimizer and so on. order: names of
     the optimizer's parameters by group, for a DeepSpeed tag that has them by position. like: the state dict that is to
-    be loaded, whose entries are called what they are called there. FormatError, Corrupt, NotACheckpoint, Unsupported
-    for what is of a known kind and cannot be read.
+    be loaded, whose entries are called what they are called there. rest: lead for the entries that
+    are of no part of the training state. FormatError, Corrupt, NotACheckpoint, Unsupported for what is of a known kind
+    and cannot be read.
     """
     path = Path(path)
     try:
@@ -52,7 +55,7 @@ def open_foreign(
         if isinstance(e, DistckptError):
             raise
         raise StoreError(f"cannot look at {path}: {e.strerror or e}") from e
-    return describe(found, names, like) if found else None
+    return describe(found, names, like, rest) if found else None
 
 
 def holds_foreign(path: Path) -> bool:

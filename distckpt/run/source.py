@@ -27,7 +27,7 @@ from distckpt.store.local import LocalStore, local_path
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from distckpt.comm import Comm
     from distckpt.loading.plan import Options
@@ -66,15 +66,18 @@ def load_source(
     if step is not None:
         raise NotACheckpoint(f"step={step}: {path} is no run of several steps")
     order = _order(comm, state) if kind == _FOREIGN else None
-    opened: Checkpoint | None = None
-
-    def attempt() -> None:
-        nonlocal opened
-        opened = _opened(path, kind, names, order, like)
-
-    together(comm, f"opening {path}", attempt)
-    assert opened is not None
+    opened = _opened_by_all(comm, path, lambda: _opened(path, kind, names, order, like))
     return _load(comm, opened, state, replace(options, foreign=kind == _FOREIGN, complete=like is not None), path)
+
+
+def load_foreign(comm: Comm, path: Path, state: Loadable, options: Options, *, rest: str) -> LoadReport:
+    """Load what another tool saved at `path`, whatever else is there. Collective.
+
+    rest: lead of its values that are of no part of the training state.
+    """
+    order = _order(comm, state)
+    opened = _opened_by_all(comm, path, lambda: _opened(path, _FOREIGN, None, order, rest=rest))
+    return _load(comm, opened, state, replace(options, foreign=True), path)
 
 
 def _order(comm: Comm, state: Loadable) -> list[list[str]] | None:
@@ -95,6 +98,13 @@ def _order(comm: Comm, state: Loadable) -> list[list[str]] | None:
 
 def _named(groups: list[dict[str, Any]] | None) -> State:
     return State(objects={"optim": JoinedObject({"groups": groups}, joins="params")})
+
+
+def _opened_by_all(comm: Comm, path: Path, attempt: Callable[[], Checkpoint]) -> Checkpoint:
+    """What each rank opens, once all have."""
+    found: list[Checkpoint] = []
+    together(comm, f"opening {path}", lambda: found.append(attempt()))
+    return found[0]
 
 
 def open_source(
@@ -158,18 +168,19 @@ def _kind(path: Path) -> bytes:
     raise NotACheckpoint(f"{path}: neither a run of distckpt nor one of its steps, nor {KINDS}")
 
 
-def _opened(
+def _opened(  # noqa: PLR0917
     path: Path,
     kind: bytes,
     names: Mapping[str, str] | None,
     order: Sequence[Sequence[str]] | None,
     like: Mapping[Any, Any] | None = None,
+    rest: str | None = None,
 ) -> Checkpoint:
     if kind == _STEP:
         directory = StepDir.parse(path.absolute().name)
         assert directory is not None
         return open_checkpoint(LocalStore(path.absolute().parent), directory)
-    found = open_foreign(path, names, order, like)
+    found = open_foreign(path, names, order, like, rest=rest)
     if found is None:
         raise NotACheckpoint(f"{path}: nothing is there that this rank can see; every rank must see the same files")
     return found

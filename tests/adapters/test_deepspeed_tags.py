@@ -8,48 +8,17 @@ import os
 import shutil
 import signal
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
 
 from distckpt import Checkpointer, TrainState
-from distckpt.errors import Corrupt, DistckptError, Mismatch, NotACheckpoint, StateUnusable, StateWarning, Unsupported
+from distckpt.errors import DistckptError, Mismatch, NotACheckpoint, Unsupported
 from tests import deepspeeds, ranks
+from tests.adapters.engines import made
+from tests.adapters.scripts import equal, rates, script, train, weights
 from tests.layouts import quiet
-
-
-def script(stage, seed=0, *, installed=True, dtype="fp32", **options):
-    """What a training script does before its loop."""
-    from distckpt.adapters import deepspeed
-
-    if installed:
-        deepspeed.install(timeout=20)
-    model = deepspeeds.net(seed)
-    optimizer = torch.optim.AdamW(deepspeeds.groups(model))
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: 0.5**i)
-    return deepspeeds.engine(model, optimizer, stage, dtype, lr_scheduler=schedule, **options)
-
-
-def train(engine, start, stop):
-    return [deepspeeds.step(engine, None, i) for i in range(start, stop)]
-
-
-def weights(engine):
-    import deepspeed
-
-    with deepspeed.zero.GatheredParameters([*engine.module.parameters()]):
-        return {n: v.detach().clone() for n, v in engine.module.state_dict().items()}
-
-
-def equal(a, b):
-    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
-
-
-def rates(engine):
-    return [group["lr"] for group in engine.optimizer.param_groups]
-
 
 # -- save and load ---------------------------------------------------------------------------------------------------
 
@@ -103,29 +72,6 @@ def test_tags_hold_what_deepspeeds_hold_and_load_at_any_size_and_stage(tmp_path,
     assert loaded_losses == (losses if (stage, size) == (to, on) else pytest.approx(losses, rel=1e-6))
 
 
-def _native(root):
-    """DeepSpeed's own tags, and what it answers where there is none."""
-    engine = script(2, seed=4)
-    native = engine.load_checkpoint.__wrapped__
-    assert engine.load_checkpoint(f"{root}/nowhere") == native(engine, f"{root}/nowhere") == (None, None)
-    assert "exclude_frozen_parameters" in inspect.signature(engine.save_checkpoint).parameters
-    path, client = engine.load_checkpoint(root)
-    assert path.endswith("mp_rank_00_model_states.pt")
-    assert client["epoch"] == 1
-    train(engine, 2, 3)
-    engine.save_checkpoint(root, tag="global_step2", client_state={"epoch": 7})
-    time.sleep(0.01)
-    assert engine.load_checkpoint(root)[1] == {"epoch": 7}
-    return weights(engine), train(engine, 3, 5)
-
-
-def test_a_tag_of_deepspeeds_own_goes_to_deepspeeds_own_code_until_it_is_saved_again(tmp_path):
-    (wanted, _), losses = deepspeeds.run(2, _save, str(tmp_path), 2, False)[0]
-    found, loaded_losses = deepspeeds.run(2, _native, str(tmp_path))[0]
-    assert equal(found, wanted)
-    assert loaded_losses == losses
-
-
 def _alike(root, installed):
     """The same script twice: as it is, and with install()."""
     engine = script(3, installed=installed)
@@ -158,6 +104,36 @@ def _undone(root):
 
 def test_install_is_done_once_and_can_be_undone(tmp_path):
     deepspeeds.run(2, _undone, str(tmp_path))
+
+
+def _lacking(root):
+    """No schedule anywhere; then no optimizer either, as of an engine that only computes."""
+    from distckpt.adapters import deepspeed
+
+    deepspeed.install(timeout=20)
+    engine = made(2, "bf16")
+    train(engine, 0, 2)
+    engine.save_checkpoint(root, tag="t", client_state={"a": 1})
+    wanted = weights(engine)
+    for options in ({"load_optimizer_states": False}, {"load_lr_scheduler_states": False}, {"load_module_only": True}):
+        other = made(2, "bf16", seed=4)
+        assert other.load_checkpoint(root, tag="t", **options)[1] == {"a": 1}, options
+        assert equal(weights(other), wanted)
+        assert (not other.optimizer.optimizer.state) == ("load_lr_scheduler_states" not in options)
+    for stage in (0, 3):
+        alone = deepspeeds.engine(deepspeeds.net(4), None, stage, "bf16")
+        for options in ({}, {"load_optimizer_states": False}):
+            assert alone.load_checkpoint(root, tag="t", **options)[1] == {"a": 1}
+            assert equal(weights(alone), wanted)
+        alone.save_checkpoint(root, tag=f"alone{stage}")
+        text = ranks.expect_error(lambda stage=stage: other.load_checkpoint(root, tag=f"alone{stage}"), Mismatch)
+        assert "optim: missing" in text
+        other.load_checkpoint(root, tag=f"alone{stage}", load_optimizer_states=False)
+        assert equal(weights(other), wanted)
+
+
+def test_what_an_engine_or_a_tag_does_not_have_is_not_asked_for(tmp_path):
+    deepspeeds.run(2, _lacking, str(tmp_path))
 
 
 def _frozen(root):
@@ -202,40 +178,7 @@ def test_what_cannot_be_is_refused_on_every_rank(tmp_path):
     assert "a save that did not finish" in nothing
 
 
-# -- damage and death ------------------------------------------------------------------------------------------------------
-
-
-def _save_some(root):
-    engine = script(2)
-    for i in range(3):
-        train(engine, i, i + 1)
-        engine.save_checkpoint(root, client_state={"at": i + 1})
-
-
-def _fall_back(root):
-    import warnings
-
-    engine = script(3, seed=2)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always", StateWarning)
-        path, client = engine.load_checkpoint(root)
-    assert [w for w in caught if "falling back from tag global_step3 to global_step2" in str(w.message)]
-    text = ranks.expect_error(lambda: engine.load_checkpoint(root, tag="global_step3"), Corrupt)
-    ranks.expect_error(lambda: engine.save_checkpoint(root, tag="after"), StateUnusable)
-    engine.load_checkpoint(root, tag="global_step1")
-    engine.save_checkpoint(root, tag="after")
-    return Path(path).name, client, text
-
-
-def test_a_damaged_tag_makes_every_rank_fall_back_and_is_an_error_where_it_was_asked_for(tmp_path):
-    deepspeeds.run(2, _save_some, str(tmp_path))
-    data = next((tmp_path / "global_step3").rglob("rank-00001*.safetensors"))
-    content = bytearray(data.read_bytes())
-    content[4100] ^= 1  # a weight: found out once others have been loaded
-    data.write_bytes(content)
-    for name, client, text in deepspeeds.run(2, _fall_back, str(tmp_path)):
-        assert (name, client) == ("global_step2", {"at": 2})
-        assert data.name in text
+# -- death ------------------------------------------------------------------------------------------------------
 
 
 def _die_in_second_save(root, installed):

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from distckpt import Checkpointer, TrainState
-from distckpt.errors import Mismatch, Unsupported
+from distckpt.errors import Mismatch, StateWarning, Unsupported
 from tests import ranks
 
 OPTIMIZERS = {
@@ -119,6 +119,31 @@ def test_sparse_gradients_and_their_optimizer_go_on_bit_for_bit(tmp_path):
     steps(table, optimizer, [7, 20])
     steps(fresh_table, fresh, [7, 20])
     assert torch.equal(table.weight, fresh_table.weight)
+
+
+def test_states_in_the_dtype_of_their_parameter_follow_it(tmp_path):
+    """As torch's load_state_dict has it; a state in a dtype of its own keeps that."""
+    model, optimizer = make("adam")
+    train(model.bfloat16(), optimizer, 0, seed=1)
+    for p in model.parameters():
+        p.grad = torch.ones_like(p) if p.requires_grad else None
+    optimizer.step()
+    optimizer.state[model[2].bias]["exp_avg"] = torch.full((5,), 0.1)
+    with Checkpointer(tmp_path, wait=True) as c:
+        c.save(1, TrainState(model=model, optimizer=optimizer))
+        wide, fresh = make("adam", seed=4)
+        with pytest.warns(StateWarning, match="precision"):
+            c.load(TrainState(model=wide, optimizer=fresh))
+        train(wide, fresh, 1, seed=1)
+        c.save(2, TrainState(model=wide, optimizer=fresh))
+        narrow, other = make("adam", seed=5)
+        state = TrainState(model=narrow.bfloat16(), optimizer=other)
+        with pytest.raises(Mismatch, match=r"optim\.2\.weight\.exp_avg: saved as float32"):
+            c.load(state)
+        with pytest.warns(StateWarning, match="precision"):
+            c.load(state, cast=True)
+    assert fresh.state[wide[0].weight]["exp_avg_sq"].dtype == torch.float32
+    assert {v.dtype for v in other.state[narrow[0].weight].values() if v.dim()} == {torch.bfloat16}
 
 
 def test_asking_for_state_never_steps_the_optimizer(tmp_path):

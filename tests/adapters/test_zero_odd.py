@@ -10,7 +10,7 @@ from distckpt import Checkpointer, TrainState, full_state_dict
 from distckpt.adapters.zero.flats import masters
 from distckpt.errors import Mismatch, Unsupported
 from tests import deepspeeds, ranks
-from tests.adapters.engines import assert_equal, held, made, resumed, saved, train
+from tests.adapters.engines import assert_equal, captured, held, joined, made, resumed, saved, train
 from tests.layouts import quiet
 
 # -- names: what DeepSpeed's own mappings and converters get wrong ------------------------------------------------------
@@ -153,6 +153,35 @@ def test_a_checkpoint_of_low_precision_alone_fills_the_masters_and_says_so(tmp_p
         assert all(torch.equal(found[name].float(), value.float()) for name, value in wanted.items())
 
 
+def _save_low_precision_states(root):
+    engine = made(
+        2, "bf16", bf16={"enabled": True, "bf16_master_weights_and_grads": True, "bf16_optimizer_states": True}
+    )
+    train(engine, 0, 2)
+    saved(root, engine)
+    return captured(engine)
+
+
+def _load_low_precision_states(root):
+    dtypes = []
+    for stage in (1, 3):
+        engine = made(stage, "bf16", seed=3)
+        resumed(root, engine)
+        dtypes += [v.dtype for s in engine.optimizer.optimizer.state.values() for v in s.values() if v.dim()]
+        found = captured(engine)
+        train(engine, 2, 4)
+    return dtypes, found
+
+
+def test_states_in_the_precision_of_their_masters_follow_them(tmp_path):
+    wanted = joined(deepspeeds.run(2, _save_low_precision_states, str(tmp_path)))
+    loaded = deepspeeds.run(3, _load_low_precision_states, str(tmp_path))
+    assert {dtype for dtypes, _ in loaded for dtype in dtypes} == {torch.float32}
+    found = joined([of_rank for _, of_rank in loaded])
+    assert wanted["optim.up.weight.exp_avg"].any()
+    assert all(torch.equal(found[name], value) for name, value in wanted.items() if name != "model.seen")
+
+
 def _save_different_steps(root):
     model = deepspeeds.net()
     optimizer = torch.optim.AdamW(deepspeeds.groups(model))
@@ -205,6 +234,29 @@ def test_a_parameter_saved_without_state_starts_from_zeros_and_the_report_says_s
     told = deepspeeds.run(2, _load_without_some_states, str(tmp_path))
     assert any("optim.down.bias: saved without state" in note for note in told[0][0])
     assert sum(n for _, n in told) > 0
+
+
+FP16_AUTOCAST = {"torch_autocast": {"enabled": True, "dtype": "float16"}}
+
+
+def _scaled_by_autocast(root):
+    def scaler(engine):
+        return engine.torch_autocast_z0_gradscaler or engine.optimizer.torch_autocast_gradscaler
+
+    for stage in (0, 1, 3):
+        engine, fresh = made(stage, **FP16_AUTOCAST), made(stage, seed=2, **FP16_AUTOCAST)
+        train(engine, 0, 1)
+        scaler(engine).update(128.0)
+        train(engine, 1, 2)
+        saved(f"{root}/{stage}", engine)
+        resumed(f"{root}/{stage}", fresh)
+        assert scaler(fresh).state_dict() == scaler(engine).state_dict(), stage
+        assert train(fresh, 2, 4) == train(engine, 2, 4)
+        assert scaler(fresh).get_scale() == 128.0
+
+
+def test_the_scale_of_torch_autocast_is_kept_wherever_an_engine_has_it(tmp_path):
+    deepspeeds.run(2, _scaled_by_autocast, str(tmp_path))
 
 
 def _fails_and_goes_on(root):

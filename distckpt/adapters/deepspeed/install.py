@@ -1,7 +1,7 @@
 """`install()`: DeepSpeedEngine.save_checkpoint and .load_checkpoint, of every engine there is and will be, become ours.
 
-Hugging Face Trainer and Accelerate call those two. What this process then loads that DeepSpeed itself has saved still
-goes to DeepSpeed's own code.
+Hugging Face Trainer and Accelerate call those two. DeepSpeed's own code is left with what only it can answer: where
+there is no tag, and what a `custom_load_fn` does with one that DeepSpeed itself has saved.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from distckpt.adapters.deepspeed.tags import Choice, Tags
+from distckpt.errors import Unsupported
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -49,13 +50,8 @@ def install(*, timeout: float = 600.0) -> Callable[[], None]:
         load_module_only: bool = False,  # noqa: FBT001, FBT002
         custom_load_fn: Callable[..., Any] | None = None,
     ) -> tuple[str | None, Any]:
-        choice = Choice(
-            strict=load_module_strict,
-            optimizer=load_optimizer_states and not load_module_only,
-            lr_scheduler=load_lr_scheduler_states and not load_module_only,
-            counters=not load_module_only,
-        )
-        if (found := tags.find(self, load_dir, tag)) is None:
+        found = tags.find(self, load_dir, tag)
+        if found is None or (found.native and custom_load_fn is not None):
             return native_load(  # type: ignore[no-any-return]
                 self,
                 load_dir,
@@ -66,7 +62,17 @@ def install(*, timeout: float = 600.0) -> Callable[[], None]:
                 load_module_only,
                 custom_load_fn,
             )
-        return tags.load(self, load_dir, found, choice, given=tag is not None, custom_load_fn=custom_load_fn)
+        if custom_load_fn is not None:
+            raise Unsupported(
+                "custom_load_fn: a checkpoint of distckpt has no state dict of the whole model to give it"
+            )
+        choice = Choice(
+            strict=load_module_strict,
+            optimizer=load_optimizer_states and not load_module_only,
+            lr_scheduler=load_lr_scheduler_states and not load_module_only,
+            counters=not load_module_only,
+        )
+        return tags.load(self, load_dir, found, choice)
 
     def undo() -> None:
         kind.save_checkpoint, kind.load_checkpoint = native_save, native_load

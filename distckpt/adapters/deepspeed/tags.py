@@ -1,7 +1,7 @@
 """Tags: `SAVE_DIR/TAG` is a checkpoint of ours where DeepSpeed would have its files, and `latest` names the newest.
 
 A tag is a run of one step (see run/place.py): saved again, the new state replaces the old one as a whole. `latest` is
-switched last, so it never names what is not committed.
+switched last, so it never names what is not committed. What DeepSpeed itself has saved is read by distckpt.foreign.
 """
 
 from __future__ import annotations
@@ -14,27 +14,29 @@ from weakref import WeakKeyDictionary
 
 from distckpt import comm as comms
 from distckpt.adapters.slots import naming
-from distckpt.adapters.zero.engine import model_of
+from distckpt.adapters.zero.engine import model_of, optimizer_of
 from distckpt.comm import exchange, together
-from distckpt.errors import Corrupt, Mismatch, NotACheckpoint, StateWarning, Unsupported
+from distckpt.errors import Corrupt, FormatError, Mismatch, NewerFormat, NotACheckpoint, StateWarning, Unsupported
+from distckpt.foreign.deepspeed_files import MODEL
 from distckpt.format.checksum import digest
-from distckpt.format.layout import COMMIT
+from distckpt.format.layout import COMMIT, StepDir
 from distckpt.loading.plan import Options
 from distckpt.run.choose import Search, load_newest
 from distckpt.run.direct import save_to
-from distckpt.run.history import History
-from distckpt.run.place import place
+from distckpt.run.place import Place, place
+from distckpt.run.source import load_foreign
 from distckpt.run.trainstate import TrainState
 from distckpt.state import State
 from distckpt.store.base import write_all
 from distckpt.store.local import LocalStore
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
     from distckpt.comm import Comm
 
 LATEST = "latest"
+CLIENT = "client_state"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,12 +48,26 @@ class Choice:
     lr_scheduler: bool
     counters: bool
 
-    def only(self) -> tuple[str, ...] | None:
-        """Leads to load, None for all."""
-        if self.optimizer and self.lr_scheduler and self.counters:
+    def only(self, engine: Any) -> tuple[str, ...] | None:
+        """Leads to load, None for all. What an engine does not have is not asked for."""
+        has_optimizer = optimizer_of(engine) is not None
+        if self.optimizer and self.lr_scheduler and self.counters and has_optimizer:
             return None
-        wanted = (("optim", self.optimizer), ("lr_scheduler", self.lr_scheduler), ("deepspeed", self.counters))
-        return ("model", "client_state", *(lead for lead, chosen in wanted if chosen))
+        wanted = {
+            "optim": self.optimizer and has_optimizer,
+            "lr_scheduler": self.lr_scheduler and engine.lr_scheduler is not None,
+            "deepspeed": self.counters,
+        }
+        return ("model", CLIENT, *(lead for lead, chosen in wanted.items() if chosen))
+
+
+@dataclass(frozen=True, slots=True)
+class Tag:
+    """A tag that is there. native: DeepSpeed itself has saved it. given: the script asked for it by name."""
+
+    name: str
+    native: bool
+    given: bool
 
 
 class ClientState:
@@ -130,57 +146,65 @@ class Tags:
 
     # -- load --------------------------------------------------------------------------------------------------------
 
-    def find(self, engine: Any, load_dir: str, tag: str | None) -> str | None:
-        """Tag to load, None where it is not one of ours: nothing there, or DeepSpeed's own."""
-        ranks = self._ranks()
-        said = exchange(ranks, "looking for the tag", _look(engine, load_dir, tag) if ranks.rank == 0 else b"")[0]
-        return said.decode() or None
+    def find(self, engine: Any, load_dir: str, tag: str | None) -> Tag | None:
+        """Tag to load, None where nothing is there."""
+        said = self._told("looking for the tag", lambda: _look(engine, load_dir, tag))
+        return Tag(said[1:], said[0] == _NATIVE, tag is not None) if said else None
 
-    def load(
-        self, engine: Any, load_dir: str, tag: str, choice: Choice, *, given: bool, custom_load_fn: Any
-    ) -> tuple[str, dict[str, Any]]:
+    def load(self, engine: Any, load_dir: str, tag: Tag, choice: Choice) -> tuple[str, dict[str, Any]]:
         """Load a tag; returns its path and the client's state.
 
-        A damaged tag that was not asked for by name makes every rank fall back to the newest one before it.
+        A damaged tag that was not asked for by name makes every rank fall back to the newest of ours before it.
         """
-        if custom_load_fn is not None:
-            raise Unsupported(
-                "custom_load_fn: a checkpoint of distckpt has no state dict of the whole model to give it"
-            )
         tried: list[str] = []
         while True:
             try:
-                return self._load(engine, Path(load_dir, tag), choice)
-            except Corrupt as damage:  # noqa: PERF203
-                tried.append(tag)
-                other = None if given else self._before(load_dir, tried)
+                return self._load(engine, Path(load_dir, tag.name), tag, choice)
+            except (Corrupt, FormatError, NotACheckpoint) as damage:  # noqa: PERF203
+                tried.append(tag.name)
+                final = tag.given or isinstance(damage, NewerFormat)
+                other = None if final else self._before(load_dir, tried)
                 if other is None:
                     raise
-                warnings.warn(f"falling back from tag {tag} to {other}: {damage}", StateWarning, stacklevel=3)
-                tag = other
+                warnings.warn(f"falling back from tag {tag.name} to {other}: {damage}", StateWarning, stacklevel=3)
+                tag = Tag(other, native=False, given=False)
 
-    def _load(self, engine: Any, path: Path, choice: Choice) -> tuple[str, dict[str, Any]]:
-        client, where = ClientState({}), place(path)
+    def _load(self, engine: Any, path: Path, tag: Tag, choice: Choice) -> tuple[str, dict[str, Any]]:
+        client = ClientState({})
         options = Options(
-            strict=choice.strict, foreign=True, only=choice.only(), cast=True, per_rank={"client_state": "first"}
+            strict=choice.strict, foreign=True, only=choice.only(engine), cast=True, per_rank={CLIENT: "first"}
         )
         state = self._state(engine, client)
         try:
-            loaded = load_newest(Search(self._ranks(), where.history, where.step), state, options)
+            if tag.native:
+                load_foreign(self._ranks(), path, state, options, rest=CLIENT)
+            else:
+                self._load_own(place(path), state, options)
         finally:
             if state.unusable:
                 self._broken[engine] = state.unusable
             else:
                 self._broken.pop(engine, None)
-        if loaded is None:
-            raise NotACheckpoint(f"{path} holds no committed checkpoint: {where.history.why_nothing()}")
         return str(path), client.value
 
+    def _load_own(self, where: Place, state: TrainState, options: Options) -> None:
+        if load_newest(Search(self._ranks(), where.history, where.step), state, options) is None:
+            raise NotACheckpoint(f"{where.store} holds no committed checkpoint: {where.history.why_nothing()}")
+
     def _before(self, load_dir: str, tried: list[str]) -> str | None:
-        """Newest tag of ours that has not been tried and can be opened."""
-        ranks = self._ranks()
-        said = exchange(ranks, "looking for an older tag", _newest(load_dir, tried) if ranks.rank == 0 else b"")[0]
-        return said.decode() or None
+        """Newest tag of ours that has not been tried, can be opened, and is not newer than the first one tried."""
+        return self._told("looking for an older tag", lambda: _newest(load_dir, tried)) or None
+
+    def _told(self, what: str, look: Callable[[], str]) -> str:
+        """What rank 0 finds, on every rank; or what it failed at."""
+        ranks, found = self._ranks(), b""
+
+        def attempt() -> None:
+            nonlocal found
+            found = look().encode() if ranks.rank == 0 else b""
+
+        together(ranks, what, attempt)
+        return exchange(ranks, what, found)[0].decode()
 
 
 def _without_frozen(state: State, engine: Any) -> State:
@@ -197,28 +221,44 @@ def _refuse_different(ranks: Comm, path: str) -> None:
         raise Mismatch(f"ranks {different[:16]} save another tag than rank 0; rank {ranks.rank} saves {path}")
 
 
-def _look(engine: Any, load_dir: str, tag: str | None) -> bytes:
-    """Tag to load if it is one of ours, else nothing. Asked on rank 0."""
+_OWN, _NATIVE = "o", "n"
+
+
+def _look(engine: Any, load_dir: str, tag: str | None) -> str:
+    """Tag to load, after a letter for whose it is; "" where there is none. Asked on rank 0."""
     if tag is None:
         pointers = [Path(load_dir, name) for name in (f"{LATEST}_universal", LATEST)]
         pointer = next((p for p in pointers[not engine.load_universal_checkpoint() :] if p.is_file()), None)
         if pointer is None:
-            return b""
-        tag = pointer.read_text().strip()
+            return ""
+        tag = pointer.read_text(errors="replace").strip()
     path = Path(load_dir, str(tag))
+    native = [p.stat().st_mtime for p in path.glob("*.pt") if MODEL.fullmatch(p.name)]
     ours = [p.stat().st_mtime for p in (path / COMMIT, *path.glob(f"step-*/{COMMIT}")) if p.is_file()]
-    native = [p.stat().st_mtime for p in path.glob("*.pt")]
     if native and max(native) > max(ours, default=0):
-        return b""
-    return str(tag).encode() if place(path).history.directories() else b""
+        return f"{_NATIVE}{tag}"
+    return f"{_OWN}{tag}" if place(path).history.directories() else ""
 
 
-def _newest(load_dir: str, tried: list[str]) -> bytes:
-    """Newest tag besides those tried. Asked on rank 0."""
+def _newest(load_dir: str, tried: list[str]) -> str:
+    """Newest tag besides those tried, and not newer than the first of them, "" for none. Asked on rank 0."""
+    parent = Path(tried[0]).parent
+    known = _age(Path(load_dir, tried[0]))
     found = []
-    for path in Path(load_dir).iterdir():
-        if path.is_dir() and path.name not in tried:
-            newest = next(History(LocalStore(path)).valid(), None)
-            if newest and (said := newest.manifest.metrics.get("tag")):
-                found.append((newest.manifest.metrics.get("global_steps", 0), newest.manifest.date, str(said)))
-    return max(found)[2].encode() if found else b""
+    for path in Path(load_dir, parent).iterdir():
+        name, directory = str(parent / path.name), StepDir.parse(path.name)
+        if path.is_dir() and name not in tried and (directory is None or directory.generation == 1):
+            age = _age(path)
+            if age and (known is None or age[0] <= known[0]):
+                found.append((age, name))
+    return max(found)[1] if found else ""
+
+
+def _age(path: Path) -> tuple[float, str] | None:
+    """(steps, date) of a tag of ours that can be opened."""
+    where = place(path)
+    newest = next((c for c in where.history.valid() if where.step in {None, c.directory.step}), None)
+    if newest is None or "tag" not in newest.manifest.metrics:
+        return None
+    steps = newest.manifest.metrics.get("global_steps")
+    return (steps if isinstance(steps, int) else 0), newest.manifest.date

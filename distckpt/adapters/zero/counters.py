@@ -95,7 +95,8 @@ def _scaler(engine: Any) -> Any:
 
 def _schedulers(engine: Any) -> Iterator[tuple[str, Any]]:
     """(name, what has a state) of the engine's helpers: torch autocast's GradScaler, random-LTD, curriculum."""
-    if (scaler := getattr(owner_of(engine), "torch_autocast_gradscaler", None)) is not None:
+    places = (owner_of(engine), "torch_autocast_gradscaler"), (engine, "torch_autocast_z0_gradscaler")
+    if scaler := next((found for place in places if (found := getattr(*place, None))), None):
         yield "grad_scaler", scaler
     if engine.random_ltd_enabled() and engine.random_ltd_scheduler is not None:
         yield "random_ltd", engine.random_ltd_scheduler

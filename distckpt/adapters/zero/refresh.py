@@ -23,7 +23,7 @@ def refresh(engine: Any) -> None:
         for i, flat in enumerate(owner.fp32_partitioned_groups_flat):
             if flat.numel():
                 private(owner, "_reassign_or_swap_out_partitioned_parameters")(i)
-    elif hasattr(owner, "update_lp_params"):
+    elif hasattr(owner, "update_lp_params") and getattr(owner, "using_real_optimizer", True):
         owner.update_lp_params()
         owner._hp_optimizer_states_linked = False
         private(owner, "_link_all_hp_params")()
