@@ -54,6 +54,8 @@ class Job:
     nbytes: int = 0
     ended: bool = False
     error: DistckptError | None = None
+    seconds: float = 0.0
+    """That the writer process worked on it."""
     notes: list[str] = field(default_factory=list)
     copying: threading.Thread | None = None
 
@@ -135,7 +137,7 @@ class Background:
             job = next((j for j in self._jobs if j.number == said["job"]), None)
             if job:
                 kind, text = said.get("error") or (None, "")
-                job.notes += said.get("notes", [])
+                job.notes, job.seconds = said.get("notes", []), said.get("seconds", 0.0)
                 self._ended(job, by_name(kind)(text) if kind else None)
 
     def _lost(self) -> None:

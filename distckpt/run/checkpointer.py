@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from dataclasses import dataclass
 from operator import index
 from typing import TYPE_CHECKING, Any, Literal, overload
@@ -12,6 +13,7 @@ from distckpt.comm import Comm, together
 from distckpt.errors import (
     NotACheckpoint,
     RunConflict,
+    StateWarning,
     Unsupported,
 )
 from distckpt.garbage import uncollected
@@ -19,10 +21,13 @@ from distckpt.loading.plan import Options
 from distckpt.run.choose import Search, load_newest
 from distckpt.run.history import History
 from distckpt.run.launches import open_launch, read_launches
+from distckpt.run.preemption import Preemption, Reason, Watch
 from distckpt.run.publish import now
 from distckpt.run.save import plain_metrics
 from distckpt.run.saver import Saver
+from distckpt.run.schedule import Due, Schedule
 from distckpt.run.source import foreign_root, load_source
+from distckpt.run.triggers import Triggers, best_interval, duration
 from distckpt.saving.save import Request
 from distckpt.store.local import LocalStore
 
@@ -36,6 +41,7 @@ if TYPE_CHECKING:
     from distckpt.run.pending import PendingSave
     from distckpt.run.save import SaveReport
     from distckpt.run.trainstate import TrainState
+    from distckpt.run.triggers import Trigger
     from distckpt.state import State
     from distckpt.store.base import Store
 
@@ -44,15 +50,33 @@ _STEP = 8  # bytes of a step in a message
 
 @dataclass(frozen=True, slots=True)
 class StepReport:
-    """What Checkpointer.step did."""
+    """What Checkpointer.step did.
+
+    should_stop: leave the training loop, and the program with `exit_code` (REQUEUE or STOPPED of run/preemption.py;
+    `reason` says why): what was to be saved is committed then. note: why nothing was.
+    """
 
     saved: PendingSave | SaveReport | None = None
+    reason: Reason = Reason.NONE
+    note: str = ""
+
+    @property
+    def should_stop(self) -> bool:
+        """Whether the job is to end here."""
+        return bool(self.reason)
+
+    @property
+    def exit_code(self) -> int:
+        """What the program is to exit with, if it is to stop."""
+        return self.reason.exit_code
 
 
 class Checkpointer:
     """Saves and resumes one run. Every method is collective: all ranks call it, at the same point.
 
-    root: the run's directory (or a Store). every: save at steps divisible by this (None: only when told). wait: what
+    root: the run's directory (or a Store). every: when `step` saves: a number of steps (those that it divides), "20
+    min", "1 epoch", a function of step and epoch (the same on every rank), or several of these; None: only when told.
+    preemption: take over the signals by which jobs are stopped, so that `step` can save and say so. wait: what
     `save` does by default. when_busy: what a save does that comes while two others are still being written: "wait" for
     one of them, or "skip" itself. arena_bytes: most host memory that one save may be staged in on this rank; a larger
     one is written by the call itself (None: no limit). timeout: seconds that any wait for others lasts at most.
@@ -62,21 +86,25 @@ class Checkpointer:
         self,
         root: str | os.PathLike[str] | Store,
         *,
-        every: int | None = None,
+        every: Trigger | tuple[Trigger, ...] | None = None,
+        preemption: Preemption | bool = False,
         wait: bool = False,
         when_busy: Literal["wait", "skip"] = "wait",
         arena_bytes: int | None = None,
         timeout: float = 600.0,
         comm: Comm | None = None,
     ) -> None:
-        if every is not None and (type(every) is not int or every < 1):
-            raise ValueError(f"every={every!r}: a number of steps, an int of at least 1")
+        triggers = Triggers.of(every)
         self._store: Store = LocalStore(root) if isinstance(root, (str, os.PathLike)) else root
-        self._every = every
         self._comm = comm or _default_comm(timeout)
         self._given = comm is not None
         self._history = History(self._store)
         self._saver = Saver(self._comm, self._history, when_busy=when_busy, arena_bytes=arena_bytes)
+        looks = self._store.root if isinstance(self._store, LocalStore) and self._comm.rank == 0 else None
+        self._watch = Watch(preemption if isinstance(preemption, Preemption) else Preemption(), looks)
+        self._schedule = Schedule(self._comm, triggers, self._watch if preemption else None)
+        if preemption:
+            self._watch.start()
         self._wait = wait
         self._prepared = False
         self._launch: int | None = None
@@ -101,6 +129,7 @@ class Checkpointer:
         if self._closed:
             return
         self._closed = True
+        self._watch.close()
         try:
             self._saver.close(failed=failed)
         finally:
@@ -109,11 +138,36 @@ class Checkpointer:
     # -- save --------------------------------------------------------------------------------------------------------
 
     def step(self, step: int, state: TrainState, metrics: Mapping[str, Any] | None = None) -> StepReport:
-        """Save if a save is due at this step. Called after each optimizer step; `step` counts those done."""
-        if self._every is None or step % self._every:
+        """Save if a save is due at this step. Called after each optimizer step; `step` counts those done.
+
+        Where the job is to stop, the save is waited for, and the report says so: leave the loop then.
+        """
+        due = self._schedule.look(step, lambda: state.epoch, self._saver)
+        if due.reason:
+            return self._stop(step, state, metrics, due)
+        if not due.save:
             self._prepare(state)
             return StepReport()
         return StepReport(self.save(step, state, metrics))
+
+    def _stop(self, step: int, state: TrainState, metrics: Mapping[str, Any] | None, due: Due) -> StepReport:
+        if not due.fits:
+            note = (
+                f"step {step} is not saved: {due.seconds_left:.0f} s are left, and a save takes "
+                f"{due.save_seconds:.0f}; the last checkpoint stands"
+            )
+            warnings.warn(note, StateWarning, stacklevel=3)
+            return StepReport(None, due.reason, note)
+        saved = self.save(step, state, metrics, wait=False)
+        self._saver.finish()
+        return StepReport(saved, due.reason)
+
+    def suggested_interval(self, between_failures: str | float) -> float:
+        """Seconds between saves that lose least, given the mean time between failures ("24 h"). Not collective.
+
+        From what saves have cost training so far; 0.0 before the first.
+        """
+        return best_interval(self._saver.blocked, duration(between_failures, "between_failures"))
 
     @overload
     def save(
@@ -181,6 +235,7 @@ class Checkpointer:
             generation=lambda: self._generation(step),
             check_replicas=check_replicas,
         )
+        self._schedule.saved()
         return self._saver.save(capture, request, wait=wait)
 
     def _prepare(self, state: TrainState) -> None:

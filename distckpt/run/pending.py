@@ -41,6 +41,7 @@ class PendingSave:
         self._report: SaveReport | None = None
         self._copies: Callable[[], None] | None = None
         self._stage(planned)
+        self._blocked = time.monotonic() - self._started
 
     def __repr__(self) -> str:
         return f"PendingSave({self.directory}, {'committed' if self.committed else 'not committed'})"
@@ -60,6 +61,12 @@ class PendingSave:
         """Whether the checkpoint is there, as far as this rank can see. Not collective."""
         self._background.poll()
         return self._job.ended and not self._job.error and is_committed(self._store, self.directory)
+
+    @property
+    def seconds(self) -> float:
+        """Seconds from the call to this rank's end of the work (on rank 0: the commit); 0.0 before, or if it failed."""
+        self._background.poll()
+        return self._blocked + self._job.seconds if self._job.ended and not self._job.error else 0.0
 
     @property
     def failed(self) -> bool:

@@ -41,6 +41,10 @@ class Saver:
         store = history.store
         self._background = Background(store, comm.timeout, arena_bytes) if isinstance(store, LocalStore) else None
         self._pending: list[PendingSave] = []
+        self.blocked = 0.0
+        """Seconds that the latest save kept training waiting."""
+        self._seconds = 0.0
+        self._committed = False
 
     def save(self, capture: Callable[[], State], request: Request, *, wait: bool) -> PendingSave | SaveReport | None:
         """Save what `capture` gives. None: skipped, and said so."""
@@ -50,6 +54,8 @@ class Saver:
         started = time.monotonic()
         made = save_and_publish(self._comm, self._history, capture, request)
         seconds = time.monotonic() - started
+        self.blocked = self._seconds = seconds
+        self._committed = True
         return SaveReport(request.step, str(made.directory), made.nbytes, seconds, made.notes)
 
     def _in_background(
@@ -64,6 +70,7 @@ class Saver:
             failed = any(pending.failed for pending in self._pending)
             return _FAILED * failed | _BUSY * (self._when_busy == "skip" and background.busy)
 
+        started = time.monotonic()
         planned = plan(self._comm, captured, replace(request, flag=flag))
         if any(flag & _FAILED for flag in planned.flags):
             self.finish()
@@ -76,8 +83,25 @@ class Saver:
             )
             return None
         pending = PendingSave(self._comm, self._history.store, background, planned)
+        self.blocked = time.monotonic() - started
         self._pending = [*self._pending[-ARENAS:], pending]
         return pending
+
+    @property
+    def seconds(self) -> float:
+        """Seconds that the latest finished save took on this rank, from its call to the commit. 0.0: none yet."""
+        self._take_note()
+        return self._seconds
+
+    @property
+    def has_committed(self) -> bool:
+        """Whether a save of this job is known here to be committed."""
+        self._take_note()
+        return self._committed
+
+    def _take_note(self) -> None:
+        if found := [p.seconds for p in self._pending if p.seconds]:
+            self._seconds, self._committed = found[-1], True
 
     def generations_in_flight(self, step: int) -> list[int]:
         """Generations of a step that have been begun, and may not be in the store yet."""
@@ -96,6 +120,7 @@ class Saver:
         for save in pending:
             try:
                 save.wait()
+                self._seconds, self._committed = save.seconds, True
             except Exception as e:  # noqa: BLE001, PERF203  the later ones are finished, too, before it is raised
                 problem = problem or e
         if problem:

@@ -133,8 +133,16 @@ class TrainState:
         parts["environment"] = EnvironmentAdapter(models, config, code_version, tokenizer)
         parts["rng"] = RngAdapter(enabled=rng)
         self._parts = parts
+        self._count_epochs: list[Any] = [
+            value for value in (progress, sampler) if isinstance(getattr(value, "epoch", None), int)
+        ]
         self.unusable: str | None = None
         """Why the state must not be saved or trained on, where a load failed half-way."""
+
+    @property
+    def epoch(self) -> int | None:
+        """Epoch that `progress`, or else `sampler`, is in; None where neither counts them."""
+        return next((int(value.epoch) for value in self._count_epochs), None)
 
     def capture(self) -> State:
         """See Stateful.capture. StateUnusable after a load that failed half-way."""

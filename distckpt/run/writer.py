@@ -6,8 +6,8 @@ and then ends. It imports neither torch nor numpy. It is told by messages on a s
     arena   {arena, nbytes} and a descriptor: memory that images are staged in from now on
     begin   {job, directory, attempt, world_size, rank}: an attempt that this rank has agreed to
     staged  {job, arena, header, covered, size, told}: its image lies in [0, covered) of the arena, and after it at
-            `told` what else is to be written. It answers {job, notes} once that is done (on rank 0: committed), or
-            {job, error: [class, message]}
+            `told` what else is to be written. It answers {job, notes, seconds} once that is done (on rank 0:
+            committed), or {job, error: [class, message]}
     commit  {job}: the training process has written its part itself (rank 0). forget {job}: so it has (other ranks)
     give-up {job, error}: the training process failed to stage it
 """
@@ -21,6 +21,7 @@ import select
 import signal
 import socket
 import sys
+import time
 import warnings
 from typing import TYPE_CHECKING, Any
 
@@ -115,6 +116,7 @@ class _Writer:
                 yield json.loads(data), descriptors
 
     def _done(self, work: Callable[..., None], *arguments: Any) -> dict[str, Any]:
+        started = time.monotonic()
         try:
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always")
@@ -122,7 +124,7 @@ class _Writer:
         except Exception as e:  # noqa: BLE001  the training process raises it, at its next call
             kind = type(e).__name__ if isinstance(e, DistckptError) else "StoreError"
             return {"error": [kind, str(e) if isinstance(e, DistckptError) else failure_text(e)]}
-        return {"notes": [str(w.message) for w in caught]}
+        return {"notes": [str(w.message) for w in caught], "seconds": time.monotonic() - started}
 
     def _finish(self, begun: Part, message: Mapping[str, Any]) -> None:
         """Write this rank's part, and on rank 0 commit."""

@@ -1,0 +1,145 @@
+"""Being told to stop: by a signal, a file, or the end of the job's time. Nothing here does more than to note it.
+
+The ranks agree on one step boundary (`run/schedule.py`), save there, and leave with an exit code that says what is
+next. Nothing is ever saved inside a signal handler.
+"""
+
+from __future__ import annotations
+
+import enum
+import os
+import signal
+import threading
+import time
+import warnings
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from distckpt.errors import StateWarning
+from distckpt.run import shield
+
+if TYPE_CHECKING:
+    from pathlib import Path
+    from types import FrameType
+
+REQUEUE = 75
+"""Exit code: stopped by the system; start the job again (EX_TEMPFAIL)."""
+STOPPED = 76
+"""Exit code: stopped because somebody asked; do not start it again by itself."""
+
+_AGAIN = 2.0
+"""Seconds within which the same signal is the same request: schedulers and launchers both pass it on."""
+GRACE = 30.0
+"""Seconds from a signal to the kill that follows: what torchrun, SLURM and Kubernetes give unless told otherwise."""
+
+
+class Reason(enum.IntEnum):
+    """Why to stop; the largest of all ranks' counts."""
+
+    NONE = 0
+    DEADLINE = 1
+    SIGNAL = 2
+    ASKED = 3
+
+    @property
+    def exit_code(self) -> int:
+        """Exit code that says so."""
+        return {Reason.NONE: 0, Reason.ASKED: STOPPED}.get(self, REQUEUE)
+
+
+@dataclass(frozen=True, slots=True)
+class Preemption:
+    """What stops a job, besides its own end.
+
+    signals: by name. stop_file: name of a file in the run's directory. grace: seconds from a signal to the kill.
+    deadline: seconds since the epoch at which the job is killed; None for SLURM's, where there is one. margin: seconds
+    before the deadline at which to stop, beyond what a save takes.
+    """
+
+    signals: tuple[str, ...] = ("SIGTERM", "SIGUSR1", "SIGINT")
+    stop_file: str = "stop"
+    grace: float = GRACE
+    deadline: float | None = None
+    margin: float = 20.0
+
+    def __post_init__(self) -> None:
+        for name in self.signals:
+            if not isinstance(getattr(signal, name, None), signal.Signals):
+                raise ValueError(f"signals={self.signals!r}: {name!r} is no signal here")  # noqa: TRY004
+
+    @property
+    def end(self) -> float | None:
+        """Deadline, in seconds since the epoch."""
+        told = os.environ.get("SLURM_JOB_END_TIME", "")
+        return self.deadline if self.deadline is not None else float(told) if told.isdigit() else None
+
+
+@dataclass(slots=True)
+class Watch:
+    """What one process has been told. The main thread makes and closes it."""
+
+    preemption: Preemption
+    root: Path | None
+    """The run's directory, where this rank looks for the stop file."""
+    _owner: int = field(default_factory=os.getpid)
+    _looked: float = 0.0
+    _asked: bool = False
+    _told: dict[int, float] = field(default_factory=dict)
+    _before: dict[int, Any] = field(default_factory=dict)
+
+    def start(self) -> None:
+        """Take the signals over. From any thread but the main one that cannot be done, and is warned of."""
+        if threading.current_thread() is not threading.main_thread():
+            warnings.warn("preemption: signals can be watched from the main thread only", StateWarning, stacklevel=4)
+            return
+        shield.install([int(getattr(signal, name)) for name in self.preemption.signals])
+        for name in self.preemption.signals:
+            number = int(getattr(signal, name))
+            self._before[number] = signal.signal(number, self._handle)
+
+    def close(self) -> None:
+        """Give the signals back."""
+        for number, before in self._before.items():
+            if signal.getsignal(number) == self._handle:
+                signal.signal(number, before if before is not None else signal.SIG_DFL)
+        self._before = {}
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        """Note a signal. The same one again, later, ends the process as it would have without us."""
+        if os.getpid() != self._owner:
+            shield.handle(number, frame)  # a child that was forked a moment ago
+            return
+        now = time.monotonic()
+        shield.told()
+        if number not in self._told:
+            self._told[number] = now
+        elif now - self._told[number] > _AGAIN:
+            before = self._before.get(number)
+            signal.signal(number, before if before is not None else signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+
+    def reason(self, save_seconds: float) -> Reason:
+        """Why to stop now, if a save takes so long."""
+        if signal.SIGINT in self._told or self._is_asked():
+            return Reason.ASKED
+        if self._told:
+            return Reason.SIGNAL
+        end = self.preemption.end
+        late = end is not None and time.time() > end - self.preemption.margin - 2 * save_seconds
+        return Reason.DEADLINE if late else Reason.NONE
+
+    def _is_asked(self) -> bool:
+        """Whether the stop file is there. Looked for about once a second."""
+        if self.root and not self._asked and (now := time.monotonic()) - self._looked > 1.0:
+            self._looked = now
+            self._asked = (self.root / self.preemption.stop_file).exists()
+        return self._asked
+
+    def seconds_left(self) -> float:
+        """Seconds until the kill, as far as is known; many where nothing is."""
+        left = [
+            told + self.preemption.grace - time.monotonic() for n, told in self._told.items() if n == signal.SIGTERM
+        ]
+        if (end := self.preemption.end) is not None:
+            left.append(end - time.time())
+        return max(0.0, min(left, default=1e9))

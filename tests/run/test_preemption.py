@@ -1,0 +1,198 @@
+"""Jobs that are told to stop: one step boundary, a committed checkpoint, an exit code; and no child that dies of it."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from distckpt import Checkpointer, TrainState
+from distckpt.errors import StateWarning
+from distckpt.run.history import History
+from distckpt.run.preemption import REQUEUE, STOPPED, Preemption, Reason
+from distckpt.store.local import LocalStore
+from tests import ranks
+
+
+def state():
+    return TrainState(model=torch.nn.Linear(2, 2), rng=False)
+
+
+def committed(root):
+    return sorted({c.directory.step for c in History(LocalStore(root)).valid()})
+
+
+@pytest.mark.parametrize(("number", "code"), [("SIGTERM", REQUEUE), ("SIGUSR1", REQUEUE), ("SIGINT", STOPPED)])
+def test_a_signal_is_a_checkpoint_and_an_exit_code(tmp_path, number, code):
+    before = signal.getsignal(getattr(signal, number))
+    with Checkpointer(tmp_path, every=100, preemption=True) as c:
+        live = state()
+        assert not c.step(1, live).should_stop
+        os.kill(os.getpid(), getattr(signal, number))
+        os.kill(os.getpid(), getattr(signal, number))  # a launcher passes on what it got itself
+        report = c.step(2, live)
+        assert (report.should_stop, report.exit_code, report.note) == (True, code, "")
+        assert report.saved.committed
+    assert committed(tmp_path) == [2]
+    assert signal.getsignal(getattr(signal, number)) == before
+
+
+def test_without_preemption_signals_are_nobodys_business(tmp_path):
+    before = signal.getsignal(signal.SIGTERM)
+    with Checkpointer(tmp_path, every=100) as c:
+        assert signal.getsignal(signal.SIGTERM) == before
+        report = c.step(1, state())
+        assert (report.should_stop, report.exit_code, report.saved) == (False, 0, None)
+
+
+def test_a_stop_file_stops_and_is_not_to_be_requeued(tmp_path):
+    with Checkpointer(tmp_path, preemption=True) as c:
+        live = state()
+        assert not c.step(1, live).should_stop
+        (tmp_path / "stop").write_text("")
+        time.sleep(1.1)  # it is looked for about once a second
+        report = c.step(2, live)
+        assert (report.reason, report.exit_code) == (Reason.ASKED, STOPPED)
+    assert committed(tmp_path) == [2]
+
+
+@pytest.mark.parametrize(("left", "stops"), [(15, True), (3600, False)])
+def test_the_end_of_the_jobs_time(tmp_path, monkeypatch, left, stops):
+    monkeypatch.setenv("SLURM_JOB_END_TIME", str(int(time.time()) + left))
+    with Checkpointer(tmp_path, preemption=True) as c:
+        report = c.step(1, state())
+        assert report.reason == (Reason.DEADLINE if stops else Reason.NONE)
+        assert report.exit_code == (REQUEUE if stops else 0)
+    assert committed(tmp_path) == ([1] if stops else [])
+
+
+def test_a_save_that_does_not_fit_is_skipped_where_there_is_a_checkpoint(tmp_path):
+    with Checkpointer(tmp_path, preemption=Preemption(grace=1e-6)) as c:
+        live = state()
+        c.save(1, live, wait=True)
+        os.kill(os.getpid(), signal.SIGTERM)
+        with pytest.warns(StateWarning, match="step 2 is not saved: 0 s are left, and a save takes"):
+            report = c.step(2, live)
+        assert (report.should_stop, report.exit_code, report.saved) == (True, REQUEUE, None)
+    assert committed(tmp_path) == [1]
+
+
+def test_a_save_that_does_not_fit_is_tried_where_there_is_none(tmp_path):
+    with Checkpointer(tmp_path, preemption=Preemption(grace=1e-6)) as c:
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert c.step(1, state()).saved.committed
+    assert committed(tmp_path) == [1]
+
+
+def test_a_signal_that_is_none_is_refused():
+    with pytest.raises(ValueError, match="'SIGWINTER' is no signal"):
+        Preemption(signals=("SIGWINTER",))
+
+
+_SECOND = """
+import os, signal, sys, time, torch
+from distckpt import Checkpointer, TrainState
+from distckpt.run import preemption
+preemption._AGAIN = 0.2
+c = Checkpointer(sys.argv[1], preemption=True)
+os.kill(os.getpid(), signal.SIGTERM)
+time.sleep(0.5)
+print("waiting", flush=True)
+os.kill(os.getpid(), signal.SIGTERM)
+time.sleep(30)
+"""
+
+
+def test_a_second_signal_ends_at_once(tmp_path):
+    done = subprocess.run([sys.executable, "-c", _SECOND, str(tmp_path)], capture_output=True, timeout=60, check=False)
+    assert done.stdout == b"waiting\n"
+    assert done.returncode == -signal.SIGTERM
+
+
+def _one_is_told(root, number):
+    rank = torch.distributed.get_rank()
+    with Checkpointer(root, every=10_000, preemption=True, timeout=20) as c:
+        live = state()
+        for step in range(1, 10_000):
+            time.sleep(0.005)
+            if step == 20 and rank == 1:
+                os.kill(os.getpid(), number)
+            report = c.step(step, live)
+            if report.should_stop:
+                return step, report.exit_code
+    return None
+
+
+def test_a_signal_on_one_rank_stops_all_at_one_step(tmp_path):
+    first, second = ranks.run(2, _one_is_told, str(tmp_path), signal.SIGUSR1)
+    assert first == second
+    assert first[1] == REQUEUE
+    assert 20 <= first[0] <= 20 + 64
+    assert committed(tmp_path) == [first[0]]
+
+
+# -- children --------------------------------------------------------------------------------------------------------
+
+
+class _Slow(torch.utils.data.Dataset):
+    def __len__(self):
+        return 10_000
+
+    def __getitem__(self, index):
+        time.sleep(0.002)
+        return index
+
+
+def _with_workers(root):
+    """Train in a process group of its own, and signal the whole of it, as torchrun and scancel do."""
+    os.setpgid(0, 0)
+    live = state()
+    with Checkpointer(root, every=10_000, preemption=True, timeout=20) as c:
+        loader = torch.utils.data.DataLoader(_Slow(), batch_size=4, num_workers=2)
+        for step, _ in enumerate(loader, 1):
+            if step == 10:
+                os.killpg(0, signal.SIGTERM)
+            report = c.step(step, live)
+            if report.should_stop:
+                for _, _ in zip(range(20), loader._iterator or loader, strict=False):
+                    pass  # its workers live
+                break
+        iterator = loader._iterator
+        del iterator, loader
+    return step, report.exit_code, len(multiprocessing.active_children())
+
+
+def test_workers_of_a_loader_survive_the_signal_and_end_with_it(tmp_path):
+    ((step, code, children),) = ranks.run(1, _with_workers, str(tmp_path))
+    assert (code, children) == (REQUEUE, 0)
+    assert committed(tmp_path) == [step]
+
+
+def _sleep(running):
+    running.set()
+    time.sleep(60)
+
+
+def _terminated(root):
+    fork = multiprocessing.get_context("fork")
+    with Checkpointer(root, preemption=True):
+        running = fork.Event()
+        child = fork.Process(target=_sleep, args=(running,))
+        child.start()
+        assert running.wait(20)
+        started = time.monotonic()
+        child.terminate()
+        child.join(20)
+        return child.exitcode, time.monotonic() - started
+
+
+def test_a_child_that_is_terminated_ends(tmp_path):
+    ((code, seconds),) = ranks.run(1, _terminated, str(tmp_path))
+    assert code == -signal.SIGTERM
+    assert seconds < 10
