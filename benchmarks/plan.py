@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import pickle
 import statistics
+import sys
 import time
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
@@ -20,7 +21,7 @@ from benchmarks.covers import served, written_once
 from benchmarks.meter import seconds
 from benchmarks.report import Report, Table
 from benchmarks.rounds import Ratio
-from benchmarks.simulated import MODELS, PARALLELISMS, Sharding, index_of
+from benchmarks.simulated import MODELS, PARALLELISMS, TP, Sharding, index_of
 from distckpt.comm import ThreadComm
 from distckpt.format import manifest
 from distckpt.format.layout import StepDir
@@ -46,13 +47,13 @@ if TYPE_CHECKING:
 
 FULL = {
     "Llama-3 8B": (8, 1024, 16384, 100_000),
-    "Llama-3 70B": (1024, 16384),
-    "Llama-3 405B": (16384,),
-    "MoE": (1024, 16384, 100_000),
+    "Llama-3 70B": (100_000,),
+    "Llama-3 405B": (100_000,),
+    "MoE": (16384, 100_000),
 }
 QUICK = {"Llama-3 8B": (8,)}
-READERS = {"FSDP": 24, "TP x FSDP": 16, "ZeRO-3": 12}
-"""Layouts, with their world sizes, that each checkpoint is planned to be loaded into."""
+READERS = ("FSDP", "TP x FSDP", "ZeRO-3")
+"""Layouts that each checkpoint is planned to be loaded into, on half as many ranks."""
 _PATIENCE = 120.0
 
 
@@ -106,9 +107,12 @@ def _tell(report: Report, options: Options, place: Path) -> None:
             for n in sizes:
                 found = _planned(model, kind, n, 1 if options.quick or len(model) > 10_000 else 5)
                 rows.append([f"{name}, {kind}", str(n), *found.row()])
+                print(" | ".join(rows[-1]), file=sys.stderr, flush=True)
                 if found.tensors == 873 and kind == "FSDP":
                     dense.append(found)
-    title = "planning: CPU milliseconds of one rank; every shard proven written once, every region proven covered"
+    title = (
+        "planning: CPU milliseconds of one rank; every shard proven written once, every reader (above 64: three) served"
+    )
     report.tables.append(Table(title, rows))
     ranks = 64 if options.quick else 16384
     report.tables.append(_commit(report, place, ranks))
@@ -128,15 +132,16 @@ def _planned(model: Model, kind: str, n: int, repeats: int) -> Planned:
     content = index_of(model, partitions, n)
     data = manifest.encode(content)
     shards, regions = written_once(partitions, n), 0
-    for reader, size in READERS.items():
-        regions += served(partitions, PARALLELISMS[reader](model, size).layouts, size, every=n <= 1024)
+    readers = {reader: PARALLELISMS[reader](model, max(TP, n // 2)) for reader in READERS}
+    for reader in readers.values():
+        regions += served(partitions, reader.layouts, reader.world_size, every=n <= 64)
     return Planned(
         tensors=len(model),
         agree=agreed,
         divide=_milliseconds(lambda: divide(agreement.tensors), repeats),
         own=_milliseconds(lambda: [list(p.of_file(n // 2)) for p in partitions.values()], repeats),
         sent=sent,
-        load=max(_load(model, content, reader, size, repeats) for reader, size in READERS.items()),
+        load=max(_load(model, content, reader, repeats) for reader in readers.values()),
         index=len(data),
         files=n,
         opened=_milliseconds(lambda: manifest.decode(data), repeats),
@@ -195,9 +200,9 @@ def _agree(model: Model, sharding: Sharding) -> tuple[Agreement, float, int]:
     return next(found for found in results if found[3] == 0)[:3]
 
 
-def _load(model: Model, content: Manifest, reader: str, size: int, repeats: int) -> float:
+def _load(model: Model, content: Manifest, reader: Sharding, repeats: int) -> float:
     """Milliseconds of one rank to plan the load of a checkpoint into another layout."""
-    layouts, nothing = PARALLELISMS[reader](model, size).layouts, torch.empty(0)
+    layouts, size, nothing = reader.layouts, reader.world_size, torch.empty(0)
     targets = State()
     for fqn, w in model.items():
         shards = tuple(Shard(region, nothing) for region in layouts[fqn].held.of_file(size // 2))
