@@ -167,16 +167,25 @@ class TorchComm:
 
         import torch.distributed as dist
         from torch._C._distributed_c10d import PrefixStore
-        from torch.distributed.distributed_c10d import _get_default_store
+        from torch.distributed.distributed_c10d import _get_default_store, _world
 
         self.rank = dist.get_rank()
         self.world_size = dist.get_world_size()
         self.timeout = timeout
         self._patience = timedelta(seconds=timeout)
-        self._group = dist.new_group(backend="gloo", timeout=self._patience)
-        self._store = PrefixStore(f"distckpt/{self._group.group_name}", _get_default_store())
+        name = _world.group_count  # that of the group to be made: equal on every rank
+        # a clone: set_timeout reaches through a prefix to the store that NCCL and others wait at
+        shared: Any = PrefixStore(f"distckpt/{name}", _get_default_store())
+        self._store = shared.clone()
         self._store.set_timeout(timedelta(seconds=min(timeout, 10.0)))
         self._broken: str | None = None
+        self._group: Any = None
+        self._do("making a process group", self._join)
+
+    def _join(self) -> None:
+        import torch.distributed as dist
+
+        self._group = dist.new_group(backend="gloo", timeout=self._patience)
 
     def all_gather(self, what: str, payload: bytes) -> list[bytes]:
         """See Comm.all_gather."""

@@ -96,6 +96,36 @@ def test_threads_that_do_not_come_are_named():
         group[0].all_gather("x", b"0")
 
 
+def _first_contact(timeout):
+    import torch.distributed as dist
+
+    if dist.get_rank() == 1:
+        time.sleep(timeout + 4)
+        return None
+    return ranks.expect_error(lambda: comm.TorchComm(timeout), RanksMissing)
+
+
+def test_a_rank_that_is_missing_from_the_start_is_named():
+    first, _, last = ranks.run(3, _first_contact, 2.0)
+    assert "making a process group: rank 1 did not answer" in first
+    assert "making a process group: rank 1 did not answer" in last
+
+
+def _patience():
+    import torch.distributed as dist
+    from torch.distributed.distributed_c10d import _get_default_store
+
+    before = _get_default_store().timeout
+    comm.TorchComm(2.0)
+    dist.barrier()
+    return before, _get_default_store().timeout
+
+
+def test_what_others_wait_for_at_the_rendezvous_store_keeps_its_timeout():
+    for before, after in ranks.run(2, _patience):
+        assert before == after
+
+
 def _collective(victim, how, timeout):
     """Gather once; then the victim dies, stops or is busy; the others gather again."""
     c = comm.TorchComm(timeout)
