@@ -99,6 +99,11 @@ def launch_file(number: int) -> str:
     return f"{LAUNCHES}/{number:04d}.json"
 
 
+def beat_file(number: int) -> str:
+    """Key of the heartbeat of a launch."""
+    return f"{LAUNCHES}/{number:04d}.beat.json"
+
+
 def launch_number(name: str) -> int | None:
     """Number of the launch whose record has this name (without its directory)."""
     match = _LAUNCH.fullmatch(name)

@@ -9,7 +9,6 @@ from operator import index
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 from distckpt import __version__, comm
-from distckpt.comm import Comm, together
 from distckpt.errors import (
     NotACheckpoint,
     RunConflict,
@@ -20,7 +19,7 @@ from distckpt.garbage import uncollected
 from distckpt.loading.plan import Options
 from distckpt.run.choose import Search, load_newest
 from distckpt.run.history import History
-from distckpt.run.launches import open_launch, read_launches
+from distckpt.run.job import Job
 from distckpt.run.preemption import Preemption, Reason, Watch
 from distckpt.run.publish import now
 from distckpt.run.save import plain_metrics
@@ -37,6 +36,7 @@ if TYPE_CHECKING:
 
     from typing_extensions import Self
 
+    from distckpt.comm import Comm
     from distckpt.loading.report import LoadReport
     from distckpt.run.pending import PendingSave
     from distckpt.run.save import SaveReport
@@ -44,8 +44,6 @@ if TYPE_CHECKING:
     from distckpt.run.triggers import Trigger
     from distckpt.state import State
     from distckpt.store.base import Store
-
-_STEP = 8  # bytes of a step in a message
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,9 +103,9 @@ class Checkpointer:
         self._schedule = Schedule(self._comm, triggers, self._watch if preemption else None)
         if preemption:
             self._watch.start()
+        self._job = Job(self._comm, self._history)
         self._wait = wait
         self._prepared = False
-        self._launch: int | None = None
         self._closed = False
 
     def __enter__(self) -> Self:
@@ -133,6 +131,7 @@ class Checkpointer:
         try:
             self._saver.close(failed=failed)
         finally:
+            self._job.close()
             self._comm.close()
 
     # -- save --------------------------------------------------------------------------------------------------------
@@ -217,9 +216,7 @@ class Checkpointer:
     def _save(
         self, step: int, state: TrainState, metrics: Mapping[str, Any], *, wait: bool, check_replicas: bool
     ) -> PendingSave | SaveReport | None:
-        if self._launch is None:
-            self._start_without_resume()
-        assert self._launch is not None
+        launch = self._job.launch if self._job.launch is not None else self._job.open_without_resume()
         recorded = dict[str, Any]()
 
         def capture() -> State:
@@ -228,7 +225,7 @@ class Checkpointer:
 
         request = Request(
             step=step,
-            launch=self._launch,
+            launch=launch,
             date=now(),
             metrics=recorded,
             writer={"distckpt": __version__},
@@ -246,19 +243,9 @@ class Checkpointer:
 
     def _generation(self, step: int) -> int:
         """Generation of a step about to be saved. Asked on rank 0."""
-        self._refuse_if_superseded()
+        self._job.refuse_if_superseded()
         in_flight = self._saver.generations_in_flight(step)
         return max(self._history.next_generation(step), *(g + 1 for g in in_flight), 1)
-
-    def _refuse_if_superseded(self) -> None:
-        """RunConflict once a later launch has begun: what this one saves would never be resumed."""
-        if later := [launch for launch in read_launches(self._store) if launch.number > (self._launch or 0)]:
-            newest = later[-1]
-            raise RunConflict(
-                f"{self._store}: launch {newest.number} ({newest.job} on {newest.host}, {newest.date}) has resumed "
-                f"this run since launch {self._launch} began, and nothing that this job saves would ever be resumed. "
-                "Stop this job, or the other and start this one again; to only read a run, use load(), not resume()"
-            )
 
     def _check(self, state: Any) -> None:
         if self._closed:
@@ -271,21 +258,6 @@ class Checkpointer:
                 f"this Checkpointer was made for {self._comm.world_size} rank(s), torch.distributed has {ranks} now: "
                 "call init_process_group() first, then make the Checkpointer"
             )
-
-    def _start_without_resume(self) -> None:
-        """Open a launch for a job that saves without having resumed: only where there is nothing to resume from."""
-
-        def start() -> bytes:
-            if self._comm.rank:
-                return b""
-            self._history.refuse_checkpoint()
-            if newest := next((found for found in self._history.committed() if not found.superseded), None):
-                raise RunConflict(
-                    f"{self._store} holds {newest.directory}: call resume() before save(), or use another directory"
-                )
-            return open_launch(self._store, None, self._comm.world_size, now()).to_bytes(_STEP, "little")
-
-        self._launch = int.from_bytes(together(self._comm, "opening a launch", start)[0], "little")
 
     # -- load --------------------------------------------------------------------------------------------------------
 
@@ -306,26 +278,21 @@ class Checkpointer:
 
         A damaged checkpoint makes every rank fall back to the same previous one; the report says so. `step` asks for
         that step and leaves later ones behind for good. A directory that another tool saved in (DCP, safetensors), with
-        no checkpoint of ours yet, is resumed from what that tool saved. Options as in `load`.
+        no checkpoint of ours yet, is resumed from what that tool saved. Options as in `load`. RunConflict while another
+        job trains on this run.
         """
         self._check(state)
         self._saver.finish()
         options = Options(
             strict=strict, only=only, cast=cast, rename=rename, per_rank=dict(per_rank or {}), verify=verify
         )
-        notes = together(self._comm, "looking for unfinished saves", self._settle)[0].decode()
+        notes = self._job.settle()
         search = Search(self._comm, self._history, step)
         report, directory = load_newest(search, state, options) or (None, None)
         if report is None and (root := foreign_root(self._comm, self._store)):
             report = load_source(self._comm, root, state, options, names=names)
 
-        def begin() -> bytes:
-            if self._comm.rank:
-                return b""
-            self._history.refuse_checkpoint()
-            return open_launch(self._store, directory, self._comm.world_size, now()).to_bytes(_STEP, "little")
-
-        self._launch = int.from_bytes(together(self._comm, "opening a launch", begin)[0], "little")
+        self._job.open(directory)
         if report:
             self._prepare(state)
         if report and notes:
@@ -371,12 +338,6 @@ class Checkpointer:
     def steps(self) -> list[int]:
         """Steps of the checkpoints that count and can be opened, ascending. Not collective."""
         return sorted({c.directory.step for c in self._history.valid()})
-
-    def _settle(self) -> bytes:
-        if self._comm.rank:
-            return b""
-        quiet = min(1.0, self._comm.timeout / 4)
-        return "; ".join(self._history.settle(quiet=quiet, limit=self._comm.timeout / 2))[:100].encode()
 
 
 def _default_comm(timeout: float) -> Comm:

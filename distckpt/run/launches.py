@@ -79,7 +79,7 @@ def open_launch(store: Store, resumed_from: StepDir | None, world_size: int, dat
             str(resumed_from) if resumed_from else None,
             world_size,
             socket.gethostname(),
-            _job(),
+            job_name(),
             date,
             secrets.token_hex(6),
         )
@@ -90,9 +90,9 @@ def open_launch(store: Store, resumed_from: StepDir | None, world_size: int, dat
         return number
 
 
-def _job() -> str:
-    """Name of the job at its scheduler, else of the process."""
+def job_name() -> str:
+    """Name of the job at its scheduler, the same for each of its restarts; else of the process."""
     for name in ("SLURM_JOB_ID", "TORCHELASTIC_RUN_ID"):
-        if os.environ.get(name):
+        if os.environ.get(name) not in {None, "", "none"}:  # what torchrun says unless it is told an id
             return f"{name}={os.environ[name]}"
     return f"pid={os.getpid()}"

@@ -1,0 +1,116 @@
+"""A job that lives says so: a counter beside its launch's record, so that a second job on the same run notices.
+
+A courtesy: what a job commits that was wrongly taken for dead is fenced off by its launch (`run/launches.py`). A beat
+is stale once its counter has not changed during three intervals of the watcher's own clock; no two clocks are compared.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import threading
+import time
+from typing import TYPE_CHECKING, Any
+
+from distckpt.errors import FormatError, KeyMissing, RunConflict, StoreError
+from distckpt.format.layout import beat_file
+from distckpt.format.text import read_json
+from distckpt.run.launches import job_name, read_launches
+from distckpt.store.base import read_all, write_all
+
+if TYPE_CHECKING:
+    from distckpt.run.launches import Launch
+    from distckpt.store.base import Store
+
+INTERVAL = 5.0
+"""Seconds between beats."""
+_STALE = 3
+"""Intervals without a beat after which a job counts as dead."""
+_MOST = 1 << 16
+
+
+class Heartbeat:
+    """The beat of this job. Used on rank 0 only."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._number = 0
+        self._stop = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def start(self, number: int) -> None:
+        """Beat for launch `number` from now on."""
+        self.stop()
+        self._number = number
+        self._beat(0)
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, args=(self._stop,), name="distckpt-heartbeat", daemon=True)
+        self._thread.start()
+
+    def _run(self, stop: threading.Event) -> None:
+        count = 0
+        while not stop.wait(INTERVAL):
+            count += 1
+            self._beat(count)
+
+    def _beat(self, count: int, *, ended: bool = False) -> None:
+        said = {"count": count, "host": socket.gethostname(), "pid": os.getpid(), "interval": INTERVAL, "ended": ended}
+        try:
+            write_all(self._store, beat_file(self._number), json.dumps(said).encode())
+        except StoreError:
+            return  # a missed beat: the next may succeed; saves tell of a store that stays broken
+
+    def stop(self) -> None:
+        """Say that the job has ended."""
+        if self._thread:
+            self._stop.set()
+            self._thread.join(2 * INTERVAL)
+            self._thread = None
+            self._beat(-1, ended=True)
+
+
+def refuse_living(store: Store, patience: float) -> None:
+    """RunConflict if another job that lives trains on this run. Waits `patience` seconds at most to find out."""
+    launches = read_launches(store)
+    if not launches:
+        return
+    newest = launches[-1]
+    first = _read(store, newest)
+    if first is None or first["ended"] or newest.job == job_name() or _is_dead_here(first):
+        return
+    deadline = time.monotonic() + min(patience, _STALE * first["interval"])
+    while time.monotonic() < deadline:
+        time.sleep(min(0.2, first["interval"] / 4))
+        beat = _read(store, newest)
+        if beat is None or beat["ended"]:
+            return
+        if beat["count"] != first["count"]:
+            raise RunConflict(
+                f"{store}: {newest.job} on {newest.host} (process {beat['pid']}, since {newest.date}) is training on "
+                "this run: its heart beats. Stop it first, or use another directory; to only read, use load()"
+            )
+
+
+def _read(store: Store, launch: Launch) -> dict[str, Any] | None:
+    try:
+        said: Any = read_json(read_all(store, beat_file(launch.number), limit=_MOST))
+    except (KeyMissing, FormatError):
+        return None
+    match said:
+        case {"count": int(), "host": str(), "pid": int(), "interval": float() | int(), "ended": bool()}:
+            return dict(said)
+    return None
+
+
+def _is_dead_here(beat: dict[str, Any]) -> bool:
+    """Whether it ran on this machine, and its process is no more."""
+    if beat["host"] != socket.gethostname():
+        return False
+    try:
+        os.kill(beat["pid"], 0)
+    except ProcessLookupError:
+        return True
+    except PermissionError:
+        return False
+    return False

@@ -1,0 +1,82 @@
+"""A job as one launch of its run: opened by a resume, alive by its heartbeat, fenced off by a later one. Collective."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from distckpt.comm import together
+from distckpt.errors import RunConflict
+from distckpt.run.heartbeat import Heartbeat, refuse_living
+from distckpt.run.launches import open_launch, read_launches
+from distckpt.run.publish import now
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from distckpt.comm import Comm
+    from distckpt.format.layout import StepDir
+    from distckpt.run.history import History
+
+_NUMBER = 8  # bytes of a number in a message
+
+
+class Job:
+    """launch: its number, None before it is opened."""
+
+    def __init__(self, comm: Comm, history: History) -> None:
+        self._comm, self._history, self._store = comm, history, history.store
+        self._heartbeat = Heartbeat(self._store)
+        self.launch: int | None = None
+
+    def settle(self) -> str:
+        """Refuse a run that another job trains on; wait for saves that a lost job left behind. Returns notes."""
+
+        def look() -> bytes:
+            if self._comm.rank:
+                return b""
+            refuse_living(self._store, self._comm.timeout / 2)
+            quiet = min(1.0, self._comm.timeout / 4)
+            return "; ".join(self._history.settle(quiet=quiet, limit=self._comm.timeout / 2))[:100].encode()
+
+        return together(self._comm, "looking for unfinished saves", look)[0].decode(errors="ignore")
+
+    def open(self, resumed_from: StepDir | None) -> None:
+        """Open a launch, given what was resumed from, as rank 0 knows it."""
+        self._open(lambda: resumed_from)
+
+    def open_without_resume(self) -> int:
+        """Open one for a job that saves without having resumed: only where there is nothing to resume from."""
+
+        def nothing() -> None:
+            if newest := next((found for found in self._history.committed() if not found.superseded), None):
+                raise RunConflict(
+                    f"{self._store} holds {newest.directory}: call resume() before save(), or use another directory"
+                )
+
+        return self._open(nothing)
+
+    def _open(self, resumed_from: Callable[[], StepDir | None]) -> int:
+        def begin() -> bytes:
+            if self._comm.rank:
+                return b""
+            self._history.refuse_checkpoint()
+            number = open_launch(self._store, resumed_from(), self._comm.world_size, now())
+            self._heartbeat.start(number)
+            return number.to_bytes(_NUMBER, "little")
+
+        self.launch = int.from_bytes(together(self._comm, "opening a launch", begin)[0], "little")
+        return self.launch
+
+    def refuse_if_superseded(self) -> None:
+        """RunConflict once a later launch has begun: what this one saves would never be resumed. Not collective."""
+        if later := [launch for launch in read_launches(self._store) if launch.number > (self.launch or 0)]:
+            newest = later[-1]
+            raise RunConflict(
+                f"{self._store}: launch {newest.number} ({newest.job} on {newest.host}, {newest.date}) has resumed "
+                f"this run since launch {self.launch} began, and nothing that this job saves would ever be resumed. "
+                "Stop this job, or the other and start this one again; to only read a run, use load(), not resume()"
+            )
+
+    def close(self) -> None:
+        """Say that the job has ended. Not collective."""
+        self._heartbeat.stop()
