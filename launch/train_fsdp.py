@@ -31,6 +31,8 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from distckpt import Checkpointer, ElasticSampler, Progress, TrainState
+from distckpt.run.checkpointer import StepReport
+from distckpt.run.preemption import leave
 from launch.gpt import GPT, Shape
 from launch.text import StdlibText
 
@@ -46,7 +48,9 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--root", type=Path, required=True, help="directory of the run's checkpoints")
     parser.add_argument("--steps", type=int, default=50, help="optimizer steps of the whole run")
-    parser.add_argument("--every", type=int, default=10, help="steps between checkpoints")
+    parser.add_argument(
+        "--every", nargs="+", default=["10 steps"], help="when to save: '500 steps', '20 min', '1 epoch'"
+    )
     parser.add_argument("--global-batch", type=int, default=12, help="samples of a step, over all ranks")
     parser.add_argument("--micro-batch", type=int, default=2, help="most samples of one forward pass of one rank")
     parser.add_argument("--seq", type=int, default=64, help="bytes of a sample")
@@ -166,8 +170,8 @@ class Log:
             self._file.close()
 
 
-def train(args: argparse.Namespace) -> None:
-    """Train from the newest checkpoint, or from the beginning, to the last step."""
+def train(args: argparse.Namespace) -> int:
+    """Train from the newest checkpoint, or from the beginning, to the last step. Returns the exit code."""
     shape = Shape(layers=args.layers, width=args.width, seq=args.seq, dropout=args.dropout)
     text = StdlibText(args.text_bytes, args.seq)
     model = build_model(shape, args.seed)
@@ -198,11 +202,12 @@ def train(args: argparse.Namespace) -> None:
         rng=True,
     )
     # 3. Resume before the loader is iterated: its iterator keeps the position it was made with.
-    with Checkpointer(args.root, every=args.every, timeout=60) as checkpointer:
+    stop = StepReport()
+    with Checkpointer(args.root, every=tuple(args.every), preemption=True, timeout=60) as checkpointer:
         report = checkpointer.resume(state)
         with closing(Log(args.losses, progress.global_step, args.steps)) as log:
             log.say(str(report) if report else f"a fresh start in {args.root}")
-            while progress.global_step < args.steps:
+            while progress.global_step < args.steps and not stop.should_stop:
                 for batch in loader:  # the rest of this epoch
                     lr = float(schedule.get_last_lr()[0])
                     loss = train_step(model, optimizer, batch, args.micro_batch)
@@ -212,12 +217,13 @@ def train(args: argparse.Namespace) -> None:
                     progress.advance(args.global_batch)
                     progress.epoch = sampler.epoch
                     log.step(progress.global_step, loss, lr)
-                    # 5. Save when due, and at the end.
-                    saved = checkpointer.step(progress.global_step, state).saved
-                    if progress.global_step == args.steps:
-                        if not saved:
-                            checkpointer.save(args.steps, state)
+                    # 5. Save when due, and at the end; leave when told to.
+                    stop = checkpointer.step(progress.global_step, state)
+                    if progress.global_step == args.steps and not stop.saved:
+                        checkpointer.save(args.steps, state)
+                    if progress.global_step == args.steps or stop.should_stop:
                         break
+    return stop.exit_code
 
 
 def main() -> None:
@@ -227,9 +233,10 @@ def main() -> None:
     # a collective whose peer has died must end: a minute, not the half hour that is torch's default
     dist.init_process_group("gloo", timeout=timedelta(seconds=60))
     try:
-        train(args)
+        code, rank = train(args), dist.get_rank()
     finally:
         dist.destroy_process_group()
+    leave(code, rank)
 
 
 if __name__ == "__main__":

@@ -9,17 +9,20 @@ from __future__ import annotations
 import enum
 import os
 import signal
+import sys
 import threading
 import time
 import warnings
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from distckpt.errors import StateWarning
 from distckpt.run import shield
+from distckpt.store.base import write_all
+from distckpt.store.local import LocalStore
 
 if TYPE_CHECKING:
-    from pathlib import Path
     from types import FrameType
 
 REQUEUE = 75
@@ -27,8 +30,10 @@ REQUEUE = 75
 STOPPED = 76
 """Exit code: stopped because somebody asked; do not start it again by itself."""
 
-_AGAIN = 2.0
-"""Seconds within which the same signal is the same request: schedulers and launchers both pass it on."""
+_AGAIN = 10.0
+"""Seconds within which the same signal is the same request: schedulers and launchers pass it on, up to three times."""
+_AGAIN_BY_HAND = 1.0
+"""The same for SIGINT: who presses Ctrl-C twice means it."""
 GRACE = 30.0
 """Seconds from a signal to the kill that follows: what torchrun, SLURM and Kubernetes give unless told otherwise."""
 
@@ -74,6 +79,20 @@ class Preemption:
         return self.deadline if self.deadline is not None else float(told) if told.isdigit() else None
 
 
+def leave(exit_code: int, rank: int) -> None:
+    """End the program with an exit code that reaches the script that started the job. Returns under torchrun.
+
+    torchrun takes any code but 0 for a crash, and does not pass it on. So rank 0 leaves it in the file that
+    DISTCKPT_EXIT_FILE names (launch/ reads it there), and the process ends as if all were well.
+    """
+    told = os.environ.get("DISTCKPT_EXIT_FILE")
+    if told and rank == 0:
+        path = Path(told).absolute()
+        write_all(LocalStore(path.parent), path.name, str(exit_code).encode())
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        sys.exit(exit_code)
+
+
 @dataclass(slots=True)
 class Watch:
     """What one process has been told. The main thread makes and closes it."""
@@ -113,7 +132,7 @@ class Watch:
         shield.told()
         if number not in self._told:
             self._told[number] = now
-        elif now - self._told[number] > _AGAIN:
+        elif now - self._told[number] > (_AGAIN_BY_HAND if number == signal.SIGINT else _AGAIN):
             before = self._before.get(number)
             signal.signal(number, before if before is not None else signal.SIG_DFL)
             os.kill(os.getpid(), number)
