@@ -12,6 +12,7 @@ import torch
 from distckpt.errors import Corrupt, RankFailed, StateUnusable, StateWarning
 from tests import deepspeeds, ranks
 from tests.adapters.scripts import script, train
+from tests.layouts import quiet
 
 
 def _save_three(root, names):
@@ -112,6 +113,26 @@ def _asked_for(root):
     engine.load_checkpoint(root, tag="global_step1")
     engine.save_checkpoint(root, tag="after")
     return text
+
+
+def _a_part(root):
+    engine = script(1, seed=2)
+    with quiet():
+        path, _ = engine.load_checkpoint(root, load_module_only=True)
+        engine.save_checkpoint(root, tag="after", save_latest=False)
+        text = ranks.expect_error(
+            lambda: engine.load_checkpoint(root, tag="global_step3", load_module_only=True), Corrupt
+        )
+        engine.load_checkpoint(root, load_module_only=True)
+        again = ranks.expect_error(lambda: engine.save_checkpoint(root, tag="after"), StateUnusable)
+    return Path(path).name, text, again
+
+
+def test_a_part_that_is_loaded_after_damage_mends_what_that_left_half_way_and_nothing_before(tmp_path):
+    deepspeeds.run(2, _save_three, str(tmp_path), "global_step{}")
+    _damage(tmp_path, "global_step3")
+    for name, *_ in deepspeeds.run(2, _a_part, str(tmp_path)):
+        assert name == "global_step2"
 
 
 def _every_one(root):

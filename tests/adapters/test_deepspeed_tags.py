@@ -142,6 +142,7 @@ def _frozen(root):
     other = script(2, seed=6)
     text = ranks.expect_error(lambda: other.load_checkpoint(root, tag="slim"), Mismatch)
     assert "model.still.weight: missing" in text
+    assert "load_module_strict=False" in text
     before = weights(other)
     other.load_checkpoint(root, tag="slim", load_module_strict=False)
     after, wanted = weights(other), weights(engine)
@@ -252,14 +253,14 @@ engine.save_checkpoint("here", tag=f"step{step + 1}", client_state={"step": step
 """
 
 
-def _launch(folder, switch):
-    """`python -m distckpt.adapters.deepspeed train.py --root here`, on ranks that have imported DeepSpeed."""
+def _launch(folder, switch, *what):
+    """`python -m distckpt.adapters.deepspeed WHAT --root here`, on ranks that have imported DeepSpeed."""
     import runpy
 
     rank = str(torch.distributed.get_rank())
     os.environ.update(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE="2", DISTCKPT_DEEPSPEED=switch)
     os.chdir(folder)
-    sys.argv = ["-m", "train.py", "--root", "here"]
+    sys.argv = ["-m", *what, "--root", "here"]
     runpy.run_module("distckpt.adapters.deepspeed", run_name="__main__", alter_sys=True)
 
 
@@ -274,8 +275,8 @@ def _load_alone(folder):
 def test_a_script_runs_unchanged_under_the_launcher(tmp_path):
     (tmp_path / "beside.py").write_text("")
     (tmp_path / "train.py").write_text(SCRIPT)
-    for expected in ("step2", "step4"):
-        deepspeeds.run(2, _launch, str(tmp_path), "1")
+    for expected, what in (("step2", ["train.py"]), ("step4", ["-m", "train"])):
+        deepspeeds.run(2, _launch, str(tmp_path), "1", *what)
         assert (tmp_path / "here" / "latest").read_text() == expected
     assert json.loads((tmp_path / "here/step4/last.json").read_text())["checkpoint"] == "step-00000000"
     assert not [*(tmp_path / "here").rglob("*.pt")]
@@ -285,5 +286,5 @@ def test_a_script_runs_unchanged_under_the_launcher(tmp_path):
 def test_the_launcher_leaves_deepspeed_alone_where_it_is_told_to(tmp_path):
     (tmp_path / "beside.py").write_text("")
     (tmp_path / "train.py").write_text(SCRIPT)
-    deepspeeds.run(2, _launch, str(tmp_path), "0")
+    deepspeeds.run(2, _launch, str(tmp_path), "0", "train.py")
     assert [*(tmp_path / "here").rglob("*.pt")]

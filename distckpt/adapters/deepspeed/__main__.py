@@ -1,4 +1,4 @@
-"""`python -m distckpt.adapters.deepspeed script.py ...`: run a script with `install()` called before it.
+"""`python -m distckpt.adapters.deepspeed script.py ...` (or `-m module ...`): run it with `install()` called before.
 
 DISTCKPT_DEEPSPEED=0 runs it as it is: so one command line serves both.
 """
@@ -14,14 +14,18 @@ from distckpt.adapters.deepspeed.install import install
 
 
 def main() -> None:
-    """Run the script that the arguments name, as `python script.py ...` would."""
-    if len(sys.argv) < 2:
-        raise SystemExit("usage: python -m distckpt.adapters.deepspeed SCRIPT [ARGUMENTS ...]")
+    """Run what the arguments name, as `python script.py ...` or `python -m module ...` would."""
+    arguments = sys.argv[1:]
+    if not arguments or arguments == ["-m"]:
+        raise SystemExit("usage: python -m distckpt.adapters.deepspeed SCRIPT|-m MODULE [ARGUMENTS ...]")
     if os.environ.get("DISTCKPT_DEEPSPEED", "1") != "0":
         install()
-    sys.argv = sys.argv[1:]
-    sys.path[0] = str(Path(sys.argv[0]).resolve().parent)
-    runpy.run_path(sys.argv[0], run_name="__main__")
+    if arguments[0] == "-m":
+        sys.argv, sys.path[0] = arguments[1:], str(Path.cwd())
+        runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)
+    else:
+        sys.argv, sys.path[0] = arguments, str(Path(arguments[0]).resolve().parent)
+        runpy.run_path(arguments[0], run_name="__main__")
 
 
 if __name__ == "__main__":

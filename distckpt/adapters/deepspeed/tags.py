@@ -156,36 +156,43 @@ class Tags:
 
         A damaged tag that was not asked for by name makes every rank fall back to the newest of ours before it.
         """
-        tried: list[str] = []
-        while True:
-            try:
-                return self._load(engine, Path(load_dir, tag.name), tag, choice)
-            except (Corrupt, FormatError, NotACheckpoint) as damage:  # noqa: PERF203
-                tried.append(tag.name)
-                final = tag.given or isinstance(damage, NewerFormat)
-                other = None if final else self._before(load_dir, tried)
-                if other is None:
-                    raise
-                warnings.warn(f"falling back from tag {tag.name} to {other}: {damage}", StateWarning, stacklevel=3)
-                tag = Tag(other, native=False, given=False)
-
-    def _load(self, engine: Any, path: Path, tag: Tag, choice: Choice) -> tuple[str, dict[str, Any]]:
         client = ClientState({})
+        state = self._state(engine, client)
         options = Options(
             strict=choice.strict, foreign=True, only=choice.only(engine), cast=True, per_rank={CLIENT: "first"}
         )
-        state = self._state(engine, client)
+        before = state.unusable
         try:
-            if tag.native:
-                load_foreign(self._ranks(), path, state, options, rest=CLIENT)
-            else:
-                self._load_own(place(path), state, options)
+            path = self._load_or_fall_back(load_dir, tag, state, options)
+            state.unusable = state.unusable and before  # what a damaged tag had left half-way is whole again
+        except Mismatch as e:
+            raise Mismatch(f"{e}\n{_LEAVE_OUT}") from e
         finally:
             if state.unusable:
                 self._broken[engine] = state.unusable
             else:
                 self._broken.pop(engine, None)
         return str(path), client.value
+
+    def _load_or_fall_back(self, load_dir: str, tag: Tag, state: TrainState, options: Options) -> Path:
+        tried: list[str] = []
+        while True:
+            path = Path(load_dir, tag.name)
+            try:
+                if tag.native:
+                    load_foreign(self._ranks(), path, state, options, rest=CLIENT)
+                else:
+                    self._load_own(place(path), state, options)
+            except (Corrupt, FormatError, NotACheckpoint) as damage:
+                tried.append(tag.name)
+                final = tag.given or isinstance(damage, NewerFormat)
+                other = None if final else self._before(load_dir, tried)
+                if other is None:
+                    raise
+                warnings.warn(f"falling back from tag {tag.name} to {other}: {damage}", StateWarning, stacklevel=4)
+                tag = Tag(other, native=False, given=False)
+            else:
+                return path
 
     def _load_own(self, where: Place, state: TrainState, options: Options) -> None:
         if load_newest(Search(self._ranks(), where.history, where.step), state, options) is None:
@@ -222,6 +229,10 @@ def _refuse_different(ranks: Comm, path: str) -> None:
 
 
 _OWN, _NATIVE = "o", "n"
+_LEAVE_OUT = (
+    "What engine.load_checkpoint can leave out: load_module_strict=False (of the model, what only one of the two has), "
+    "load_optimizer_states=False, load_module_only=True"
+)
 
 
 def _look(engine: Any, load_dir: str, tag: str | None) -> str:
