@@ -13,6 +13,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "Checkpointer": "distckpt.run.checkpointer",
     "ElasticSampler": "distckpt.run.sampler",
+    "Keep": "distckpt.run.keep",
     "LoadReport": "distckpt.loading.report",
     "Progress": "distckpt.run.trainstate",
     "TrainState": "distckpt.run.trainstate",
@@ -20,13 +21,24 @@ _HOMES = {
     "load": "distckpt.run.direct",
     "save": "distckpt.run.direct",
 }
-__all__ = ["Checkpointer", "ElasticSampler", "LoadReport", "Progress", "TrainState", "full_state_dict", "load", "save"]
+__all__ = [
+    "Checkpointer",
+    "ElasticSampler",
+    "Keep",
+    "LoadReport",
+    "Progress",
+    "TrainState",
+    "full_state_dict",
+    "load",
+    "save",
+]
 
 if TYPE_CHECKING:
     from distckpt.loading.report import LoadReport
     from distckpt.run.checkpointer import Checkpointer
     from distckpt.run.direct import load, save
     from distckpt.run.full import full_state_dict
+    from distckpt.run.keep import Keep
     from distckpt.run.sampler import ElasticSampler
     from distckpt.run.trainstate import Progress, TrainState
 

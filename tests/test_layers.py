@@ -13,7 +13,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "distckpt"
 
 LAYERS = [
-    {"errors", "latest", "garbage"},
+    {"errors", "latest", "garbage", "units"},
     {"format", "store"},
     {"comm"},
     {"state", "statedict"},

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 COMMIT = "commit.json"
 REGISTRY = "meta.json"
 LAUNCHES = "launches"
+LEASES = "leases"
+ACK = "ack-"
 OBJECTS_CHUNK = "__objects__"
 CHECKSUMS_CHUNK = "__checksums__"
 
@@ -28,7 +30,7 @@ _ATTEMPT_FILE = re.compile(
     r"(?P<stem>[A-Za-z0-9_][A-Za-z0-9_.-]*)\.(?P<attempt>[0-9a-f]{12})\.(?P<ext>safetensors|json)"
 )
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]{0,99}")
-_ACK = re.compile(r"ack-([0-9]{5,})")
+_ACK = re.compile(ACK + r"([0-9]{5,})")
 _SLICE = re.compile(r"\[(?:flat )?[0-9]+:[0-9]+(?:,[0-9]+:[0-9]+)*\]\Z")
 
 
@@ -77,7 +79,7 @@ def object_file(name: str, attempt: str) -> str:
 
 def ack_file(rank: int, attempt: str) -> str:
     """Name of the file in which a rank says what it finished, or why it failed."""
-    return f"ack-{rank:05d}.{attempt}.json"
+    return f"{ACK}{rank:05d}.{attempt}.json"
 
 
 def attempt_of(name: str) -> str | None:
@@ -111,9 +113,30 @@ def launch_number(name: str) -> int | None:
     return number if number is not None and launch_file(number) == f"{LAUNCHES}/{name}" else None
 
 
+def lease_file(directory: StepDir, nonce: str) -> str:
+    """Key of a reader's lease on a checkpoint."""
+    return f"{LEASES}/{directory}.{nonce}.json"
+
+
+def lease_of(name: str) -> StepDir | None:
+    """Step directory that the lease of this name (without its directory) is on."""
+    match = _ATTEMPT_FILE.fullmatch(name)
+    return StepDir.parse(match["stem"]) if match else None
+
+
 def pointer_file(name: str) -> str:
     """Key of a pointer (`last`, `best`)."""
     return f"{name}.json"
+
+
+def epoch_link(epoch: int) -> str:
+    """Name of the symlink to the newest checkpoint of an epoch."""
+    return f"epoch-{epoch:04d}"
+
+
+def is_epoch_link(name: str) -> bool:
+    """Whether a symlink of this name is such a one."""
+    return re.fullmatch(r"epoch-[0-9]{4,}", name) is not None
 
 
 def chunk_name(fqn: str, region: Region, shape: Sequence[int]) -> str:

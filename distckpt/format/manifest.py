@@ -80,6 +80,8 @@ class Manifest:
     aliases: Mapping[str, str] = field(default_factory=dict)
     metrics: Mapping[str, Any] = field(default_factory=dict)
     writer: Mapping[str, str] = field(default_factory=dict)
+    keep: str = ""
+    """Why it is to be kept whatever the rules, by whoever saved it."""
 
 
 def to_json(manifest: Manifest) -> dict[str, Any]:
@@ -101,6 +103,7 @@ def to_json(manifest: Manifest) -> dict[str, Any]:
         "objects": {name: [o.name, o.size, o.digest] for name, o in sorted(manifest.objects.items())},
         "rank_objects": dict(sorted(manifest.rank_objects.items())),
         "files": [[f.name, f.size, f.header, f.digest] for f in manifest.files],
+        **({"keep": manifest.keep} if manifest.keep else {}),
     }
 
 
@@ -168,6 +171,7 @@ def _from_json(body: dict[str, Any]) -> Manifest:
                 aliases,
                 {name: objects.untag(value) for name, value in metrics.items()},
                 writer,
+                str(body.get("keep", "")),
             )
     raise FormatError(f"members are missing or of the wrong type; it has {shown(sorted(body))}")
 

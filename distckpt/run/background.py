@@ -27,6 +27,7 @@ from distckpt.saving.commit import write_refusal
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from distckpt.run.keep import Keep
     from distckpt.saving.part import Part
     from distckpt.store.local import LocalStore
 
@@ -63,11 +64,12 @@ class Job:
 class Background:
     """The writer process of this rank. Started when first needed, and again if it has died.
 
-    timeout: seconds that any wait for it lasts at most. limit: most bytes of an arena.
+    timeout: seconds that any wait for it lasts at most. limit: most bytes of an arena. keep: see Checkpointer.
     """
 
-    def __init__(self, store: LocalStore, timeout: float, limit: int | None = None) -> None:
+    def __init__(self, store: LocalStore, timeout: float, limit: int | None = None, keep: Keep | None = None) -> None:
         self._store, self._timeout = store, timeout
+        self._keep = json.dumps(keep.to_json() if keep else None)
         self.limit = limit
         self._arenas: dict[int, Arena] = {}
         self._known: set[int] = set()
@@ -86,7 +88,7 @@ class Background:
             return
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         path = [str(Path(__file__).parents[2]), str(Path(crc32c.__file__).parents[1]), *sys.path]
-        told = [str(theirs.fileno()), str(os.getpid()), str(self._store.root), str(self._timeout)]
+        told = [str(theirs.fileno()), str(os.getpid()), str(self._store.root), str(self._timeout), self._keep]
         with theirs:
             self._process = subprocess.Popen(  # noqa: S603  this interpreter, running our own module
                 [sys.executable, "-S", "-E", "-c", _START.format(path=path), *told],

@@ -21,7 +21,7 @@ from distckpt.run.choose import Search, load_newest
 from distckpt.run.history import History
 from distckpt.run.job import Job
 from distckpt.run.preemption import Preemption, Reason, Watch
-from distckpt.run.publish import now
+from distckpt.run.publish import Retention, now
 from distckpt.run.save import plain_metrics
 from distckpt.run.saver import Saver
 from distckpt.run.schedule import Due, Schedule
@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 
     from distckpt.comm import Comm
     from distckpt.loading.report import LoadReport
+    from distckpt.run.keep import Keep
     from distckpt.run.pending import PendingSave
     from distckpt.run.save import SaveReport
     from distckpt.run.trainstate import TrainState
@@ -77,7 +78,8 @@ class Checkpointer:
     preemption: take over the signals by which jobs are stopped, so that `step` can save and say so. wait: what
     `save` does by default. when_busy: what a save does that comes while two others are still being written: "wait" for
     one of them, or "skip" itself. arena_bytes: most host memory that one save may be staged in on this rank; a larger
-    one is written by the call itself (None: no limit). timeout: seconds that any wait for others lasts at most.
+    one is written by the call itself (None: no limit). keep: what stays (None: everything); the rest is removed after
+    each commit, off the training path. timeout: seconds that any wait for others lasts at most.
     """
 
     def __init__(
@@ -89,6 +91,7 @@ class Checkpointer:
         wait: bool = False,
         when_busy: Literal["wait", "skip"] = "wait",
         arena_bytes: int | None = None,
+        keep: Keep | None = None,
         timeout: float = 600.0,
         comm: Comm | None = None,
     ) -> None:
@@ -97,7 +100,11 @@ class Checkpointer:
         self._comm = comm or _default_comm(timeout)
         self._given = comm is not None
         self._history = History(self._store)
-        self._saver = Saver(self._comm, self._history, when_busy=when_busy, arena_bytes=arena_bytes)
+        self._keep = keep
+        retention = Retention(keep) if keep else None
+        self._saver = Saver(
+            self._comm, self._history, when_busy=when_busy, arena_bytes=arena_bytes, retention=retention
+        )
         looks = self._store.root if isinstance(self._store, LocalStore) and self._comm.rank == 0 else None
         self._watch = Watch(preemption if isinstance(preemption, Preemption) else Preemption(), looks)
         self._schedule = Schedule(self._comm, triggers, self._watch if preemption else None)
@@ -217,10 +224,12 @@ class Checkpointer:
         self, step: int, state: TrainState, metrics: Mapping[str, Any], *, wait: bool, check_replicas: bool
     ) -> PendingSave | SaveReport | None:
         launch = self._job.launch if self._job.launch is not None else self._job.open_without_resume()
-        recorded = dict[str, Any]()
+        recorded, asked = dict[str, Any](), list[str]()
 
         def capture() -> State:
             recorded.update(plain_metrics(metrics))  # here, so that every rank learns if one rank's cannot be
+            if self._keep and self._comm.rank == 0:
+                asked[:] = filter(None, [self._keep.asked(step, recorded)])
             return state.capture()
 
         request = Request(
@@ -231,6 +240,7 @@ class Checkpointer:
             writer={"distckpt": __version__},
             generation=lambda: self._generation(step),
             check_replicas=check_replicas,
+            keep=asked,
         )
         self._schedule.saved()
         return self._saver.save(capture, request, wait=wait)

@@ -81,9 +81,7 @@ def save_to(
         generation=where.generation_to_save,
         check_replicas=check_replicas,
     )
-    made = save_and_publish(ranks, where.history, captured, request)
-    if ranks.rank == 0:
-        where.remove_older()
+    made = save_and_publish(ranks, where.history, captured, request, where.retention)
     seconds = time.monotonic() - started
     return SaveReport(made.directory.step, str(made.directory), made.nbytes, seconds, made.notes)
 

@@ -1,18 +1,16 @@
 """Which checkpoints of a run there are, and which of them count. Listing is the truth; pointers and meta.json are not.
 
-`meta.json` and `last.json` are written after a commit for people and tools; whatever they say, a commit must bear it
-out, and they can be rebuilt from the commits.
+Whatever `meta.json` and `last.json` (run/publish.py) say, a commit must bear it out.
 """
 
 from __future__ import annotations
 
-import json
 import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from distckpt.errors import Corrupt, FormatError, KeyMissing, NewerFormat, NotACheckpoint, RunConflict
-from distckpt.format.layout import COMMIT, REGISTRY, StepDir, attempt_of, pointer_file
+from distckpt.format.layout import COMMIT, StepDir, attempt_of
 from distckpt.loading.open import Checkpoint, open_checkpoint
 from distckpt.run.launches import counts, read_launches
 from distckpt.saving.commit import (
@@ -24,8 +22,6 @@ from distckpt.saving.commit import (
     is_committed,
     remove_acks,
 )
-from distckpt.store.base import write_all
-from distckpt.store.local import LocalStore
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -59,9 +55,10 @@ class History:
         """Every committed checkpoint, newest first, read one at a time. NewerFormat is raised, not skipped."""
         launches = read_launches(self.store)
         for directory in self.directories():
+            if not is_committed(self.store, directory):
+                self._opened.pop(directory, None)  # removed, or half of it
+                continue
             if directory not in self._opened:
-                if not is_committed(self.store, directory):
-                    continue
                 try:
                     self._opened[directory] = open_checkpoint(self.store, directory)
                 except NewerFormat:
@@ -106,7 +103,13 @@ class History:
 
     def next_generation(self, step: int) -> int:
         """Return a generation of this step that no directory, finished or not, has taken."""
-        return max((d.generation for d in self.directories() if d.step == step), default=0) + 1
+        free = max((d.generation for d in self.directories() if d.step == step), default=0) + 1
+        self._opened.pop(StepDir(step, free), None)  # one of that name has been removed, and is to be another
+        return free
+
+    def add(self, made: Checkpoint) -> None:
+        """Take note of a checkpoint just committed."""
+        self._opened[made.directory] = made
 
     # -- attempts that a lost job left behind ------------------------------------------------------------------------
 
@@ -166,43 +169,5 @@ class History:
         remove_acks(self.store, attempt)
         return True
 
-    # -- what is written for people ----------------------------------------------------------------------------------
-
-    def publish(self, newest: Checkpoint) -> None:
-        """Point `last` at a checkpoint just committed, and enter it in the registry."""
-        self._opened[newest.directory] = newest
-        name = str(newest.directory)
-        write_all(self.store, pointer_file("last"), _json({"checkpoint": name, "step": newest.directory.step}))
-        if isinstance(self.store, LocalStore):
-            self.store.link_hint("last", name)
-        write_all(self.store, REGISTRY, _json({"checkpoints": self._registry()}))
-
-    def _registry(self) -> list[dict[str, Any]]:
-        return [_entry(found) for found in self.committed()]
-
 
 _ONE_CHECKPOINT = "it is the directory of one checkpoint; give its parent, that of the run"
-
-
-def _entry(found: Found) -> dict[str, Any]:
-    if not found.checkpoint:
-        return {"path": str(found.directory), "status": "corrupt", "problem": found.problem}
-    content = found.checkpoint.manifest
-    return {
-        "path": str(found.directory),
-        "step": content.step,
-        "date": content.date,
-        "launch": content.launch,
-        "world_size": content.world_size,
-        "bytes": sum(f.size for f in content.files),
-        "metrics": {k: v if _is_json_number(v) else str(v) for k, v in content.metrics.items()},
-        "status": "superseded" if found.superseded else "committed",
-    }
-
-
-def _is_json_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and value - value == 0
-
-
-def _json(value: Any) -> bytes:
-    return json.dumps(value, indent=1).encode()

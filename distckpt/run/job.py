@@ -9,6 +9,7 @@ from distckpt.errors import RunConflict
 from distckpt.run.heartbeat import Heartbeat, refuse_living
 from distckpt.run.launches import open_launch, read_launches
 from distckpt.run.publish import now
+from distckpt.run.sweep import clear_up
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -62,6 +63,7 @@ class Job:
             self._history.refuse_checkpoint()
             number = open_launch(self._store, resumed_from(), self._comm.world_size, now())
             self._heartbeat.start(number)
+            clear_up(self._history)
             return number.to_bytes(_NUMBER, "little")
 
         self.launch = int.from_bytes(together(self._comm, "opening a launch", begin)[0], "little")

@@ -8,22 +8,19 @@ stays whole until the new one is committed, and one more is kept.
 from __future__ import annotations
 
 import os
-import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from distckpt.errors import FormatError, RunConflict, StateWarning, StoreError, Unsupported
-from distckpt.format.layout import COMMIT, StepDir
+from distckpt.errors import RunConflict, Unsupported
+from distckpt.format.layout import StepDir
 from distckpt.run.history import History
+from distckpt.run.keep import NEWEST, Keep
 from distckpt.run.launches import read_launches
-from distckpt.saving.commit import is_committed
+from distckpt.run.publish import Retention
 from distckpt.store.local import LocalStore, local_path
 
 if TYPE_CHECKING:
     from distckpt.store.base import Store
-
-_KEPT = 2
-"""Generations of a step that are kept when it is saved again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,22 +52,10 @@ class Place:
         """Number of the newest launch of the run, 0 where there is none: what saves here counts as its own."""
         return max((launch.number for launch in read_launches(self.store)), default=0)
 
-    def remove_older(self) -> None:
-        """Remove generations of the step older than the two newest that count. Failing at it is only warned of."""
-        try:
-            for directory in self._older():
-                _remove(self.store, directory)
-        except (StoreError, FormatError) as e:
-            warnings.warn(f"older generations could not be removed: {e}", StateWarning, stacklevel=4)
-
-    def _older(self) -> list[StepDir]:
-        step = self.step or 0
-        valid = [c.directory for c in self.history.valid() if c.directory.step == step]
-        if len(valid) <= _KEPT:
-            return []
-        shared = {f.name.partition("/")[0] for c in self.history.valid() for f in c.manifest.files if "/" in f.name}
-        old = (d for d in self.history.directories() if d.step == step and d < valid[_KEPT - 1])
-        return [directory for directory in old if str(directory) not in shared]
+    @property
+    def retention(self) -> Retention:
+        """What is kept of the step when it is saved again."""
+        return Retention(Keep(last=NEWEST), self.step or 0)
 
 
 def place(path: str | os.PathLike[str] | Store) -> Place:
@@ -93,11 +78,3 @@ def place(path: str | os.PathLike[str] | Store) -> Place:
             f"{whole} names one generation of a step: give {StepDir(named.step)}; it means the newest that is whole"
         )
     return Place(History(LocalStore(whole.parent)), named.step)
-
-
-def _remove(store: Store, directory: StepDir) -> None:
-    """Remove a step directory, its commit first: what is left half-way is no checkpoint."""
-    if is_committed(store, directory):
-        store.delete(f"{directory}/{COMMIT}")
-    for entry in store.list(str(directory)):
-        store.delete(f"{directory}/{entry.name}")

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
     from distckpt.comm import Comm
     from distckpt.run.history import History
+    from distckpt.run.publish import Retention
     from distckpt.state import State
 
 
@@ -29,14 +30,23 @@ class SaveReport:
     notes: list[str]
 
 
-def save_and_publish(comm: Comm, history: History, capture: Callable[[], State], request: Request) -> Committed:
-    """Save a state, commit it, and point at it. Raises on every rank what fails on any; nothing is committed then."""
+def save_and_publish(
+    comm: Comm,
+    history: History,
+    capture: Callable[[], State],
+    request: Request,
+    retention: Retention | None = None,
+) -> Committed:
+    """Save a state, commit it, point at it, and remove what is not kept.
+
+    Raises on every rank what fails on any; nothing is committed then.
+    """
     try:
         made = save(comm, history.store, capture, request)
     except RunConflict:  # a zombie took the directory between our look and our commit; there is a next generation
         made = save(comm, history.store, capture, request)
     if made.manifest is not None:
-        publish(history, Checkpoint(history.store, made.directory, made.manifest))
+        publish(history, Checkpoint(history.store, made.directory, made.manifest), retention)
     return made
 
 

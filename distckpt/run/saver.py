@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from distckpt.comm import Comm
     from distckpt.run.history import History
+    from distckpt.run.publish import Retention
     from distckpt.state import State
 
 _FAILED, _BUSY = 1, 2
@@ -31,7 +32,13 @@ class Saver:
     """when_busy, arena_bytes: as in Checkpointer. Where the store is no directory, every save is waited for."""
 
     def __init__(
-        self, comm: Comm, history: History, *, when_busy: Literal["wait", "skip"], arena_bytes: int | None
+        self,
+        comm: Comm,
+        history: History,
+        *,
+        when_busy: Literal["wait", "skip"],
+        arena_bytes: int | None,
+        retention: Retention | None = None,
     ) -> None:
         if arena_bytes is not None and (type(arena_bytes) is not int or arena_bytes < 0):
             raise ValueError(f"arena_bytes={arena_bytes!r}: a number of bytes, or None for no limit")
@@ -39,7 +46,9 @@ class Saver:
             raise ValueError(f"when_busy={when_busy!r}: 'wait' or 'skip'")
         self._comm, self._history, self._when_busy = comm, history, when_busy
         store = history.store
-        self._background = Background(store, comm.timeout, arena_bytes) if isinstance(store, LocalStore) else None
+        self._retention = retention
+        keep = retention.keep if retention else None
+        self._background = Background(store, comm.timeout, arena_bytes, keep) if isinstance(store, LocalStore) else None
         self._pending: list[PendingSave] = []
         self.blocked = 0.0
         """Seconds that the latest save kept training waiting."""
@@ -52,7 +61,7 @@ class Saver:
             return self._in_background(self._background, capture, request)
         self.finish()
         started = time.monotonic()
-        made = save_and_publish(self._comm, self._history, capture, request)
+        made = save_and_publish(self._comm, self._history, capture, request, self._retention)
         seconds = time.monotonic() - started
         self.blocked = self._seconds = seconds
         self._committed = True

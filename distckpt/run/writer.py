@@ -30,7 +30,8 @@ from distckpt.format import manifest
 from distckpt.format.layout import StepDir
 from distckpt.loading.open import Checkpoint
 from distckpt.run.history import History
-from distckpt.run.publish import publish
+from distckpt.run.keep import Keep
+from distckpt.run.publish import Retention, publish
 from distckpt.saving.arena import Arena
 from distckpt.saving.commit import Attempt, commit_when_acked, remove_acks, write_refusal
 from distckpt.saving.part import Part, Summed, write_part
@@ -47,17 +48,20 @@ _NICE = 5
 
 def main(arguments: list[str]) -> None:
     """Serve until the training process closes the socket or is gone, and then finish."""
-    descriptor, trainer, root, timeout = arguments
+    descriptor, trainer, root, timeout, rules = arguments
+    retention = Retention(Keep.from_json(json.loads(rules))) if rules != "null" else None
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)  # they are for the training process, which says what becomes of it
     os.nice(_NICE)
     with socket.socket(fileno=int(descriptor)) as line:
-        _Writer(line, int(trainer), LocalStore(root), float(timeout)).serve()
+        _Writer(line, int(trainer), LocalStore(root), float(timeout), retention).serve()
 
 
 class _Writer:
-    def __init__(self, line: socket.socket, trainer: int, store: LocalStore, timeout: float) -> None:
-        self._line, self._store, self._timeout = line, store, timeout
+    def __init__(
+        self, line: socket.socket, trainer: int, store: LocalStore, timeout: float, retention: Retention | None
+    ) -> None:
+        self._line, self._store, self._timeout, self._retention = line, store, timeout, retention
         self._history = History(store)
         self._arenas: dict[int, Arena] = {}
         self._begun: dict[int, Part] = {}
@@ -141,10 +145,10 @@ class _Writer:
             self._commit(part, draft)
 
     def _commit(self, part: Part, draft: Manifest | None = None) -> None:
-        """Wait for the other ranks' acks, commit, and publish."""
+        """Wait for the other ranks' acks, commit, publish, and remove what is not kept."""
         made = commit_when_acked(self._store, part.attempt, draft, timeout=self._timeout)
         remove_acks(self._store, part.attempt)
-        publish(self._history, Checkpoint(self._store, part.attempt.directory, made))
+        publish(self._history, Checkpoint(self._store, part.attempt.directory, made), self._retention)
 
     def _refuse(self, part: Part, error: Exception) -> None:
         with contextlib.suppress(StoreError):  # those who wait for this rank find out by their own timeout

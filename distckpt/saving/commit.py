@@ -82,11 +82,22 @@ def _read_ack(store: Store, attempt: Attempt, rank: int) -> dict[str, Any]:
 
 def found_attempt(store: Store, directory: StepDir, attempt: str) -> Attempt:
     """Attempt of this id; its world size is what rank 0's ack tells, 0 where that cannot be read."""
+    draft = _draft(store, directory, attempt)
+    return Attempt(directory, attempt, draft.world_size if draft else 0)
+
+
+def launch_of(store: Store, directory: StepDir, attempt: str) -> int | None:
+    """Launch that an attempt is of, as rank 0's ack tells; None where that cannot be read."""
+    draft = _draft(store, directory, attempt)
+    return draft.launch if draft else None
+
+
+def _draft(store: Store, directory: StepDir, attempt: str) -> Manifest | None:
     try:
         said = _read_ack(store, Attempt(directory, attempt, 0), 0)
-        return Attempt(directory, attempt, manifest.from_json(said["draft"]).world_size if "draft" in said else 0)
+        return manifest.from_json(said["draft"]) if "draft" in said else None
     except (KeyMissing, Corrupt, FormatError):
-        return Attempt(directory, attempt, 0)
+        return None
 
 
 def complete(store: Store, attempt: Attempt, draft: Manifest | None = None) -> Manifest:

@@ -24,7 +24,7 @@ from distckpt.saving.image import Laid, held, lay_out, live
 from distckpt.saving.part import Part, abandon_part, whole, write_part
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Mapping, Sequence
 
     import torch
 
@@ -53,6 +53,8 @@ class Request:
     check_replicas: bool = False
     flag: Callable[[], int] = lambda: 0
     """What this rank tells all others along with its description."""
+    keep: Sequence[str] = ()
+    """Why the checkpoint is to be kept whatever the rules; asked on rank 0, once the state is captured."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,6 +165,7 @@ def _draft(attempt: Attempt, request: Request, agreement: Agreement, partitions:
         aliases=agreement.aliases,
         metrics=request.metrics,
         writer=request.writer,
+        keep=", ".join(request.keep),
     )
 
 

@@ -47,6 +47,9 @@ def local_path(path: str | os.PathLike[str]) -> Path:
     return Path(path).absolute()
 
 
+Temporary = list[tuple[str, float, int]]
+
+
 class LocalStore:
     """Keys below `root`, a directory that is made when first written to."""
 
@@ -123,10 +126,13 @@ class LocalStore:
                 path.unlink(missing_ok=True)
             except NotADirectoryError:
                 return
-            kept = path.parent
-            while kept != self.root and _remove_if_empty(kept):
-                kept = kept.parent
-            _sync_directory(kept)  # makes the removal of what lay below it durable too
+            self._remove_empty(path.parent)
+
+    def _remove_empty(self, path: Path) -> None:
+        """Remove a directory and its parents as far as they are empty; make that, and what was removed, durable."""
+        while path != self.root and _remove_if_empty(path):
+            path = path.parent
+        _sync_directory(path)
 
     def link_hint(self, name: str, target: str) -> None:
         """Point the symlink `name` at `target`, atomically. A convenience for people; no reader follows it."""
@@ -165,11 +171,56 @@ class LocalStore:
 
     def discard_temporary(self, key: str) -> None:
         """Remove what killed writes of a key left behind. Nobody else must be writing it."""
-        path = self._path(key)
-        with _mapped("clear", path):
-            for found in path.parent.iterdir() if path.parent.is_dir() else ():
-                if _TEMPORARY.sub("", found.name) == path.name[:_LONGEST] != found.name:
-                    found.unlink(missing_ok=True)
+        prefix, _, written = check(key).rpartition("/")
+        for name, _, _ in self.unfinished(prefix):
+            if _TEMPORARY.sub("", name) == written[:_LONGEST]:
+                self.discard(prefix, name)
+
+    def unfinished(self, prefix: str) -> Temporary:
+        """Temp files directly below `prefix`, of writes in progress or killed: name, when it last changed, bytes."""
+        found = []
+        with _mapped("list", self._path(prefix, prefix=True)) as path:
+            for temp in path.iterdir() if path.is_dir() else ():
+                if _TEMPORARY.match(temp.name):
+                    with contextlib.suppress(FileNotFoundError):
+                        status = temp.lstat()
+                        found.append((temp.name, status.st_mtime, status.st_size))
+        return sorted(found)
+
+    def discard(self, prefix: str, name: str) -> None:
+        """Remove a temp file that `unfinished` named, and directories left empty. Its write, if it goes on, fails."""
+        if not _TEMPORARY.match(name) or "/" in name:
+            raise StoreError(f"{name!r} is no temp file")
+        with _mapped("delete", self._path(prefix, prefix=True) / name) as path:
+            path.unlink(missing_ok=True)
+            self._remove_empty(path.parent)
+
+    def changed(self, key: str) -> float:
+        """When a key was written, in seconds by the file system's clock. KeyMissing."""
+        with _mapped("look at", self._path(key), missing=_MISSING) as path:
+            return path.lstat().st_mtime
+
+    def unlink_hint(self, name: str) -> None:
+        """Remove the symlink `name`, where there is one."""
+        path = self._path(name)
+        with _mapped("unlink", path):
+            if path.is_symlink():
+                path.unlink(missing_ok=True)
+
+    def hint(self, name: str) -> str | None:
+        """What the symlink `name` points at; None where there is none."""
+        with _mapped("read", self._path(name)) as path:
+            return str(path.readlink()) if path.is_symlink() else None
+
+    def hints(self) -> dict[str, str]:
+        """Symlinks of the root, and what each points at."""
+        found = {}
+        with _mapped("list", self.root), contextlib.suppress(FileNotFoundError), os.scandir(self.root) as entries:
+            for entry in entries:
+                if entry.is_symlink() and not entry.name.startswith("."):
+                    with contextlib.suppress(FileNotFoundError):  # removed since it was listed
+                        found[entry.name] = str(Path(entry.path).readlink())
+        return found
 
     def _path(self, key: str, *, prefix: bool = False) -> Path:
         return self.root / check(key, prefix=prefix)

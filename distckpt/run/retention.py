@@ -1,0 +1,130 @@
+"""Retention: what the rules of run/keep.py are told of a run, and how what they let go of is removed.
+
+The commit is deleted first, the data after: what is left half-way is no checkpoint. Only committed directories are
+touched: a save in flight has no commit yet.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from distckpt.errors import Corrupt, DistckptError
+from distckpt.format.layout import ACK, COMMIT, StepDir
+from distckpt.run.keep import Candidate, decide
+from distckpt.run.launches import read_launches
+from distckpt.run.lease import leased
+from distckpt.saving.commit import is_committed
+from distckpt.store.local import LocalStore
+
+if TYPE_CHECKING:
+    from collections.abc import Collection
+
+    from distckpt.loading.open import Checkpoint
+    from distckpt.run.history import Found, History
+    from distckpt.run.keep import Decision, Keep
+    from distckpt.store.base import Store
+
+
+@dataclass(frozen=True, slots=True)
+class Listed:
+    """A committed checkpoint, and what rules ask of it."""
+
+    found: Found
+    candidate: Candidate
+
+    @property
+    def directory(self) -> StepDir:
+        """Its directory."""
+        return self.found.directory
+
+
+def listed(history: History) -> list[Listed]:
+    """Every committed checkpoint of a run, newest first."""
+    return [Listed(found, _candidate(found)) for found in history.committed()]
+
+
+def newest(checkpoints: list[Listed]) -> StepDir | None:
+    """Newest checkpoint that counts."""
+    return next((c.directory for c in checkpoints if c.candidate.state == "committed"), None)
+
+
+def _candidate(found: Found) -> Candidate:
+    if not found.checkpoint:
+        return Candidate(found.directory, state="damaged", problem=found.problem)
+    content = found.checkpoint.manifest
+    own = sum(f.size for f in content.files if "/" not in f.name) + sum(o.size for o in content.objects.values())
+    owners = (StepDir.parse(f.name.partition("/")[0]) for f in content.files if "/" in f.name)
+    return Candidate(
+        found.directory,
+        nbytes=own,
+        date=content.date,
+        epoch=_epoch(found.checkpoint),
+        metrics={k: v for k, v in content.metrics.items() if is_number(v)},
+        asked=content.keep,
+        refers_to=frozenset(owner for owner in owners if owner and owner != found.directory),
+        state="superseded" if found.superseded else "committed",
+    )
+
+
+def is_number(value: object) -> bool:
+    """Whether a metric's value is a number that others can be compared with."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and value - value == 0
+
+
+def _epoch(checkpoint: Checkpoint) -> int | None:
+    """Epoch that the metrics name, else the Progress of the training program; None where neither does."""
+    said = checkpoint.manifest.metrics.get("epoch")
+    if said is None and "trainer_state" in checkpoint.manifest.objects:
+        try:
+            progress = checkpoint.object("trainer_state")
+        except Corrupt:
+            return None  # a load says so; here it is only not known
+        said = progress.get("epoch") if isinstance(progress, dict) else None
+    if isinstance(said, float) and said.is_integer():
+        said = int(said)
+    return said if type(said) is int and said >= 0 else None
+
+
+def decided(history: History, checkpoints: list[Listed], keep: Keep, step: int | None = None) -> Decision:
+    """What is to stay, and what goes. step: generations of this step alone may go, and are all that rules count."""
+    held = dict.fromkeys(leased(history.store), "a reader has a lease on it")
+    asked = [c.candidate for c in checkpoints if step in {None, c.directory.step}]
+    for other in checkpoints:
+        if step not in {None, other.directory.step}:
+            held |= dict.fromkeys(other.candidate.refers_to, f"{other.directory} refers to its files")
+    return decide(keep, asked, held)
+
+
+def remove_all(history: History, goes: Collection[StepDir]) -> tuple[list[StepDir], list[str]]:
+    """Remove checkpoints, oldest first. Returns those removed, and problems with the others.
+
+    One that has been leased since stays. Stops where a launch has begun since: what counts may be another then.
+    """
+    store = history.store
+    removed: list[StepDir] = []
+    try:
+        launches = read_launches(store)
+        for directory in sorted(goes):
+            if read_launches(store) != launches:
+                return removed, ["a later launch has begun; what goes is for it to decide"]
+            if directory not in leased(store) and remove(store, directory):
+                removed.append(directory)
+    except DistckptError as e:
+        return removed, [str(e)]
+    return removed, []
+
+
+def remove(store: Store, directory: StepDir) -> bool:
+    """Remove a step directory, its commit first. Whether all of it is gone: not where a reader was quicker."""
+    if is_committed(store, directory):
+        store.delete(f"{directory}/{COMMIT}")
+    if directory in leased(store):
+        return False  # it may have opened the commit; the rest is for gc
+    names = [entry.name for entry in store.list(str(directory)) if entry.size is not None]
+    for name in sorted(names, key=lambda n: not n.startswith(ACK)):  # acks first: nobody finds an attempt complete
+        store.delete(f"{directory}/{name}")
+    if isinstance(store, LocalStore):
+        for name, _, _ in store.unfinished(str(directory)):
+            store.discard(str(directory), name)
+    return True

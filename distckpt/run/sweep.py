@@ -1,0 +1,166 @@
+"""Sweeping: what no commit names, once nobody can commit it any more. What killed saves and deletions leave behind.
+
+Rule 1. Nothing that a commit names, or shares from another directory, is touched; nor anything in a directory whose
+commit cannot be read, nor a file whose name is not one that distckpt gives.
+Rule 2. An attempt may still commit while its launch lives. It is over if its launch was superseded (its ack says which
+launch; or it has not changed since before the newest launch began), or if the caller knows that every launch but its
+own, which has saved nothing yet, is.
+"""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from distckpt.errors import DistckptError, KeyMissing, StateWarning
+from distckpt.format.layout import ACK, COMMIT, LAUNCHES, LEASES, StepDir, attempt_of, launch_file
+from distckpt.run.launches import read_launches
+from distckpt.run.lease import leased, leases
+from distckpt.saving.commit import is_committed, launch_of
+from distckpt.store.local import LocalStore
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator
+
+    from distckpt.format.manifest import Manifest
+    from distckpt.run.history import History
+    from distckpt.store.base import Store
+
+SKEW = 60.0
+"""Seconds by which clocks of the nodes that write to one file system are trusted to agree."""
+
+
+@dataclass(frozen=True, slots=True)
+class Leftover:
+    """A file that no commit names. over: whether it may be removed; why: what it is of."""
+
+    prefix: str
+    name: str
+    nbytes: int
+    over: bool
+    why: str
+    temporary: bool = False
+
+    @property
+    def key(self) -> str:
+        """Its path in the run."""
+        return f"{self.prefix}/{self.name}" if self.prefix else self.name
+
+
+def leftovers(
+    history: History, *, alone: bool = False, among: Callable[[StepDir], bool] = lambda _: True
+) -> list[Leftover]:
+    """Every file of a run that no commit names.
+
+    alone: no launch but the caller's lives, and it has nothing in flight: then all of them are over. among: step
+    directories to look in; other places are looked at only if all are.
+    """
+    store = history.store
+    ended = _Ended(store, alone=alone)
+    manifests = {f.directory: f.checkpoint.manifest if f.checkpoint else None for f in history.committed()}
+    shared = {f.name for m in manifests.values() if m for f in m.files if "/" in f.name}
+    held = leased(store)
+    found: list[Leftover] = []
+    for directory in filter(among, history.directories()):
+        if directory in held or (directory not in manifests and is_committed(store, directory)):
+            continue  # a reader's; or committed since it was listed
+        if directory in manifests and manifests[directory] is None:
+            continue  # damaged: it is not known what it names
+        found += [left for left in _of(store, directory, manifests.get(directory), ended) if left.key not in shared]
+    if all(map(among, history.directories())):
+        for prefix in ("", LAUNCHES, LEASES):
+            found += _temporary(store, prefix, ended)
+        found += [
+            Leftover(LEASES, key.partition("/")[2], store.head(key), over=True, why="a lease that has expired")
+            for _, key, expired in leases(store)
+            if expired
+        ]
+    return found
+
+
+class _Ended:
+    """Whether what wrote a file has ended."""
+
+    def __init__(self, store: Store, *, alone: bool) -> None:
+        self._store, self._alone = store, alone
+        self._newest = max((launch.number for launch in read_launches(store)), default=0)
+        self._began = self._changed(launch_file(self._newest)) if self._newest else None
+
+    def _changed(self, key: str) -> float | None:
+        """When a file was written, where the store tells."""
+        try:
+            return self._store.changed(key) if isinstance(self._store, LocalStore) else None
+        except KeyMissing:
+            return None
+
+    def at(self, changed: float | None) -> bool:
+        """Of what was last written then."""
+        return self._alone or (changed is not None and self._began is not None and changed < self._began - SKEW)
+
+    def attempt(self, directory: StepDir, attempt: str) -> bool:
+        """Of an attempt."""
+        if self._alone:
+            return True
+        launch = launch_of(self._store, directory, attempt)
+        return launch is not None and launch < self._newest
+
+    def file(self, key: str) -> bool:
+        """Of a file."""
+        return self.at(self._changed(key))
+
+
+def _of(store: Store, directory: StepDir, content: Manifest | None, ended: _Ended) -> Iterator[Leftover]:
+    """Files of a step directory that its commit, if it has one, does not name."""
+    named = {COMMIT}
+    if content:
+        named |= {f.name for f in content.files} | {o.name for o in content.objects.values()}
+    over: dict[str, bool] = {}
+    for entry in store.list(str(directory)):
+        attempt = attempt_of(entry.name)
+        if entry.name in named or attempt is None or entry.size is None:
+            continue
+        if attempt not in over:
+            over[attempt] = ended.attempt(directory, attempt)
+        if content and attempt == content.attempt:
+            yield Leftover(str(directory), entry.name, entry.size, over=True, why="an ack of a committed save")
+        else:
+            may_go = over[attempt] or ended.file(f"{directory}/{entry.name}")
+            yield Leftover(str(directory), entry.name, entry.size, may_go, f"attempt {attempt}, which did not commit")
+    yield from _temporary(store, str(directory), ended)
+
+
+def _temporary(store: Store, prefix: str, ended: _Ended) -> Iterator[Leftover]:
+    for name, changed, nbytes in store.unfinished(prefix) if isinstance(store, LocalStore) else ():
+        yield Leftover(prefix, name, nbytes, ended.at(changed), "a write that did not finish", temporary=True)
+
+
+def sweep(history: History, found: Iterable[Leftover]) -> tuple[list[Leftover], list[str]]:
+    """Remove leftovers that are over, acks first. Returns those removed, and problems with the others."""
+    store = history.store
+    removed: list[Leftover] = []
+    over = sorted((left for left in found if left.over), key=lambda left: not left.name.startswith(ACK))
+    committed = {found.directory for found in history.committed()}
+    try:
+        for left in over:
+            directory = StepDir.parse(left.prefix)
+            if directory and directory not in committed and is_committed(store, directory):
+                continue  # somebody was quicker after all
+            if left.temporary and isinstance(store, LocalStore):
+                store.discard(left.prefix, left.name)
+            else:
+                store.delete(left.key)
+            removed.append(left)
+    except DistckptError as e:
+        return removed, [str(e)]
+    return removed, []
+
+
+def clear_up(history: History) -> None:
+    """Remove what earlier launches left behind, by a launch that has saved nothing yet. Failing at it is warned of."""
+    try:
+        problems = sweep(history, leftovers(history, alone=True))[1]
+    except DistckptError as e:
+        problems = [str(e)]
+    for problem in problems:
+        warnings.warn(f"what earlier saves left behind could not be removed: {problem}", StateWarning, stacklevel=4)
