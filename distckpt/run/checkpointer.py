@@ -298,11 +298,11 @@ class Checkpointer:
         )
         notes = self._job.settle()
         search = Search(self._comm, self._history, step)
-        report, directory = load_newest(search, state, options) or (None, None)
-        if report is None and (root := foreign_root(self._comm, self._store)):
-            report = load_source(self._comm, root, state, options, names=names)
-
-        self._job.open(directory)
+        report, _ = load_newest(search, state, options, then=self._job.open) or (None, None)
+        if report is None:
+            if root := foreign_root(self._comm, self._store):
+                report = load_source(self._comm, root, state, options, names=names)
+            self._job.open(None)
         if report:
             self._prepare(state)
         if report and notes:

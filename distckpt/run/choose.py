@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import warnings
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -16,9 +17,12 @@ from distckpt.errors import Corrupt, FormatError, NewerFormat, NotACheckpoint, S
 from distckpt.format.layout import StepDir
 from distckpt.loading.load import load
 from distckpt.loading.open import Checkpoint, open_checkpoint
+from distckpt.run.lease import lease
 from distckpt.state import Stateful
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from distckpt.comm import Comm
     from distckpt.errors import DistckptError
     from distckpt.loading.plan import Options
@@ -47,6 +51,15 @@ class Search:
     step: int | None
     tried: set[StepDir] = field(default_factory=set)
     damaged: dict[int, str] = field(default_factory=dict)
+    held: ExitStack = field(default_factory=ExitStack)
+    """On rank 0: the lease on the checkpoint chosen."""
+    unleased: str = ""
+    """Why there is none."""
+
+    def hold(self, directory: StepDir) -> None:
+        """Take a lease on it, so that it stays while every rank reads it."""
+        self.held.close()
+        self.unleased = self.held.enter_context(lease(self.history.store, directory))
 
     def passed_over(self, directory: StepDir, why: str) -> bool:
         """Note a damaged checkpoint. Whether it is news."""
@@ -57,11 +70,22 @@ class Search:
         return True
 
 
-def load_newest(search: Search, state: Loadable, options: Options) -> tuple[LoadReport, StepDir] | None:
+def load_newest(
+    search: Search, state: Loadable, options: Options, *, then: Callable[[StepDir], None] = lambda _: None
+) -> tuple[LoadReport, StepDir] | None:
     """Load the newest checkpoint that counts and is whole; None where there is none at all.
 
-    What is damaged where nothing else is left; NotACheckpoint where there is none of the step asked for.
+    then: called once it is loaded, and while nobody removes it. What is damaged where nothing else is left;
+    NotACheckpoint where there is none of the step asked for.
     """
+    with search.held:
+        loaded = _load_newest(search, state, options)
+        if loaded:
+            then(loaded[1])
+        return loaded
+
+
+def _load_newest(search: Search, state: Loadable, options: Options) -> tuple[LoadReport, StepDir] | None:
     before = state.unusable
     damage: DistckptError | None = None
     while directory := choose(search):
@@ -78,6 +102,7 @@ def load_newest(search: Search, state: Loadable, options: Options) -> tuple[Load
             continue
         state.unusable = None if loaded_whole(report, options) else before
         report.fell_back_from = search.damaged
+        report.notes += filter(None, [search.unleased])
         return report, directory
     if damage:
         raise damage
@@ -112,6 +137,8 @@ def choose(search: Search) -> StepDir | None:
 
     def look() -> bytes:
         found = look_for(search) if search.comm.rank == 0 else None
+        if found:
+            search.hold(found)
         chosen = found.step.to_bytes(_STEP, "little") + found.generation.to_bytes(4, "little") if found else b""
         return bytes([search.damaged != known]) + chosen
 

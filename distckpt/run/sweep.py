@@ -41,6 +41,8 @@ class Leftover:
     over: bool
     why: str
     temporary: bool = False
+    uncommitted: StepDir | None = None
+    """Its directory, if that had no commit."""
 
     @property
     def key(self) -> str:
@@ -63,8 +65,8 @@ def leftovers(
     held = leased(store)
     found: list[Leftover] = []
     for directory in filter(among, history.directories()):
-        if directory in held or (directory not in manifests and is_committed(store, directory)):
-            continue  # a reader's; or committed since it was listed
+        if directory not in manifests and (directory in held or is_committed(store, directory)):
+            continue  # removed while a reader has it; or committed since it was listed
         if directory in manifests and manifests[directory] is None:
             continue  # damaged: it is not known what it names
         found += [left for left in _of(store, directory, manifests.get(directory), ended) if left.key not in shared]
@@ -116,6 +118,7 @@ def _of(store: Store, directory: StepDir, content: Manifest | None, ended: _Ende
     if content:
         named |= {f.name for f in content.files} | {o.name for o in content.objects.values()}
     over: dict[str, bool] = {}
+    uncommitted = None if content else directory
     for entry in store.list(str(directory)):
         attempt = attempt_of(entry.name)
         if entry.name in named or attempt is None or entry.size is None:
@@ -126,7 +129,8 @@ def _of(store: Store, directory: StepDir, content: Manifest | None, ended: _Ende
             yield Leftover(str(directory), entry.name, entry.size, over=True, why="an ack of a committed save")
         else:
             may_go = over[attempt] or ended.file(f"{directory}/{entry.name}")
-            yield Leftover(str(directory), entry.name, entry.size, may_go, f"attempt {attempt}, which did not commit")
+            why = f"attempt {attempt}, which did not commit"
+            yield Leftover(str(directory), entry.name, entry.size, may_go, why, uncommitted=uncommitted)
     yield from _temporary(store, str(directory), ended)
 
 
@@ -140,11 +144,9 @@ def sweep(history: History, found: Iterable[Leftover]) -> tuple[list[Leftover], 
     store = history.store
     removed: list[Leftover] = []
     over = sorted((left for left in found if left.over), key=lambda left: not left.name.startswith(ACK))
-    committed = {found.directory for found in history.committed()}
     try:
         for left in over:
-            directory = StepDir.parse(left.prefix)
-            if directory and directory not in committed and is_committed(store, directory):
+            if left.uncommitted and is_committed(store, left.uncommitted):
                 continue  # somebody was quicker after all
             if left.temporary and isinstance(store, LocalStore):
                 store.discard(left.prefix, left.name)
