@@ -55,6 +55,7 @@ QUICK = {"Llama-3 8B": (8,)}
 READERS = ("FSDP", "TP x FSDP", "ZeRO-3")
 """Layouts that each checkpoint is planned to be loaded into, on half as many ranks."""
 _PATIENCE = 120.0
+_MOST_RECEIVED = 1 << 30
 
 
 def plan(world: World, options: Options) -> Report:
@@ -105,7 +106,12 @@ def _tell(report: Report, options: Options, place: Path) -> None:
         model = MODELS[name]()
         for kind in ("FSDP", "PP") if options.quick else PARALLELISMS:
             for n in sizes:
-                found = _planned(model, kind, n, 1 if options.quick or len(model) > 10_000 else 5)
+                try:
+                    found = _planned(model, kind, n, 1 if options.quick or len(model) > 10_000 else 5)
+                except TooMuch as e:
+                    rows.append([f"{name}, {kind}", str(n), str(e), *[""] * 10])
+                    report.notes.append(f"{name}, {kind}, {n} ranks: {e}")
+                    continue
                 rows.append([f"{name}, {kind}", str(n), *found.row()])
                 print(" | ".join(rows[-1]), file=sys.stderr, flush=True)
                 if found.tensors == 873 and kind == "FSDP":
@@ -154,6 +160,10 @@ def _milliseconds(act: Callable[[], object], repeats: int) -> float:
     return statistics.median(seconds(act) for _ in range(repeats)) * 1e3
 
 
+class TooMuch(Exception):
+    """A collective that no rank could take part in."""
+
+
 @dataclass(slots=True)
 class SimulatedComm:
     """A rank of many: those of a class answer as its one member that runs."""
@@ -168,6 +178,8 @@ class SimulatedComm:
     def all_gather(self, what: str, payload: bytes) -> list[bytes]:
         """See Comm.all_gather."""
         self.sent += len(payload)
+        if (received := len(payload) * self.world_size) > _MOST_RECEIVED:
+            raise TooMuch(f"{what}: each rank would receive {received / 1e9:.0f} GB")
         said = self.inner.all_gather(what, payload)
         return [said[c] for c in self.ranks_of]
 

@@ -6,7 +6,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from benchmarks import rounds
-from benchmarks.cache import can_evict
+from benchmarks.cache import can_evict, evict
 from benchmarks.meter import measure
 from benchmarks.peers import SYNC, Distckpt
 from benchmarks.peers_deepspeed import DeepSpeed
@@ -63,19 +63,24 @@ def small(world: World, options: Options) -> Report:
 
     with options.media(world) as media:
         for medium, base in media.items():
-            found = rounds.run(world, tensors, base, (*SYNC, Large), once=_both_once, count=options.rounds)
-            for act, lead in (("save", ""), ("warm", "load_")):
-                report.add(f"{act}, {medium}: {_what(world, tensors)}", found, act, tensors.nbytes)
+            cold = medium == "disk" and _cold(report, base)
+            once = partial(_both_once, cold=cold)
+            found = rounds.run(world, tensors, base, (*SYNC, Large), once=once, count=options.rounds)
+            for act, lead in (("save", ""), ("load", "load_")):
+                how = "cold " * (cold and act == "load") + act
+                report.add(f"{how}, {medium}: {_what(world, tensors)}", found, act, tensors.nbytes)
                 report.ratios |= rounds.ratios(found, act, f"{medium}.{lead}")
                 cpu = rounds.ratios(found, act, f"{medium}.{lead}cpu_", "cpu")
                 report.ratios |= {key: x for key, x in cpu.items() if key.endswith("vs_dcp")}
     return report
 
 
-def _both_once(peer: Peer, folder: Path) -> dict[str, Sample]:
+def _both_once(peer: Peer, folder: Path, *, cold: bool) -> dict[str, Sample]:
     saved = measure(peer.world, lambda: peer.save(folder))
+    if cold:
+        measure(peer.world, lambda: evict(folder) if peer.world.leads else None)
     peer.open(folder)
-    return {"save": saved, "warm": rounds.load_once(peer, folder)}
+    return {"save": saved, "load": rounds.load_once(peer, folder)}
 
 
 def _what(world: World, tensors: Sharded) -> str:

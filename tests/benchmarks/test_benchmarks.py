@@ -51,7 +51,7 @@ def _benchmark(folder, *argv):
 
 def told(tmp_path, *argv, size=2, preload=()):
     """Ratios in the last line of a benchmark's output."""
-    output, *others = ranks.run(size, _benchmark, str(tmp_path), *argv, preload=preload)
+    output, *others = ranks.run(size, _benchmark, str(tmp_path), *argv, preload=preload, timeout=110)
     assert others == [""] * (size - 1)
     last = json.loads(output.splitlines()[-1])
     assert last["bench"] == argv[0]
