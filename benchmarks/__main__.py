@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import signal
 import sys
 import traceback
 from importlib import import_module
@@ -56,6 +57,7 @@ def main() -> int:
     asked = parse()
     if not launched():
         return launch(asked.ranks or default_ranks(), sys.argv[1:])
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("told to stop"))  # so that scratch folders are removed
     status = 1
     try:
         run_all(asked, Ranks.of_launch())
