@@ -183,6 +183,11 @@ class SimulatedComm:
         said = self.inner.all_gather(what, payload)
         return [said[c] for c in self.ranks_of]
 
+    def broadcast(self, what: str, buffer: memoryview, source: int) -> None:
+        """See Comm.broadcast. Only the first rank of a class speaks, and that is the one that runs."""
+        self.sent += len(buffer) if self.rank == source else 0
+        self.inner.broadcast(what, buffer, self.ranks_of[source])
+
     def send(self, what: str, data: memoryview, to: int) -> None:
         """See Comm.send. Nothing is sent to plan."""
         raise NotImplementedError(what)

@@ -43,6 +43,10 @@ class Comm(Protocol):
         """Every rank's payload, by rank. Payloads have the same length on all ranks. RanksMissing, saying `what`."""
         ...
 
+    def broadcast(self, what: str, buffer: memoryview, source: int) -> None:
+        """Fill every rank's buffer with that of `source`. Buffers have the same length. RanksMissing, saying `what`."""
+        ...
+
     def send(self, what: str, data: memoryview, to: int) -> None:
         """Hand bytes to another rank, which receives as many. Returns once they may change. RanksMissing."""
         ...
@@ -106,10 +110,18 @@ def _ranks(ranks: Sequence[int], world_size: int) -> str:
 
 
 def exchange(comm: Comm, what: str, data: bytes) -> list[bytes]:
-    """Every rank's bytes, of any length, by rank. Two collectives; for what is rare."""
+    """Every rank's bytes, of any length, by rank; for what is rare. Few that have something each send it to all."""
     lengths = [int.from_bytes(n[:8], "little") for n in _meet(comm, what, len(data).to_bytes(8, "little"))]
-    replies = comm.all_gather(what, data.ljust(max(1, *lengths), b"\0"))
-    return [reply[:n] for reply, n in zip(replies, lengths, strict=True)]
+    speakers = [rank for rank, length in enumerate(lengths) if length]
+    if len(speakers) > max(1, comm.world_size // 4):
+        replies = comm.all_gather(what, data.ljust(max(1, *lengths), b"\0"))
+        return [reply[:n] for reply, n in zip(replies, lengths, strict=True)]
+    found = [b""] * comm.world_size
+    for rank in speakers:
+        buffer = bytearray(data if rank == comm.rank else lengths[rank])
+        comm.broadcast(what, memoryview(buffer), rank)
+        found[rank] = bytes(buffer)
+    return found
 
 
 def _meet(comm: Comm, what: str, body: bytes) -> list[bytes]:
@@ -145,6 +157,9 @@ class SoloComm:
     def all_gather(self, what: str, payload: bytes) -> list[bytes]:  # noqa: ARG002
         """See Comm.all_gather."""
         return [payload]
+
+    def broadcast(self, what: str, buffer: memoryview, source: int) -> None:
+        """See Comm.broadcast."""
 
     def send(self, what: str, data: memoryview, to: int) -> None:
         """See Comm.send. There is nobody to send to."""
@@ -196,6 +211,14 @@ class TorchComm:
         replies = [torch.empty_like(mine) for _ in range(self.world_size)]
         self._do(what, lambda: self._wait(dist.all_gather(replies, mine, group=self._group, async_op=True)))
         return [bytes(reply.numpy()) for reply in replies]
+
+    def broadcast(self, what: str, buffer: memoryview, source: int) -> None:
+        """See Comm.broadcast."""
+        import torch
+        import torch.distributed as dist
+
+        tensor = torch.frombuffer(buffer, dtype=torch.uint8)
+        self._do(what, lambda: self._wait(dist.broadcast(tensor, source, group=self._group, async_op=True)))
 
     def send(self, what: str, data: memoryview, to: int) -> None:
         """See Comm.send."""
@@ -298,6 +321,10 @@ class ThreadComm:
             missing = [r for r in range(self.world_size) if r not in now.payloads]
             raise RanksMissing(f"{what}: {_ranks(missing, self.world_size)} did not answer within {self.timeout:g} s")
         return [now.payloads[r] for r in range(self.world_size)]
+
+    def broadcast(self, what: str, buffer: memoryview, source: int) -> None:
+        """See Comm.broadcast."""
+        buffer[:] = self.all_gather(what, bytes(buffer))[source]
 
     def send(self, what: str, data: memoryview, to: int) -> None:  # noqa: ARG002
         """See Comm.send."""

@@ -58,6 +58,7 @@ class Agreement:
     policies: dict[str, str] = field(default_factory=dict)
     generation: int = 1
     flags: list[int] = field(default_factory=list)
+    """Of all ranks, by rank; empty where all are 0."""
     key: bytes = b""
     """Same key, same tensors, aliases and policies. Empty where they were put together from what ranks exchanged."""
     notes: list[str] = field(default_factory=list)
@@ -116,18 +117,15 @@ def agree(
     replies = together(comm, "describing the state", describe)
     assert own is not None
     cuts = [(_NONCE + i * DIGEST_SIZE, _NONCE + (i + 1) * DIGEST_SIZE) for i in range(3)]
-    same = [len({reply[a:b] for reply in replies}) == 1 for a, b in cuts]
-    places = [_PLACE.unpack(reply[cuts[-1][1] :]) for reply in replies]
-    if len({at for at, *_ in places}) > 1:
+    different = {reply[_NONCE:] for reply in replies}  # few, however many ranks there are
+    same = [len({said[a - _NONCE : b - _NONCE] for said in different}) == 1 for a, b in cuts]
+    if len({said[-_PLACE.size :][:8] for said in different}) > 1:
+        places = [_PLACE.unpack(reply[-_PLACE.size :]) for reply in replies]
         told = ", ".join(f"rank {rank}: {at}" for rank, (at, *_) in enumerate(places[:16]))
         raise Mismatch(f"ranks save different steps ({told}): call save on every rank at the same step")
-    agreement = Agreement(
-        digest(*(r[:_NONCE] for r in replies))[:12],
-        {},
-        {},
-        generation=places[0][1],
-        flags=[place[2] for place in places],
-    )
+    (_, chosen, _) = _PLACE.unpack(replies[0][-_PLACE.size :])
+    agreement = Agreement(digest(*replies)[:12], {}, {}, generation=chosen)
+    agreement.flags = [reply[-1] for reply in replies] if any(said[-1] for said in different) else []
     everyone = list(range(comm.world_size))
     distinct = [(everyone, own.description)] if same[0] else _distinct(comm, replies, cuts[0], own.description)
     if same[0] and same[2]:

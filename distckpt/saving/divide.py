@@ -16,12 +16,15 @@ from distckpt.format.partition import Copies, FlatEven, Grid, Partition, Split
 from distckpt.state import Layout, Listed
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from distckpt.saving.agree import Agreed
 
 SLICE_BYTES = 16 << 10
 """A cell of at least this many bytes a replica is sliced between its replicas."""
+
+_ABOUT_EVEN = 16
+"""Elements a slice from which on a remainder makes little difference."""
 
 
 def divide(tensors: Mapping[str, Agreed]) -> dict[str, Partition]:
@@ -54,15 +57,24 @@ def _divide(tensor: Agreed, layout: Layout, loads: dict[tuple[Split, ...], list[
     else:
         cell = held.cell([[0] * len(splits) for splits in held.splits])
         nbytes = cell.numel * item_size(tensor.dtype)
-        longest = max(range(len(cell.sizes)), key=lambda d: cell.sizes[d], default=None)
-        if longest is not None and nbytes >= SLICE_BYTES * count and cell.sizes[longest] >= count:
+        cut = _dimension_to_cut(cell.sizes, count)
+        if cut is not None and nbytes >= SLICE_BYTES * count:
             splits = [list(s) for s in held.splits]
-            splits[longest] += replicas
+            splits[cut] += replicas
             return Grid(held.shape, tuple(map(tuple, splits)), held.first)
     heap = loads.setdefault(replicas, [(0, i) for i in range(count)])
     load, replica = heapq.heappop(heap)
     heapq.heappush(heap, (load + nbytes, replica))
     return replace(held, first=held.first + _rank_offset(replicas, replica))
+
+
+def _dimension_to_cut(sizes: Sequence[int], count: int) -> int | None:
+    """First dimension that `count` slices divide about evenly: those lie in few stretches. Else the longest."""
+    for d, size in enumerate(sizes):
+        if size and (size % count == 0 or size >= _ABOUT_EVEN * count):
+            return d
+    longest = max(range(len(sizes)), key=lambda d: sizes[d], default=None)
+    return longest if longest is not None and sizes[longest] >= count else None
 
 
 def _rank_offset(replicas: tuple[Split, ...], index: int) -> int:

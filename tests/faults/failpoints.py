@@ -114,5 +114,10 @@ class FaultyComm:
         self._fuse.touch(f"all_gather {what} done")
         return replies
 
+    def broadcast(self, what, buffer, source):
+        self._fuse.touch(f"broadcast {what}")
+        self._comm.broadcast(what, buffer, source)
+        self._fuse.touch(f"broadcast {what} done")
+
     def close(self):
         self._comm.close()
