@@ -73,23 +73,29 @@ class Heartbeat:
 def refuse_living(store: Store, patience: float) -> None:
     """RunConflict if another job that lives trains on this run. Waits `patience` seconds at most to find out."""
     launches = read_launches(store)
-    if not launches:
-        return
-    newest = launches[-1]
-    first = _read(store, newest)
-    if first is None or first["ended"] or newest.job == job_name() or _is_dead_here(first):
-        return
+    if launches and launches[-1].job != job_name() and (beat := living(store, patience)):
+        newest = launches[-1]
+        raise RunConflict(
+            f"{store}: {newest.job} on {newest.host} (process {beat['pid']}, since {newest.date}) is training on "
+            "this run: its heart beats. Stop it first, or use another directory; to only read, use load()"
+        )
+
+
+def living(store: Store, patience: float) -> dict[str, Any] | None:
+    """Beat of the run's newest launch, if it lives. Waits `patience` seconds at most to find out."""
+    launches = read_launches(store)
+    first = _read(store, launches[-1]) if launches else None
+    if first is None or first["ended"] or _is_dead_here(first):
+        return None
     deadline = time.monotonic() + min(patience, _STALE * first["interval"])
     while time.monotonic() < deadline:
         time.sleep(min(0.2, first["interval"] / 4))
-        beat = _read(store, newest)
+        beat = _read(store, launches[-1])
         if beat is None or beat["ended"]:
-            return
+            return None
         if beat["count"] != first["count"]:
-            raise RunConflict(
-                f"{store}: {newest.job} on {newest.host} (process {beat['pid']}, since {newest.date}) is training on "
-                "this run: its heart beats. Stop it first, or use another directory; to only read, use load()"
-            )
+            return beat
+    return None
 
 
 def _read(store: Store, launch: Launch) -> dict[str, Any] | None:

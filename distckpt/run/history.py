@@ -45,6 +45,8 @@ class History:
     def __init__(self, store: Store) -> None:
         self.store = store
         self._opened: dict[StepDir, Checkpoint] = {}
+        self.epochs: dict[str, int | None] = {}
+        """Epoch of each attempt, as far as it was asked for: it takes a read."""
 
     def directories(self) -> list[StepDir]:
         """Every step directory, committed or not, newest first."""

@@ -40,6 +40,8 @@ class Retention:
 
     keep: Keep
     step: int | None = None
+    lasting: bool = True
+    """Whether these are the run's own rules, by which `best` and the epochs are named."""
 
 
 def publish(history: History, checkpoint: Checkpoint, retention: Retention | None = None) -> list[StepDir]:
@@ -48,13 +50,24 @@ def publish(history: History, checkpoint: Checkpoint, retention: Retention | Non
     Failing at any of it is warned of.
     """
     history.add(checkpoint)
+    removed: list[StepDir] = []
     try:
-        checkpoints, decision = make_known(history, retention)
+        if retention:
+            removed, problems = retain(history, retention)
+        else:
+            make_known(history, None)
+            problems = []
     except DistckptError as e:
-        _warn(f"{checkpoint.directory} is committed, but last.json or meta.json could not be written: {e}")
-        return []
-    if not (retention and decision):
-        return []
+        problems = [f"last.json or meta.json could not be written: {e}"]
+    for problem in problems:
+        warnings.warn(f"{checkpoint.directory} is committed, but {problem}", StateWarning, stacklevel=4)
+    return removed
+
+
+def retain(history: History, retention: Retention) -> tuple[list[StepDir], list[str]]:
+    """Make what stays known, then remove the rest. Returns what was removed, and what was in the way of the others."""
+    checkpoints, decision = make_known(history, retention)
+    assert decision is not None
     removed, problems = remove_all(history, decision.goes)
     try:
         if removed:
@@ -63,9 +76,7 @@ def publish(history: History, checkpoint: Checkpoint, retention: Retention | Non
             problems += _sweep_older(history, retention.step, min(decision.stays))
     except DistckptError as e:
         problems.append(str(e))
-    for problem in problems:
-        _warn(f"{checkpoint.directory} is committed, but what is not kept could not be removed: {problem}")
-    return removed
+    return removed, [f"what is not kept could not be removed: {problem}" for problem in problems]
 
 
 def _sweep_older(history: History, step: int, oldest: StepDir) -> list[str]:
@@ -83,22 +94,18 @@ def make_known(history: History, retention: Retention | None) -> tuple[list[List
     """Write pointers and registry anew from the commits. Returns what there is, and what is to become of it."""
     checkpoints = listed(history)
     decision = decided(history, checkpoints, retention.keep, retention.step) if retention else None
-    whole = decision if retention and retention.step is None else None
+    whole = decision if retention and retention.step is None and retention.lasting else None
     wanted: dict[str, StepDir | None] = {"last": newest(checkpoints)}
     if whole:
         wanted |= {"best": whole.best, **{epoch_link(epoch): d for epoch, d in whole.epochs.items()}}
     here = {str(c.directory) for c in checkpoints} - {str(d) for d in (decision.goes if decision else ())}
-    for name, target in _pointing(history.store).items():
+    for name, target in pointing(history.store).items():
         if name not in wanted and (target not in here or (whole and is_epoch_link(name))):
             _point(history.store, name, None)
     for name, directory in wanted.items():
         _point(history.store, name, directory)
     write_registry(history.store, checkpoints, decision, retention)
     return checkpoints, decision
-
-
-def _warn(text: str) -> None:
-    warnings.warn(text, StateWarning, stacklevel=5)
 
 
 def now() -> str:
@@ -109,7 +116,7 @@ def now() -> str:
 # -- pointers --------------------------------------------------------------------------------------------------------
 
 
-def _pointing(store: Store) -> dict[str, str]:
+def pointing(store: Store) -> dict[str, str]:
     """Pointers and symlinks that there are, and the names that they point at."""
     found = {name: target for name in _POINTERS if (target := _target(store, name)) is not None}
     if isinstance(store, LocalStore):
@@ -151,7 +158,8 @@ def write_registry(
 ) -> None:
     """Write meta.json: what there is, and why it is kept; and the rules, for whoever looks after the run later."""
     content: dict[str, Any] = {"checkpoints": [_entry(c, decision) for c in checkpoints]}
-    rules = retention.keep.to_json() if retention and retention.step is None else recorded_rules(store)
+    own = retention and retention.step is None and retention.lasting
+    rules = retention.keep.to_json() if retention and own else recorded_rules(store)
     if rules is not None:
         content["keep"] = rules
     write_all(store, REGISTRY, _json(content))

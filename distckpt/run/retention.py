@@ -41,7 +41,7 @@ class Listed:
 
 def listed(history: History) -> list[Listed]:
     """Every committed checkpoint of a run, newest first."""
-    return [Listed(found, _candidate(found)) for found in history.committed()]
+    return [Listed(found, _candidate(found, history.epochs)) for found in history.committed()]
 
 
 def newest(checkpoints: list[Listed]) -> StepDir | None:
@@ -49,17 +49,19 @@ def newest(checkpoints: list[Listed]) -> StepDir | None:
     return next((c.directory for c in checkpoints if c.candidate.state == "committed"), None)
 
 
-def _candidate(found: Found) -> Candidate:
+def _candidate(found: Found, epochs: dict[str, int | None]) -> Candidate:
     if not found.checkpoint:
         return Candidate(found.directory, state="damaged", problem=found.problem)
     content = found.checkpoint.manifest
+    if content.attempt not in epochs:
+        epochs[content.attempt] = _epoch(found.checkpoint)
     own = sum(f.size for f in content.files if "/" not in f.name) + sum(o.size for o in content.objects.values())
     owners = (StepDir.parse(f.name.partition("/")[0]) for f in content.files if "/" in f.name)
     return Candidate(
         found.directory,
         nbytes=own,
         date=content.date,
-        epoch=_epoch(found.checkpoint),
+        epoch=epochs[content.attempt],
         metrics={k: v for k, v in content.metrics.items() if is_number(v)},
         asked=content.keep,
         refers_to=frozenset(owner for owner in owners if owner and owner != found.directory),

@@ -4,11 +4,12 @@ Rule 1. Nothing that a commit names, or shares from another directory, is touche
 commit cannot be read, nor a file whose name is not one that distckpt gives.
 Rule 2. An attempt may still commit while its launch lives. It is over if its launch was superseded (its ack says which
 launch; or it has not changed since before the newest launch began), or if the caller knows that every launch but its
-own, which has saved nothing yet, is.
+own, which has saved nothing yet, is; or if no job lives (run/heartbeat.py) and nothing has changed for long.
 """
 
 from __future__ import annotations
 
+import time
 import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -51,15 +52,20 @@ class Leftover:
 
 
 def leftovers(
-    history: History, *, alone: bool = False, among: Callable[[StepDir], bool] = lambda _: True
+    history: History,
+    *,
+    alone: bool = False,
+    idle: float | None = None,
+    among: Callable[[StepDir], bool] = lambda _: True,
 ) -> list[Leftover]:
     """Every file of a run that no commit names.
 
-    alone: no launch but the caller's lives, and it has nothing in flight: then all of them are over. among: step
-    directories to look in; other places are looked at only if all are.
+    alone: no launch but the caller's lives, and it has nothing in flight: then all of them are over. idle: no job
+    lives; then what is in a directory where nothing has changed for so many seconds is. among: step directories to
+    look in; other places are looked at only if all are.
     """
     store = history.store
-    ended = _Ended(store, alone=alone)
+    ended = _Ended(store, alone=alone, idle=idle)
     manifests = {f.directory: f.checkpoint.manifest if f.checkpoint else None for f in history.committed()}
     shared = {f.name for m in manifests.values() if m for f in m.files if "/" in f.name}
     held = leased(store)
@@ -84,8 +90,8 @@ def leftovers(
 class _Ended:
     """Whether what wrote a file has ended."""
 
-    def __init__(self, store: Store, *, alone: bool) -> None:
-        self._store, self._alone = store, alone
+    def __init__(self, store: Store, *, alone: bool, idle: float | None) -> None:
+        self._store, self._alone, self._idle = store, alone, idle
         self._newest = max((launch.number for launch in read_launches(store)), default=0)
         self._began = self._changed(launch_file(self._newest)) if self._newest else None
 
@@ -111,6 +117,16 @@ class _Ended:
         """Of a file."""
         return self.at(self._changed(key))
 
+    def directory(self, prefix: str) -> bool:
+        """Of everything in a directory, because no job lives, and the last one's writer process is done, too."""
+        store = self._store
+        if self._idle is None or not isinstance(store, LocalStore):
+            return False
+        lead = f"{prefix}/" if prefix else ""
+        files = (self._changed(lead + entry.name) for entry in store.list(prefix) if entry.size is not None)
+        changes = [*filter(None, files), *(changed for _, changed, _ in store.unfinished(prefix))]
+        return time.time() - max(changes, default=0.0) > self._idle
+
 
 def _of(store: Store, directory: StepDir, content: Manifest | None, ended: _Ended) -> Iterator[Leftover]:
     """Files of a step directory that its commit, if it has one, does not name."""
@@ -119,6 +135,7 @@ def _of(store: Store, directory: StepDir, content: Manifest | None, ended: _Ende
         named |= {f.name for f in content.files} | {o.name for o in content.objects.values()}
     over: dict[str, bool] = {}
     uncommitted = None if content else directory
+    idle = ended.directory(str(directory))
     for entry in store.list(str(directory)):
         attempt = attempt_of(entry.name)
         if entry.name in named or attempt is None or entry.size is None:
@@ -128,15 +145,16 @@ def _of(store: Store, directory: StepDir, content: Manifest | None, ended: _Ende
         if content and attempt == content.attempt:
             yield Leftover(str(directory), entry.name, entry.size, over=True, why="an ack of a committed save")
         else:
-            may_go = over[attempt] or ended.file(f"{directory}/{entry.name}")
+            may_go = idle or over[attempt] or ended.file(f"{directory}/{entry.name}")
             why = f"attempt {attempt}, which did not commit"
             yield Leftover(str(directory), entry.name, entry.size, may_go, why, uncommitted=uncommitted)
     yield from _temporary(store, str(directory), ended)
 
 
 def _temporary(store: Store, prefix: str, ended: _Ended) -> Iterator[Leftover]:
+    idle = ended.directory(prefix)
     for name, changed, nbytes in store.unfinished(prefix) if isinstance(store, LocalStore) else ():
-        yield Leftover(prefix, name, nbytes, ended.at(changed), "a write that did not finish", temporary=True)
+        yield Leftover(prefix, name, nbytes, idle or ended.at(changed), "a write that did not finish", temporary=True)
 
 
 def sweep(history: History, found: Iterable[Leftover]) -> tuple[list[Leftover], list[str]]:

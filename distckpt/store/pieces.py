@@ -46,7 +46,7 @@ def write_pieces(descriptor: int, pieces: Iterable[memoryview], size: int, *, st
         except OSError as e:
             if e.errno not in _UNSUPPORTED:
                 raise
-    if size >= LARGE and _goes_direct(descriptor):
+    if size >= LARGE and goes_direct(descriptor):
         return _write_direct(descriptor, pieces, stable=stable)
     if size >= LARGE and stable:
         with _InFlight(descriptor) as flight:
@@ -155,7 +155,7 @@ def _is_aligned(piece: memoryview) -> bool:
     )
 
 
-def _goes_direct(descriptor: int) -> bool:
+def goes_direct(descriptor: int) -> bool:
     """Set O_DIRECT where it goes past the page cache, and say whether it is set."""
     flags = fcntl.fcntl(descriptor, fcntl.F_GETFL)
     device = os.fstat(descriptor).st_dev

@@ -58,12 +58,14 @@ class Worker:
 
 
 class Staging:
-    """The hidden directory: `data/` as it will be, `done/` what each finished output returned."""
+    """The hidden directory: `data/` as it will be, `done/` what each finished output returned, and a lock."""
+
+    DONE, LOCK = "done", "lock"
 
     def __init__(self, destination: Path, attempt: str) -> None:
         self.root = destination.parent / f".{destination.name[:_LONGEST]}.{attempt}.partial"
         self.data = Folder(self.root / "data", also=destination.name)
-        self._done = LocalStore(self.root / "done")
+        self._done = LocalStore(self.root / self.DONE)
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
@@ -74,7 +76,7 @@ class Staging:
         made = False
         lock = contextlib.ExitStack()
         try:
-            lock.enter_context(self._done.locked("lock"))
+            lock.enter_context(self._done.locked(self.LOCK))
         except KeyExists as e:
             raise RunConflict(f"{self.root}: another process is making this very copy: wait for it") from e
         try:

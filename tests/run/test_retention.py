@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import os
@@ -314,31 +315,29 @@ def test_a_damaged_commit_hides_what_it_names_so_nothing_beside_it_is_swept(tmp_
 @pytest.mark.parametrize("kind", ["sweep", "retention"])
 def test_a_fault_at_any_point_of_a_deletion_leaves_a_run_that_goes_on(kind):
     """The n-th thing asked of the store fails, and all after it, n = 1, 2, ...: whatever was to go, the rest loads."""
+    base, live = MemoryStore(), Sharded(0, 1, 0)
+    with Checkpointer(base, wait=True) as c:
+        for step in (1, 2, 3):
+            live.set(step)
+            c.save(step, live)
+    write_all(base, "step-00000004/rank-00000.aaaaaaaaaaaa.safetensors", b"?")
     for n in itertools.count(1):
         store, fuse = MemoryStore(), Fuse()
+        store._data = dict(base._data)
         faulty = FaultyStore(store, fuse)
-        live = Sharded(0, 1, 0)
-        with Checkpointer(faulty, keep=Keep(last=2), wait=True) as c:
-            for step in (1, 2, 3):
-                live.set(step)
-                c.save(step, live)
-            write_all(store, "step-00000004/rank-00000.aaaaaaaaaaaa.safetensors", b"?")
-            live.set(5)
+        with warnings.catch_warnings(), Checkpointer(faulty, keep=Keep(last=2), wait=True, timeout=0.4) as c:
+            warnings.simplefilter("ignore", StateWarning)
+            if kind == "retention":
+                c.resume(live)
+                live.set(5)
             fuse.arm(n, forever=True)
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", StateWarning)
-                if kind == "sweep":
-                    clear_up(History(faulty))
-                else:
-                    try:
-                        c.save(5, live)
-                    except StoreError:
-                        live.set(3)
+            with contextlib.suppress(StoreError):
+                clear_up(History(faulty)) if kind == "sweep" else c.save(5, live)
             fuse.disarm()
         kept = {found.directory.step for found in History(store).valid()}
         assert len(kept) >= 2
         fresh = Sharded(0, 1, 0)
-        with Checkpointer(store, wait=True) as c:
+        with Checkpointer(store, wait=True, timeout=0.4) as c:
             report = c.resume(fresh)
             assert report.step in {max(kept), 5}  # what was complete is rolled forward
             assert fresh.is_at(report.step)

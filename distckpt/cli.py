@@ -1,0 +1,88 @@
+"""`distckpt COMMAND ...`: looking at runs and checkpoints, and after them. Each command is a module of distckpt/tools/.
+
+Exit codes:
+  0    done, and nothing wrong was found
+  1    something is wrong: damage, a check that failed, what could not be removed
+  2    wrong usage
+  3    there is no run or no checkpoint where one was asked for
+  4    refused: by the file system, or because another job is at it
+  130  interrupted
+What removes anything only says so, unless it is given --delete. --json prints one value instead of text.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib
+import json
+import os
+import sys
+import warnings
+
+from distckpt.errors import DistckptError, NotACheckpoint, RanksMissing, RunConflict, StoreError
+
+COMMANDS = {
+    "ls": "checkpoints of a run",
+    "show": "what a checkpoint holds",
+    "verify": "read every byte of checkpoints, and compare it with its checksum",
+    "prune": "what rules keep of a run and what they let go of; --delete removes it",
+    "gc": "what killed saves and copies left behind; --delete removes it",
+    "repair": "write pointers, symlinks and meta.json anew from the commits",
+    "preflight": "whether a directory is fit for a long run, and what a save will cost",
+}
+FAILED, USAGE, NOTHING, REFUSED, INTERRUPTED = 1, 2, 3, 4, 130
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run a command; returns its exit code. What goes wrong is one line on stderr."""
+    given = sys.argv[1:] if arguments is None else arguments
+    parser = _parser(next((a for a in given if not a.startswith("-")), ""))
+    try:
+        options = parser.parse_args(given)
+    except SystemExit as e:  # argparse has said what is wrong, or was asked for help
+        return e.code if isinstance(e.code, int) else USAGE
+    warnings.simplefilter("ignore")  # what they say is among the notes
+    try:
+        answer = options.run(options)
+        print(json.dumps(answer.value, indent=1) if options.json else "\n".join(answer.lines), flush=True)
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except BrokenPipeError:  # whoever read the output has read enough
+        with contextlib.suppress(OSError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except (DistckptError, ValueError, OSError) as e:
+        print(f"distckpt {options.command}: {' '.join(str(e).split())}", file=sys.stderr)
+        return _code(e)
+    return int(answer.code)
+
+
+def _code(error: Exception) -> int:
+    if isinstance(error, NotACheckpoint):
+        return NOTHING
+    if isinstance(error, (StoreError, RunConflict, RanksMissing)):
+        return REFUSED
+    if isinstance(error, DistckptError):
+        return FAILED
+    return REFUSED if isinstance(error, OSError) else USAGE
+
+
+def _parser(chosen: str) -> argparse.ArgumentParser:
+    """Parser that knows the options of the chosen command; modules of the others are not imported."""
+    parser = argparse.ArgumentParser(
+        prog="distckpt", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for name, what in COMMANDS.items():
+        added = commands.add_parser(name, help=what, description=what)
+        if name == chosen:
+            tool = importlib.import_module(f"distckpt.tools.{name}")
+            tool.options(added)
+            added.add_argument("--json", action="store_true", help="print JSON instead of text")
+            added.set_defaults(run=tool.run)
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,65 @@
+"""What a command of the command line answers, and what it is asked about."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from distckpt.errors import NotACheckpoint
+from distckpt.format.layout import StepDir
+from distckpt.loading.open import open_checkpoint
+from distckpt.run.history import History
+from distckpt.store.local import LocalStore, local_path
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from distckpt.loading.open import Checkpoint
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """Text lines, the same as a JSON value, and the exit code (distckpt/cli.py lists them)."""
+
+    lines: Sequence[str]
+    value: Any
+    code: int = 0
+
+
+def run_at(path: str) -> History:
+    """Run whose directory this is. NotACheckpoint where there is none."""
+    whole = local_path(path)
+    if not whole.is_dir():
+        raise NotACheckpoint(
+            f"{whole}: " + ("is a file, not a run's directory" if whole.exists() else "does not exist")
+        )
+    history = History(LocalStore(whole))
+    if history.is_checkpoint():
+        raise NotACheckpoint(f"{whole}: is one checkpoint; give its parent, that of the run")
+    if not history.directories():
+        raise NotACheckpoint(f"{whole}: no run of distckpt: {history.why_nothing()}")
+    return history
+
+
+def checkpoint_at(path: str, step: int | None = None) -> tuple[History, Checkpoint]:
+    """Checkpoint that a path means: a step directory, a symlink to one, or of a run the newest or that of `step`."""
+    whole = local_path(path)
+    whole = whole.resolve() if whole.is_symlink() else whole
+    directory = StepDir.parse(whole.name)
+    if directory and not (whole.is_dir() and History(LocalStore(whole)).directories()):
+        if step not in {None, directory.step}:
+            raise NotACheckpoint(f"{whole}: is not step {step}; give the run's directory with --step")
+        history = History(LocalStore(whole.parent))
+        return history, open_checkpoint(history.store, directory)
+    history = run_at(path)
+    found = next((c for c in history.valid() if step in {None, c.directory.step}), None)
+    if found is None:
+        wanted = "no checkpoint that counts" if step is None else f"no checkpoint of step {step}"
+        raise NotACheckpoint(f"{whole}: holds {wanted}: {history.why_nothing()}")
+    return history, found
+
+
+def table(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Rows as aligned columns."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(text.ljust(w) for text, w in zip(row, widths, strict=True)).rstrip() for row in rows]
