@@ -11,6 +11,7 @@ import os
 import socket
 import threading
 import time
+import weakref
 from typing import TYPE_CHECKING, Any
 
 from distckpt.errors import FormatError, KeyMissing, RunConflict, StoreError
@@ -45,14 +46,10 @@ class Heartbeat:
         self._number = number
         self._beat(0)
         self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run, args=(self._stop,), name="distckpt-heartbeat", daemon=True)
+        arguments = (weakref.ref(self), self._stop)
+        self._thread = threading.Thread(target=_run, args=arguments, name="distckpt-heartbeat", daemon=True)
         self._thread.start()
-
-    def _run(self, stop: threading.Event) -> None:
-        count = 0
-        while not stop.wait(INTERVAL):
-            count += 1
-            self._beat(count)
+        weakref.finalize(self, self._stop.set)  # whoever forgets to close has let go of the run all the same
 
     def _beat(self, count: int, *, ended: bool = False) -> None:
         said = {"count": count, "host": socket.gethostname(), "pid": os.getpid(), "interval": INTERVAL, "ended": ended}
@@ -68,6 +65,16 @@ class Heartbeat:
             self._thread.join(2 * INTERVAL)
             self._thread = None
             self._beat(-1, ended=True)
+
+
+def _run(heartbeat: weakref.ref[Heartbeat], stop: threading.Event) -> None:
+    count = 0
+    while not stop.wait(INTERVAL):
+        count += 1
+        if not (beats := heartbeat()):
+            return
+        beats._beat(count)
+        del beats
 
 
 def refuse_living(store: Store, patience: float) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -117,3 +119,19 @@ def test_a_beat_that_cannot_be_read_stops_nobody(content):
     open_launch(store, None, 1, "now")
     store.write("launches/0001.beat.json", [memoryview(content)], size=len(content))
     refuse_living(store, 60)
+
+
+def test_a_job_that_was_let_go_of_without_a_close_beats_no_more(tmp_path):
+    before = threading.active_count()
+    for step in range(1, 6):
+        state = TrainState(model=torch.nn.Linear(1, 1), rng=False)
+        c = Checkpointer(tmp_path, wait=True)
+        c.resume(state)
+        c.save(step, state, wait=True)
+    assert threading.active_count() > before
+    del c
+    gc.collect()
+    deadline = time.monotonic() + 20
+    while threading.active_count() > before:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
