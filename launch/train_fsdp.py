@@ -43,13 +43,18 @@ WARM_UP = 10
 """Steps in which the learning rate rises to its peak."""
 
 
+def _trigger(text: str) -> int | str:
+    """A number of steps, or what Checkpointer says it is."""
+    return int(text) if text.isdecimal() else text
+
+
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--root", type=Path, required=True, help="directory of the run's checkpoints")
     parser.add_argument("--steps", type=int, default=50, help="optimizer steps of the whole run")
     parser.add_argument(
-        "--every", nargs="+", default=["10 steps"], help="when to save: '500 steps', '20 min', '1 epoch'"
+        "--every", nargs="+", type=_trigger, default=[10], help="when to save: '500 steps', '20 min', '1 epoch'"
     )
     parser.add_argument("--global-batch", type=int, default=12, help="samples of a step, over all ranks")
     parser.add_argument("--micro-batch", type=int, default=2, help="most samples of one forward pass of one rank")

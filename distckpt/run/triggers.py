@@ -72,8 +72,6 @@ class Triggers:
 def _parsed(one: Any) -> tuple[float, str]:
     if type(one) is int and one >= 1:
         return one, "step"
-    if isinstance(one, str) and one.isdecimal():
-        one = f"{one} steps"
     found = _FORM.fullmatch(one.strip().lower()) if isinstance(one, str) else None
     unit = found[2] if found else ""
     number = float(found[1]) if found else 0.0
