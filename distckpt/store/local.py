@@ -171,7 +171,8 @@ class LocalStore:
 
     def discard_temporary(self, key: str) -> None:
         """Remove what killed writes of a key left behind. Nobody else must be writing it."""
-        prefix, _, written = check(key).rpartition("/")
+        written = self._path(key).name
+        prefix = key.rpartition("/")[0]
         for name, _, _ in self.unfinished(prefix):
             if _TEMPORARY.sub("", name) == written[:_LONGEST]:
                 self.discard(prefix, name)
