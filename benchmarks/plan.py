@@ -35,7 +35,7 @@ from distckpt.state import GlobalTensor, Saved, Shard, State
 from distckpt.store.local import LocalStore
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
     from pathlib import Path
 
     from benchmarks.options import Options
@@ -188,11 +188,9 @@ class SimulatedComm:
         self.sent += len(buffer) if self.rank == source else 0
         self.inner.broadcast(what, buffer, self.ranks_of[source])
 
-    def send(self, what: str, data: memoryview, to: int) -> None:
-        """See Comm.send. Nothing is sent to plan."""
+    def swap(self, what: str, outgoing: Mapping[int, memoryview], incoming: Mapping[int, memoryview]) -> None:
+        """See Comm.swap. Nothing is sent to plan."""
         raise NotImplementedError(what)
-
-    receive = send
 
     def close(self) -> None:
         """See Comm.close."""

@@ -1,6 +1,6 @@
 """Ranks talking. Few verbs above few primitives, so that no collective stands bare anywhere else.
 
-`Comm.all_gather` moves a small fixed-size message, `send` and `receive` bulk from rank to rank; `together` runs a
+`Comm.all_gather` moves a small fixed-size message, `swap` bulk from rank to rank; `together` runs a
 function on every rank and lets every rank learn every failure; `exchange` moves messages of any length, for the
 exceptions. Every wait ends: RanksMissing names who did not answer. A comm that failed once stays failed: its ranks no
 longer agree on where they are.
@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
 from distckpt.errors import DistckptError, RankFailed, RanksMissing, StateWarning, by_name
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
 MESSAGE = 120
 """Bytes of the message of `together`: what the rank is at (a digest), a status byte, a length byte, the payload."""
@@ -47,12 +47,11 @@ class Comm(Protocol):
         """Fill every rank's buffer with that of `source`. Buffers have the same length. RanksMissing, saying `what`."""
         ...
 
-    def send(self, what: str, data: memoryview, to: int) -> None:
-        """Hand bytes to another rank, which receives as many. Returns once they may change. RanksMissing."""
-        ...
+    def swap(self, what: str, outgoing: Mapping[int, memoryview], incoming: Mapping[int, memoryview]) -> None:
+        """Send to, and receive from, several ranks at once: rank -> bytes, at least one. RanksMissing.
 
-    def receive(self, what: str, buffer: memoryview, source: int) -> None:
-        """Fill a buffer with what another rank sends. RanksMissing."""
+        A rank that receives knows how much. Returns once what is sent may change.
+        """
         ...
 
     def close(self) -> None:
@@ -161,11 +160,10 @@ class SoloComm:
     def broadcast(self, what: str, buffer: memoryview, source: int) -> None:
         """See Comm.broadcast."""
 
-    def send(self, what: str, data: memoryview, to: int) -> None:
-        """See Comm.send. There is nobody to send to."""
-        raise NotImplementedError(what)
-
-    receive = send
+    def swap(self, what: str, outgoing: Mapping[int, memoryview], incoming: Mapping[int, memoryview]) -> None:
+        """See Comm.swap. There is nobody to send to."""
+        if outgoing or incoming:
+            raise NotImplementedError(what)
 
     def close(self) -> None:
         """See Comm.close."""
@@ -220,21 +218,19 @@ class TorchComm:
         tensor = torch.frombuffer(buffer, dtype=torch.uint8)
         self._do(what, lambda: self._wait(dist.broadcast(tensor, source, group=self._group, async_op=True)))
 
-    def send(self, what: str, data: memoryview, to: int) -> None:
-        """See Comm.send."""
+    def swap(self, what: str, outgoing: Mapping[int, memoryview], incoming: Mapping[int, memoryview]) -> None:
+        """See Comm.swap."""
         import torch
         import torch.distributed as dist
 
-        tensor = torch.frombuffer(data, dtype=torch.uint8)
-        self._do(what, lambda: self._finish(dist.isend(tensor, to, group=self._group)))
+        def move() -> None:
+            group = self._group
+            works = [dist.irecv(torch.frombuffer(b, dtype=torch.uint8), r, group=group) for r, b in incoming.items()]
+            works += [dist.isend(torch.frombuffer(b, dtype=torch.uint8), r, group=group) for r, b in outgoing.items()]
+            for work in works:
+                self._finish(work)
 
-    def receive(self, what: str, buffer: memoryview, source: int) -> None:
-        """See Comm.receive."""
-        import torch
-        import torch.distributed as dist
-
-        tensor = torch.frombuffer(buffer, dtype=torch.uint8)
-        self._do(what, lambda: self._finish(dist.irecv(tensor, source, group=self._group)))
+        self._do(what, move)
 
     def _do(self, what: str, operation: Callable[[], Any]) -> None:
         """Do an operation of torch.distributed. RanksMissing names who did not take part."""
@@ -326,14 +322,16 @@ class ThreadComm:
         """See Comm.broadcast."""
         buffer[:] = self.all_gather(what, bytes(buffer))[source]
 
-    def send(self, what: str, data: memoryview, to: int) -> None:  # noqa: ARG002
-        """See Comm.send."""
-        self._rounds.mailbox(self.rank, to).put(bytes(data))
+    def swap(self, what: str, outgoing: Mapping[int, memoryview], incoming: Mapping[int, memoryview]) -> None:
+        """See Comm.swap."""
+        for rank, data in outgoing.items():
+            self._rounds.mailbox(self.rank, rank).put(bytes(data))
+        for rank, buffer in incoming.items():
+            buffer[:] = self._received(what, rank)
 
-    def receive(self, what: str, buffer: memoryview, source: int) -> None:
-        """See Comm.receive."""
+    def _received(self, what: str, source: int) -> bytes:
         try:
-            buffer[:] = self._rounds.mailbox(source, self.rank).get(timeout=self.timeout)
+            return self._rounds.mailbox(source, self.rank).get(timeout=self.timeout)
         except queue.Empty:
             raise RanksMissing(f"{what}: rank {source} sent nothing within {self.timeout:g} s") from None
 

@@ -203,14 +203,16 @@ def as_bytes(tensor: torch.Tensor) -> memoryview:
     """Memory of a contiguous CPU tensor, writable, as bytes. No copy."""
     if not tensor.numel():
         return memoryview(bytearray())
-    # not reshape(-1): of dimensions of size 1 that keeps any stride, which view() does not take
-    flat: Any = tensor.detach().as_strided((tensor.numel(),), (1,)).view(torch.uint8).numpy()
-    return memoryview(flat)
+    tensor = tensor.detach()
+    if not tensor.ndim or tensor.stride(-1) != 1:  # view() takes neither, though a dimension of size 1 may have any
+        tensor = tensor.as_strided((tensor.numel(),), (1,))
+    data: Any = tensor.view(torch.uint8).numpy()
+    return memoryview(data).cast("B")
 
 
 def is_plain_memory(tensor: torch.Tensor) -> bool:
     """Whether `as_bytes` gives the tensor's own memory: a contiguous CPU tensor, no lazy conjugate or negative."""
-    return tensor.device.type == "cpu" and tensor.is_contiguous() and not (tensor.is_conj() or tensor.is_neg())
+    return tensor.is_cpu and tensor.is_contiguous() and not (tensor.is_conj() or tensor.is_neg())
 
 
 def check_material(tensor: torch.Tensor, fqn: str) -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import itertools
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch.distributed.fsdp import FSDPModule
@@ -39,10 +40,6 @@ def describe(tensor: DTensor, fqn: str) -> GlobalTensor:
     Unsupported, with the fqn, for a Partial placement, a subclass as local tensor, or a layout whose computed shard
     is not the local tensor's.
     """
-    if any(isinstance(p, Partial) for p in tensor.placements):
-        raise Unsupported(
-            f"{fqn}: placements {tensor.placements} hold a pending sum; redistribute to Shard or Replicate"
-        )
     local = local_of(tensor)
     if type(local) is not torch.Tensor or local.layout is not torch.strided:
         raise Unsupported(
@@ -50,16 +47,18 @@ def describe(tensor: DTensor, fqn: str) -> GlobalTensor:
         )
     check_material(local, fqn)
     shape, dtype = tuple(tensor.shape), dtype_name(local, fqn)
-    mesh = tensor.device_mesh
-    for layout, runs in _candidates(tensor, mesh):
-        if runs is None:
-            return GlobalTensor(shape, dtype, layout, ())  # this rank is not in the mesh: it holds nothing
-        if [sum(size for _, size in of_dim) for of_dim in runs] == list(local.shape):
-            return GlobalTensor(shape, dtype, layout, tuple(_shards(local, runs)))
-    raise Unsupported(
-        f"{fqn}: cannot tell which part of shape {shape} with placements {tensor.placements} on mesh "
-        f"{tuple(mesh.shape)} the local tensor of shape {tuple(local.shape)} is"
-    )
+    found = _geometry(tensor, local)
+    if found is None and any(isinstance(p, Partial) for p in tensor.placements):
+        raise Unsupported(
+            f"{fqn}: placements {tensor.placements} hold a pending sum; redistribute to Shard or Replicate"
+        )
+    if found is None:
+        raise Unsupported(
+            f"{fqn}: cannot tell which part of shape {shape} with placements {tensor.placements} on mesh "
+            f"{tuple(tensor.device_mesh.shape)} the local tensor of shape {tuple(local.shape)} is"
+        )
+    layout, boxes = found
+    return GlobalTensor(shape, dtype, layout, tuple([state.Shard(box, _view(local, inside)) for box, inside in boxes]))
 
 
 def like(template: DTensor, shape: Sequence[int], dtype: torch.dtype) -> DTensor:
@@ -106,6 +105,36 @@ def private(owner: Any, name: str) -> Any:
 
 Runs = list[list[tuple[int, int]]]
 """For each tensor dimension the [(start, size), ...] that a rank holds of it."""
+
+Geometry = tuple[Layout | Listed, list[tuple[Box, Box]]]
+"""A layout, and what this rank holds: boxes of the global tensor, and the same boxes of the local one."""
+
+_known: WeakKeyDictionary[DeviceMesh, dict[Any, Geometry | None]] = WeakKeyDictionary()
+"""What was worked out for each mesh: the tensors of a model are many, their geometries few."""
+
+
+def _geometry(tensor: DTensor, local: torch.Tensor) -> Geometry | None:
+    """Geometry of a DTensor, None where there is none, or no way to compute it gives the local tensor's shape."""
+    mesh, spec = tensor.device_mesh, private(tensor, "_spec")
+    at = mesh.get_coordinate()
+    key = (spec.placements, private(spec, "shard_order"), tensor.shape, local.shape, None if at is None else (*at,))
+    known = _known.get(mesh)
+    if known is None:
+        known = _known[mesh] = {}
+    if key not in known:
+        known[key] = _work_out(tensor, mesh, local)
+    return known[key]
+
+
+def _work_out(tensor: DTensor, mesh: DeviceMesh, local: torch.Tensor) -> Geometry | None:
+    if any(isinstance(p, Partial) for p in tensor.placements):
+        return None
+    for layout, runs in _candidates(tensor, mesh):
+        if runs is None:
+            return layout, []  # this rank is not in the mesh: it holds nothing
+        if [sum(size for _, size in of_dim) for of_dim in runs] == list(local.shape):
+            return layout, list(_held(runs))
+    return None
 
 
 def _candidates(tensor: DTensor, mesh: DeviceMesh) -> Iterator[tuple[Layout | Listed, Runs | None]]:
@@ -237,11 +266,17 @@ def _boxes(per_dim: Runs) -> Iterator[Box]:
         yield Box(tuple(start for start, _ in combination), tuple(size for _, size in combination))
 
 
-def _shards(local: torch.Tensor, per_dim: Runs) -> Iterator[state.Shard]:
-    """Yield the local tensor's boxes, each with its view: the runs of a dimension lie one after another."""
+def _held(per_dim: Runs) -> Iterator[tuple[Box, Box]]:
+    """Yield each box held and its place in the local tensor: the runs of a dimension lie one after another."""
     for combination in itertools.product(*(list(enumerate(runs)) for runs in per_dim)):
-        view = local
-        for d, (i, (_, size)) in enumerate(combination):
-            view = view.narrow(d, sum(n for _, n in per_dim[d][:i]), size)
-        box = Box(tuple(s for _, (s, _) in combination), tuple(n for _, (_, n) in combination))
-        yield state.Shard(box, view)
+        sizes = tuple(size for _, (_, size) in combination)
+        local = tuple(sum(n for _, n in per_dim[d][:i]) for d, (i, _) in enumerate(combination))
+        yield Box(tuple(start for _, (start, _) in combination), sizes), Box(local, sizes)
+
+
+def _view(local: torch.Tensor, box: Box) -> torch.Tensor:
+    if box.sizes == local.shape:
+        return local
+    for d, (start, size) in enumerate(zip(box.offsets, box.sizes, strict=True)):
+        local = local.narrow(d, start, size)
+    return local

@@ -90,9 +90,9 @@ class ModuleAdapter:
         takes = {self._extra: True} if owners else {}
         gather_nothing(self._module)
         live = self._tensors()
-        named = [f"{self._prefix}.{name}" for name, _ in named_slots(self._module)]
+        named = (f"{self._prefix}.{name}" for name, _ in named_slots(self._module))
         tensors.refuse_own_values(self._prefix, named, saved)
-        if shared := [fqn for fqn, t in live.tensors.items() if any(_is_expanded(s.tensor) for s in t.shards)]:
+        if shared := [fqn for fqn, t in live.tensors.items() if any(tensors.is_expanded(s.tensor) for s in t.shards)]:
             raise Mismatch(
                 f"{', '.join(shared[:5])}: expanded, elements that share memory cannot be loaded one by one: clone() "
                 "such a tensor in the model, or register it with persistent=False"
@@ -113,10 +113,6 @@ class ModuleAdapter:
                 owner.set_extra_state(extra[name])
         self._made = {}
         return []
-
-
-def _is_expanded(tensor: torch.Tensor) -> bool:
-    return any(n > 1 and step == 0 for n, step in zip(tensor.shape, tensor.stride(), strict=True))
 
 
 class GradientAdapter:

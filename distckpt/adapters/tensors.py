@@ -67,9 +67,10 @@ def refuse_own_values(lead: str, fqns: Iterable[str], saved: Saved) -> None:
 
     The caller of the load can choose rank 0's for all: `per_rank={lead: "first"}`.
     """
+    if not saved.resharded or saved.per_rank.get(lead) == "first":
+        return
     infos = ((fqn, saved.tensors.get(fqn)) for fqn in fqns)
-    own = [fqn for fqn, info in infos if info and isinstance(info.partition, Copies)]
-    if own and saved.resharded and saved.per_rank.get(lead) != "first":
+    if own := [fqn for fqn, info in infos if info and isinstance(info.partition, Copies)]:
         raise Mismatch(
             f"{', '.join(own[:10])}: each of the {saved.world_size} ranks had values of its own, which "
             f"{saved.target_world_size} ranks cannot share out: resume on {saved.world_size} ranks, or take rank 0's "
@@ -95,7 +96,9 @@ def ties(models: Iterable[Mapping[str, torch.Tensor]]) -> dict[str, str]:
 
 def is_expanded(tensor: torch.Tensor) -> bool:
     """Whether elements of a tensor share memory."""
-    return any(n > 1 and step == 0 for n, step in zip(tensor.shape, tensor.stride(), strict=True))
+    return not tensor.is_contiguous() and any(
+        n > 1 and step == 0 for n, step in zip(tensor.shape, tensor.stride(), strict=True)
+    )
 
 
 def capture_tree(name: str, tree: Any, *, trusted: bool = False) -> State:

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from math import prod
 from typing import TYPE_CHECKING
 
 from distckpt.errors import FormatError
-from distckpt.format.box import Box, Region, Run
+from distckpt.format.box import Region, Run
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -24,6 +25,7 @@ OBJECTS_CHUNK = "__objects__"
 CHECKSUMS_CHUNK = "__checksums__"
 
 _KEY_PART = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]{0,254}")
+_KEY = re.compile(f"{_KEY_PART.pattern}(?:/{_KEY_PART.pattern})*")
 _STEP_DIR = re.compile(r"step-([0-9]{8,})(?:\.([1-9][0-9]*))?")
 _LAUNCH = re.compile(r"([0-9]{4,})\.json")
 _ATTEMPT_FILE = re.compile(
@@ -36,7 +38,7 @@ _SLICE = re.compile(r"\[(?:flat )?[0-9]+:[0-9]+(?:,[0-9]+:[0-9]+)*\]\Z")
 
 def check_key(key: str) -> str:
     """Return the key itself. FormatError unless each part is a plain name: nothing hidden, absolute, or leading out."""
-    if not all(_KEY_PART.fullmatch(part) for part in key.split("/")):
+    if not _KEY.fullmatch(key):
         raise FormatError(f"not a key: {key!r}; each part must match {_KEY_PART.pattern}")
     return key
 
@@ -145,15 +147,23 @@ def chunk_name(fqn: str, region: Region, shape: Sequence[int]) -> str:
     A backslash goes before an fqn that begins with `__` or a backslash, and after one that ends like a slice or
     with a backslash: so a name has one meaning.
     """
+    return escaped(fqn) + slice_name(region, shape)
+
+
+def escaped(fqn: str) -> str:
+    """Fqn as a chunk's name begins: what stands for the whole tensor."""
     before = "\\" if fqn.startswith(("__", "\\")) else ""
-    after = "\\" if fqn.endswith("\\") or _SLICE.search(fqn) else ""
-    escaped = before + fqn + after
-    if region.numel == Box.whole(shape).numel:
-        return escaped
+    after = "\\" if fqn.endswith("\\") or (fqn.endswith("]") and _SLICE.search(fqn)) else ""
+    return before + fqn + after
+
+
+def slice_name(region: Region, shape: Sequence[int]) -> str:
+    """End of a chunk's name: which slice of the tensor it is; empty for the whole."""
+    if region.numel == prod(shape):
+        return ""
     if isinstance(region, Run):
-        return f"{escaped}[flat {region.start}:{region.stop}]"
-    inside = ",".join(f"{a}:{a + n}" for a, n in zip(region.offsets, region.sizes, strict=True))
-    return f"{escaped}[{inside}]"
+        return f"[flat {region.start}:{region.stop}]"
+    return f"[{','.join(f'{a}:{a + n}' for a, n in zip(region.offsets, region.sizes, strict=True))}]"
 
 
 def fqn_of(name: str) -> str:

@@ -5,9 +5,10 @@ The file is one JSON object whose last member is `digest`, over every byte befor
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field
 from math import prod
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from distckpt.errors import FormatError, NewerFormat, Unsupported
 from distckpt.format import objects, partition
@@ -17,6 +18,7 @@ from distckpt.format.dtype import item_size
 from distckpt.format.layout import check_key
 from distckpt.format.sealed import seal, unseal
 from distckpt.format.text import shown
+from distckpt.garbage import uncollected
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -33,6 +35,7 @@ ON_RESHARD = ("derive", "refuse", "first")
 """What a per-rank object may say of another world size: derive a new value, refuse, or take the first rank's."""
 
 _HEX = 2 * DIGEST_SIZE
+_FILE_ENTRY = [str, int, int, str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,8 +47,7 @@ class TensorInfo:
     partition: Partition
 
 
-@dataclass(frozen=True, slots=True)
-class FileInfo:
+class FileInfo(NamedTuple):
     """One data file: its name in the step directory (or key in the run), bytes, bytes of its header, digest."""
 
     name: str
@@ -112,6 +114,7 @@ def encode(manifest: Manifest) -> bytes:
     return seal(to_json(manifest))
 
 
+@uncollected()
 def decode(data: bytes) -> Manifest:
     """Manifest in the content of a commit.json.
 
@@ -164,8 +167,8 @@ def _from_json(body: dict[str, Any]) -> Manifest:
                 attempt,
                 date,
                 world_size,
-                {fqn: _tensor(fqn, item) for fqn, item in tensors.items()},
-                tuple(_file(item) for item in files),
+                _tensors(tensors),
+                tuple(map(_file, files)),
                 {name: _object(name, item) for name, item in shared.items()},
                 rank_objects,
                 aliases,
@@ -174,6 +177,18 @@ def _from_json(body: dict[str, Any]) -> Manifest:
                 str(body.get("keep", "")),
             )
     raise FormatError(f"members are missing or of the wrong type; it has {shown(sorted(body))}")
+
+
+def _tensors(items: dict[str, Any]) -> dict[str, TensorInfo]:
+    """Tensors by fqn. Those that are alike share one value: most are, and it is worked out and checked once."""
+    found: dict[str, TensorInfo] = {}
+    known: dict[str, TensorInfo] = {}
+    for fqn, item in items.items():
+        said = repr(item)
+        if said not in known:
+            known[said] = _tensor(fqn, item)
+        found[fqn] = known[said]
+    return found
 
 
 def _tensor(fqn: str, item: Any) -> TensorInfo:
@@ -187,10 +202,9 @@ def _tensor(fqn: str, item: Any) -> TensorInfo:
 
 
 def _file(item: Any) -> FileInfo:
-    match item:
-        case [str(name), int(size), int(header), str(sums)] if (
-            8 < header <= min(size, 8 + MAX_HEADER) and len(sums) == _HEX
-        ):
+    if type(item) is list and [*map(type, item)] == _FILE_ENTRY:  # a pattern of types takes ten times as long
+        name, size, header, sums = item
+        if 8 < header <= size and header <= 8 + MAX_HEADER and len(sums) == _HEX:
             return FileInfo(check_key(name), size, header, sums)
     raise FormatError(f"file entry is malformed: {shown(item)}")
 
@@ -211,11 +225,12 @@ def check(manifest: Manifest) -> None:
             f"with {len(m.files)} files: out of range"
         )
     nbytes = 0
-    for fqn, tensor in m.tensors.items():
+    count = Counter(map(id, m.tensors.values()))
+    for fqn, tensor in {id(t): (fqn, t) for fqn, t in m.tensors.items()}.values():
         if tensor.partition.last_file >= len(m.files):
             raise FormatError(f"tensor {fqn!r} names file {tensor.partition.last_file} of a table of {len(m.files)}")
         tensor.partition.check()
-        nbytes += prod(tensor.shape) * item_size(tensor.dtype)
+        nbytes += count[id(tensor)] * prod(tensor.shape) * item_size(tensor.dtype)
     if nbytes > (room := sum(f.size for f in m.files)):
         raise FormatError(
             f"tensors of more than {shown(nbytes)} bytes in data files of {room}"

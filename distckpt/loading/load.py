@@ -8,12 +8,16 @@ from __future__ import annotations
 
 import json
 import time
+from math import prod
 from typing import TYPE_CHECKING, Any
 
 from distckpt.comm import exchange, together
 from distckpt.errors import Mismatch
+from distckpt.garbage import uncollected
+from distckpt.loading.deal import Amount, pays
+from distckpt.loading.once import read_once
 from distckpt.loading.plan import Options, Plan, listed, plan, refuse_unexpected
-from distckpt.loading.read import equal, read, refuse_damaged
+from distckpt.loading.read import equal, fill, runs
 from distckpt.loading.report import LoadReport
 from distckpt.loading.shared import refuse_shared
 from distckpt.state import Saved
@@ -24,9 +28,12 @@ if TYPE_CHECKING:
 
     from distckpt.comm import Comm
     from distckpt.loading.open import Checkpoint
+    from distckpt.loading.plan import Item
+    from distckpt.loading.read import Run
     from distckpt.state import State, Stateful
 
 
+@uncollected()
 def load(
     comm: Comm, checkpoint: Checkpoint, live: Stateful, options: Options, *, about_to_change: Callable[[], None]
 ) -> LoadReport:
@@ -40,6 +47,7 @@ def load(
     saved: Saved | None = None
     made: Plan | None = None
     targets: State | None = None
+    reads: list[Run] = []
 
     def prepare() -> bytes:
         nonlocal saved, made, targets
@@ -47,22 +55,25 @@ def load(
         targets = live.targets(saved)
         made = plan(saved, names, aliases, targets, options, unreadable=checkpoint.unreadable)
         made.unexpected = [n for n in made.unexpected if not _is_tied(checkpoint, n, names, targets)]
-        refuse_damaged(checkpoint, made.items)
+        reads.extend(runs(checkpoint, made.items))
         refuse_shared(checkpoint, made.items)
-        return bytes([bool(made.unexpected)])
+        return bytes([bool(made.unexpected)]) + _amount(reads, made.items).encode()
 
-    left_over = together(comm, f"planning the load of {checkpoint.name}", prepare)
+    told = together(comm, f"planning the load of {checkpoint.name}", prepare)
     assert saved is not None
     assert made is not None
     assert targets is not None
     items, offered = made.items, saved
-    if any(has_some != b"\0" for has_some in left_over):
+    if any(said[0] for said in told):
         made.unexpected = _taken_by_none(comm, made.unexpected)
         refuse_unexpected(filter(options.strict_about, made.unexpected), targets)
     if options.verify:
         together(comm, f"verifying {checkpoint.name}", lambda: checkpoint.verify((i.file, i.name) for i in items))
     about_to_change()
-    together(comm, f"reading {checkpoint.name}", lambda: read(checkpoint, items))
+    if not checkpoint.foreign and pays([Amount.decode(said[1:]) for said in told]):
+        read_once(comm, checkpoint, reads)
+    else:
+        together(comm, f"reading {checkpoint.name}", lambda: fill(checkpoint, reads))
     report = LoadReport(step, made.loaded, made.missing, made.unexpected, made.cast, [*checkpoint.notes, *made.notes])
     report.unverified = checkpoint.unverified(items)
 
@@ -73,6 +84,12 @@ def load(
     report.bytes_read = checkpoint.bytes_read
     report.seconds = time.monotonic() - started
     return report
+
+
+def _amount(reads: list[Run], items: list[Item]) -> Amount:
+    whole = {item.fqn: prod(item.shape) * item.dtype.itemsize for item in items}
+    needed = sum(piece.pattern.nbytes for run in reads for piece in run.pieces)
+    return Amount(sum(run.stop - run.start for run in reads), needed, sum(whole.values()))
 
 
 def _is_tied(checkpoint: Checkpoint, name: str, names: dict[str, str], targets: State) -> bool:

@@ -7,11 +7,11 @@ widened) dtype, and nothing saved is left over; or one error lists every problem
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from distckpt.errors import Mismatch
 from distckpt.format.dtype import widens
-from distckpt.format.layout import chunk_name
+from distckpt.format.layout import escaped, slice_name
 from distckpt.format.partition import Copies
 from distckpt.state import torch_dtype
 
@@ -71,8 +71,7 @@ class Options:
         return lead + dot + self.rename(rest) if self.rename and rest else name
 
 
-@dataclass(frozen=True, slots=True)
-class Item:
+class Item(NamedTuple):
     """One chunk that fills part of one shard."""
 
     fqn: str
@@ -110,7 +109,7 @@ def plan(
     `aliases` are the checkpoint's, in live names; `unreadable`: what it has and cannot give, and why. Mismatch, listing
     every problem. What is unexpected is a problem only once no rank takes it (`refuse_unexpected`), or beside others.
     """
-    made, used = Plan(), set[str]()
+    made, used, cuts = Plan(), set[str](), Cuts()
     problems = [text for lead, text in targets.problems.items() if options.wants(lead)]
     for fqn, target in targets.tensors.items():
         if not options.wants(fqn):
@@ -130,7 +129,10 @@ def plan(
         made.loaded.append(fqn)
         if isinstance(info.partition, Copies):
             made.notes += _copies_note(fqn, info.partition, saved)
-        made.items += _items(fqn, saved_names[source], info, target, saved)
+        own = _own_copy(info, saved)
+        for shard in target.shards:
+            if shard.region.numel:
+                made.items += items_of(fqn, saved_names[source], info, shard, own, cuts=cuts)
     made.unexpected = sorted(
         n for n in saved.tensors if n not in used and options.wants(n) and not _of(targets.problems, n)
     )
@@ -201,20 +203,35 @@ def _copies_note(fqn: str, partition: Copies, saved: Saved) -> list[str]:
     ]
 
 
-def _items(fqn: str, saved_name: str, info: TensorInfo, target: GlobalTensor, saved: Saved) -> Iterable[Item]:
-    own = None
+class Cuts:
+    """Which chunks hold a region: worked out once for all tensors that are alike, which most are."""
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[int, Region], tuple[TensorInfo, list[tuple[int, Region, str]]]] = {}
+
+    def of(self, info: TensorInfo, region: Region) -> list[tuple[int, Region, str]]:
+        """(file, chunk, slice at the end of its name) of every chunk with an element of the region."""
+        key = (id(info), region)
+        if key not in self._known:
+            chunks = info.partition.overlapping(region)
+            self._known[key] = info, [(file, chunk, slice_name(chunk, info.shape)) for file, chunk in chunks]
+        return self._known[key][1]
+
+
+def _own_copy(info: TensorInfo, saved: Saved) -> int | None:
+    """File in which this very rank saved the tensor, where each rank saved its own."""
     if isinstance(info.partition, Copies) and not saved.resharded:
-        own = info.partition.copy_of(saved.rank)
-    for shard in (s for s in target.shards if s.region.numel):
-        yield from items_of(fqn, saved_name, info, shard, own)
+        return info.partition.copy_of(saved.rank)
+    return None
 
 
-def items_of(fqn: str, saved_name: str, info: TensorInfo, shard: Shard, own: int | None = None) -> Iterator[Item]:
+def items_of(
+    fqn: str, saved_name: str, info: TensorInfo, shard: Shard, own: int | None = None, *, cuts: Cuts | None = None
+) -> Iterator[Item]:
     """Yield the chunks that fill a shard; of a tensor that each rank saved its own of, the one in file `own`."""
-    dtype = torch_dtype(info.dtype)
-    for file, region in info.partition.overlapping(shard.region):
-        name = chunk_name(saved_name, region, info.shape)
-        yield Item(fqn, file if own is None else own, name, region, info.shape, dtype, shard)
+    dtype, name = torch_dtype(info.dtype), escaped(saved_name)
+    for file, region, part in (cuts or Cuts()).of(info, shard.region):
+        yield Item(fqn, file if own is None else own, name + part, region, info.shape, dtype, shard)
 
 
 def listed(what: str, problems: list[str]) -> str:

@@ -7,11 +7,11 @@ Otherwise it goes through scratch, and pieces are copied (and cast, or sent to a
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from dataclasses import dataclass
 from math import prod
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
@@ -20,6 +20,7 @@ from distckpt.format.box import Box, overlaps, spans, strides
 from distckpt.format.checksum import BLOCK
 from distckpt.format.layout import fqn_of
 from distckpt.format.partition import Copies
+from distckpt.loading.pattern import cut, run, strided
 from distckpt.loading.plan import items_of
 from distckpt.state import Shard, as_bytes, is_plain_memory, part_of, torch_dtype
 
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
     from distckpt.format.datafile import Stored
     from distckpt.loading.open import Checkpoint, DataFile
+    from distckpt.loading.pattern import Pattern
     from distckpt.loading.plan import Item
 
 WINDOW = 16 << 20
@@ -37,8 +39,7 @@ HOLES = 4 << 20
 """Widest stretch, in bytes, that is read for the sake of strided pieces in it."""
 
 
-@dataclass(frozen=True, slots=True)
-class Piece:
+class Piece(NamedTuple):
     """Bytes [start, stop) of a file, and the tensor that they fill: its plain memory, or by way of `source`."""
 
     start: int
@@ -46,6 +47,39 @@ class Piece:
     target: torch.Tensor
     memory: memoryview | None
     source: tuple[torch.dtype, tuple[int, ...], tuple[int, ...]] | None
+
+    @property
+    def pattern(self) -> Pattern:
+        """Its bytes of the file."""
+        if self.source is None:
+            return run(self.start, self.stop)
+        dtype, sizes, steps = self.source
+        return strided(self.start, sizes, steps, dtype.itemsize)
+
+    def within(self, low: int, high: int) -> Iterator[Piece]:
+        """Yield what of it lies in [low, high), where neither end lies within an element, in ascending order."""
+        if low <= self.start and self.stop <= high:
+            yield self
+            return
+        for first, part in cut(self.pattern, low, high):
+            if self.memory is not None:
+                memory = self.memory[first[0] : first[0] + part.nbytes]
+                yield Piece(part.start, part.stop, self.target, memory, None)
+            elif self.source is not None:
+                dtype, _, steps = self.source
+                target = self.target
+                for d, (at, n) in enumerate(zip(first[:-1], part.sizes[:-1], strict=True)):
+                    target = target.narrow(d, at, n)
+                yield Piece(part.start, part.stop, target, None, (dtype, part.sizes[:-1], steps))
+
+    def take(self, data: torch.Tensor) -> None:
+        """Fill it with its bytes (uint8), one after another."""
+        if self.memory is not None:
+            self.memory[:] = as_bytes(data)
+        elif self.source is not None:
+            dtype, sizes, _ = self.source
+            data = data.clone() if data.storage_offset() % dtype.itemsize else data
+            self.target.copy_(data.view(dtype).view(sizes))
 
     def place(self, scratch: torch.Tensor, start: int) -> None:
         """Copy the piece out of `scratch` (uint8), which holds the file from byte `start` on."""
@@ -59,21 +93,80 @@ class Piece:
             self.target.copy_(data.view(dtype).as_strided(sizes, steps))
 
 
+class Slabs:
+    """Memory for what is on its way, used again, and given back in the end: malloc would keep the most it ever was."""
+
+    def __init__(self) -> None:
+        self._free: list[torch.Tensor] = []
+
+    def take(self, nbytes: int) -> torch.Tensor:
+        """Memory (uint8) of so many bytes or more."""
+        while self._free:
+            slab = self._free.pop()
+            if len(slab) >= nbytes:
+                return slab
+        memory = mmap.mmap(-1, max(1, nbytes), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        with contextlib.suppress(
+            OSError
+        ):  # a kernel without large pages; page by page it takes as long to get as to fill
+            memory.madvise(mmap.MADV_HUGEPAGE)
+        return torch.frombuffer(memory, dtype=torch.uint8)
+
+    def give(self, slab: torch.Tensor) -> None:
+        """Take memory back."""
+        self._free.append(slab)
+
+
+class Run(NamedTuple):
+    """Pieces that one read brings: of one window of a file, their blocks adjacent or the same."""
+
+    file_index: int
+    file: DataFile
+    pieces: list[Piece]
+
+    @property
+    def start(self) -> int:
+        """First byte read."""
+        return self.pieces[0].start // self.file.grain * self.file.grain
+
+    @property
+    def stop(self) -> int:
+        """Byte after the last one read."""
+        grain = self.file.grain
+        return min(-(-max(p.stop for p in self.pieces) // grain) * grain, self.file.covered)
+
+
 def read(checkpoint: Checkpoint, items: Iterable[Item], window: int = WINDOW) -> None:
     """Fill the items' shards. Corrupt where a block does not match its checksum; then targets are a mix.
 
     window: bytes of a file that one read covers at most, of which several are in flight.
     """
+    fill(checkpoint, runs(checkpoint, items, window))
+
+
+def runs(checkpoint: Checkpoint, items: Iterable[Item], window: int = WINDOW) -> list[Run]:
+    """Reads that fill the items' shards. Corrupt unless each file has the chunks that the commit says."""
     by_file: dict[int, list[Item]] = {}
     for item in items:
         by_file.setdefault(item.file, []).append(item)
-    jobs: list[tuple[DataFile, list[list[Piece]]]] = []
+    found: list[Run] = []
     for index, wanted in sorted(by_file.items()):
         file = checkpoint.data_file(index)
-        runs = list(_runs((p for i in wanted for p in _pieces(file, i, window)), file, window))
-        jobs += [(file, runs)] if file.sequential else [(file, [run]) for run in runs]
+        found += runs_of(index, file, [p for i in wanted for p in _pieces(file, i, window)], window)
+    return found
+
+
+def fill(checkpoint: Checkpoint, wanted: Iterable[Run]) -> None:
+    """Do these reads, several at once but for files that are to be read in order."""
+    jobs: list[list[Run]] = []
+    for each in wanted:
+        if jobs and each.file.sequential and each.file_index == jobs[-1][0].file_index:
+            jobs[-1].append(each)
+        else:
+            jobs.append([each])
+    slabs = Slabs()
     with ThreadPoolExecutor(THREADS, "distckpt-read") as pool:
-        futures = [pool.submit(_read_runs, checkpoint, file, runs) for file, runs in jobs]
+        futures = [pool.submit(_read_runs, checkpoint, job, slabs) for job in jobs]
         done, pending = wait(futures, return_when=FIRST_EXCEPTION)
         for future in pending:
             future.cancel()
@@ -99,12 +192,6 @@ def equal(checkpoint: Checkpoint, a: str, b: str) -> bool:
     return True
 
 
-def refuse_damaged(checkpoint: Checkpoint, items: Iterable[Item]) -> None:
-    """Corrupt unless the file of every item has its chunk, of the right length: asked before anything moves."""
-    for item in items:
-        _chunk(checkpoint.data_file(item.file), item)
-
-
 def _chunk(file: DataFile, item: Item) -> Stored:
     chunk = file.chunks.get(item.name)
     if chunk is None or (chunk.strides is None and chunk.stop - chunk.start != item.region.numel * item.dtype.itemsize):
@@ -115,7 +202,15 @@ def _chunk(file: DataFile, item: Item) -> Stored:
 def _pieces(file: DataFile, item: Item, window: int) -> Iterator[Piece]:
     """Pieces of one chunk, as the shard's memory takes them."""
     size = item.dtype.itemsize
-    chunk = _chunk(file, item)
+    chunk, shard = _chunk(file, item), item.shard
+    if (
+        item.region == shard.region
+        and chunk.strides is None
+        and shard.tensor.dtype == item.dtype
+        and is_plain_memory(shard.tensor)
+    ):  # the same layout on both sides is the common case
+        yield from _cut(Piece(chunk.start, chunk.stop, shard.tensor, as_bytes(shard.tensor), None), window)
+        return
     for overlap in overlaps(item.region, item.shard.region, item.shape):
         whole = part_of(item.shard, overlap.target, overlap.box)
         plain = whole.dtype == item.dtype and is_plain_memory(whole) and chunk.strides is None
@@ -134,7 +229,7 @@ def _pieces(file: DataFile, item: Item, window: int) -> Iterator[Piece]:
 
 def _cut(piece: Piece, window: int) -> Iterator[Piece]:
     """Cut a piece of plain memory where windows meet; other pieces are short and stay whole."""
-    if piece.memory is None:
+    if piece.memory is None or piece.start // window == (piece.stop - 1) // window:
         yield piece
         return
     start = piece.start
@@ -145,49 +240,58 @@ def _cut(piece: Piece, window: int) -> Iterator[Piece]:
         start = stop
 
 
-def _runs(pieces: Iterable[Piece], file: DataFile, window: int) -> Iterator[list[Piece]]:
-    """Pieces by the reads that bring them: the same window, their blocks (of `file.grain`) adjacent or the same."""
+def runs_of(index: int, file: DataFile, pieces: Iterable[Piece], window: int) -> Iterator[Run]:
+    """Yield the reads that bring these pieces of a file."""
     grain = file.grain
-    run: list[Piece] = []
+    found: list[Piece] = []
     last_block = -1
     for piece in sorted((p for p in pieces if p.stop > p.start), key=lambda p: (p.start, p.stop)):
-        same_window = run and piece.start // window == run[0].start // window
-        if run and not (same_window and piece.start // grain <= last_block + 1):
-            yield run
-            run, last_block = [], -1
-        run.append(piece)
+        same_window = found and piece.start // window == found[0].start // window
+        if found and not (same_window and piece.start // grain <= last_block + 1):
+            yield Run(index, file, found)
+            found, last_block = [], -1
+        found.append(piece)
         last_block = max(last_block, (piece.stop - 1) // grain)
-    if run:
-        yield run
+    if found:
+        yield Run(index, file, found)
 
 
-def _read_runs(checkpoint: Checkpoint, file: DataFile, runs: list[list[Piece]]) -> None:
-    for run in runs:
-        _read_run(checkpoint, file, run)
+def _read_runs(checkpoint: Checkpoint, job: list[Run], slabs: Slabs) -> None:
+    for each in job:
+        _read_run(checkpoint, each, slabs)
 
 
-def _read_run(checkpoint: Checkpoint, file: DataFile, run: list[Piece]) -> None:
-    first = run[0].start // file.grain
-    start = first * file.grain
-    stop = min(-(-max(p.stop for p in run) // file.grain) * file.grain, file.covered)
-    buffers = _scatter(run, start, stop)
-    scratch = None
-    if buffers is None:
-        # goes back to the system at once: of malloc's memory each thread would keep its largest scratch
-        scratch = torch.frombuffer(mmap.mmap(-1, stop - start), dtype=torch.uint8)
-        buffers = [as_bytes(scratch)]
+def _read_run(checkpoint: Checkpoint, wanted: Run, slabs: Slabs) -> None:
+    file, start, stop = wanted.file, wanted.start, wanted.stop
+    buffers = _scatter(wanted.pieces, start, stop)
+    if buffers is not None:
+        checkpoint.read(file.key, start, buffers)
+        file.verify(start // file.grain, list(_blocks(buffers)))
+        return
+    scratch, start = read_blocks(checkpoint, file, start, stop, slabs)
+    with torch.no_grad():
+        for piece in wanted.pieces:
+            piece.place(scratch, start)
+    slabs.give(scratch)
+
+
+def read_blocks(
+    checkpoint: Checkpoint, file: DataFile, start: int, stop: int, slabs: Slabs
+) -> tuple[torch.Tensor, int]:
+    """Return (slab that begins with the blocks of bytes [start, stop), verified; where they begin). Corrupt."""
+    first = start // file.grain
+    start, stop = first * file.grain, min(-(-stop // file.grain) * file.grain, file.covered)
+    slab = slabs.take(stop - start)
+    buffers = [as_bytes(slab)[: stop - start]]
     checkpoint.read(file.key, start, buffers)
     file.verify(first, list(_blocks(buffers)))
-    if scratch is not None:
-        with torch.no_grad():
-            for piece in run:
-                piece.place(scratch, start)
+    return slab, start
 
 
-def _scatter(run: list[Piece], start: int, stop: int) -> list[memoryview] | None:
+def _scatter(pieces: list[Piece], start: int, stop: int) -> list[memoryview] | None:
     """Buffers that read [start, stop) straight into the pieces' memory; None where that cannot be."""
     buffers, position = [], start
-    for piece in run:
+    for piece in pieces:
         if piece.memory is None or piece.start < position:
             return None
         if piece.start > position:

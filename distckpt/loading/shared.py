@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from operator import itemgetter
 from typing import TYPE_CHECKING
 
@@ -45,11 +44,15 @@ def refuse_shared(checkpoint: Checkpoint, items: Iterable[Item]) -> None:
 
 def _memory(tensor: torch.Tensor) -> tuple[str, int, int] | None:
     """(device, first byte, byte after the last) of a tensor's memory; None for a view with gaps."""
-    reach = 1 + sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True))
-    if not tensor.numel() or reach != tensor.numel():
+    if not tensor.numel() or not (tensor.is_contiguous() or _reach(tensor) == tensor.numel()):
         return None
     start = tensor.data_ptr()
-    return str(tensor.device), start, start + tensor.numel() * tensor.dtype.itemsize
+    return str(tensor.device), start, start + tensor.nbytes
+
+
+def _reach(tensor: torch.Tensor) -> int:
+    """Elements from the first to the last in memory."""
+    return 1 + sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True))
 
 
 def _filled(checkpoint: Checkpoint, items: list[Item]) -> memoryview:
@@ -57,5 +60,5 @@ def _filled(checkpoint: Checkpoint, items: list[Item]) -> memoryview:
     live = items[0].shard
     flat = torch.empty(live.tensor.numel(), dtype=live.tensor.dtype)
     alike = Shard(live.region, flat.as_strided(live.tensor.shape, live.tensor.stride()))
-    read(checkpoint, [replace(item, shard=alike) for item in items])
+    read(checkpoint, [item._replace(shard=alike) for item in items])
     return as_bytes(flat)

@@ -16,7 +16,6 @@ from distckpt.comm import exchange, together
 from distckpt.errors import Corrupt, FormatError, NewerFormat, NotACheckpoint, StateWarning
 from distckpt.format.layout import StepDir
 from distckpt.loading.load import load
-from distckpt.loading.open import Checkpoint, open_checkpoint
 from distckpt.run.lease import lease
 from distckpt.state import Stateful
 
@@ -25,6 +24,7 @@ if TYPE_CHECKING:
 
     from distckpt.comm import Comm
     from distckpt.errors import DistckptError
+    from distckpt.loading.open import Checkpoint
     from distckpt.loading.plan import Options
     from distckpt.loading.report import LoadReport
     from distckpt.run.history import History
@@ -124,7 +124,7 @@ def _open(search: Search, directory: StepDir) -> Checkpoint:
 
     def attempt() -> None:
         nonlocal opened
-        opened = open_checkpoint(search.history.store, directory)
+        opened = search.history.open(directory)
 
     together(search.comm, f"opening {directory}", attempt)
     assert opened is not None

@@ -181,12 +181,12 @@ class _Whole:
                 elif rank:
                     data = as_bytes(view.resolve_conj().resolve_neg().cpu().contiguous())
                     for i in range(0, len(data), WINDOW):
-                        self._comm.send(f"gathering {name}", data[i : i + WINDOW], 0)
+                        self._comm.swap(f"gathering {name}", {0: data[i : i + WINDOW]}, {})
             elif self._comm.rank == 0:
                 flat = torch.empty(region.numel, dtype=dtype)
                 data = as_bytes(flat)
                 for i in range(0, len(data), WINDOW):
-                    self._comm.receive(f"gathering {name}", data[i : i + WINDOW], rank)
+                    self._comm.swap(f"gathering {name}", {}, {rank: data[i : i + WINDOW]})
                 if made is not None:
                     _place(made, region, flat if isinstance(region, Run) else flat.view(region.sizes))
 

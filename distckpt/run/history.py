@@ -73,6 +73,11 @@ class History:
             checkpoint = self._opened[directory]
             yield Found(directory, checkpoint, superseded=not counts(directory, checkpoint.manifest.launch, launches))
 
+    def open(self, directory: StepDir) -> Checkpoint:
+        """Open a committed checkpoint for a load: its counts begin at nothing. See open_checkpoint."""
+        known = self._opened.get(directory)
+        return Checkpoint(self.store, directory, known.manifest) if known else open_checkpoint(self.store, directory)
+
     def valid(self) -> Iterator[Checkpoint]:
         """Checkpoints that count and can be opened, newest first."""
         return (f.checkpoint for f in self.committed() if f.checkpoint and not f.superseded)

@@ -119,5 +119,9 @@ class FaultyComm:
         self._comm.broadcast(what, buffer, source)
         self._fuse.touch(f"broadcast {what} done")
 
+    def swap(self, what, outgoing, incoming):
+        self._fuse.touch(f"swap {what}")
+        self._comm.swap(what, outgoing, incoming)
+
     def close(self):
         self._comm.close()

@@ -244,14 +244,14 @@ def _dies(killed):
     fully_shard(model)
     comm = TorchComm(5)
     if comm.rank == killed:
-        send = comm.send
+        swap = comm.swap
 
-        def die(what, data, to):
+        def die(what, outgoing, incoming):
             if what.endswith("2.weight"):
                 os.kill(os.getpid(), signal.SIGKILL)
-            send(what, data, to)
+            swap(what, outgoing, incoming)
 
-        comm.send = die
+        comm.swap = die
     return ranks.expect_error(lambda: full_state_dict(model, comm=comm), (RanksMissing, RankFailed))
 
 
