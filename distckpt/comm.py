@@ -18,7 +18,7 @@ import warnings
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
 
-from distckpt.errors import DistckptError, RankFailed, RanksMissing, StateWarning, by_name
+from distckpt.errors import DistckptError, OutOfStep, RankFailed, RanksMissing, StateWarning, by_name
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -138,7 +138,7 @@ def _meet(comm: Comm, what: str, body: bytes) -> list[bytes]:
     for rank, text in enumerate(comm.all_gather("telling where each rank is", said.ljust(MESSAGE, b"\0"))):
         at.setdefault(text.rstrip(b"\0").decode(errors="replace"), []).append(rank)
     told = "; ".join(f"{_ranks(ranks, comm.world_size)}: {text}" for text, ranks in at.items())
-    raise RankFailed(
+    raise OutOfStep(
         f"ranks are not at the same point ({told}): every rank must call the same methods of Checkpointer, with the "
         "same options, in the same order; restart the job if one of them was interrupted in the middle of a call"
     )
@@ -192,6 +192,7 @@ class TorchComm:
         self._store = shared.clone()
         self._store.set_timeout(timedelta(seconds=min(timeout, 10.0)))
         self._broken: str | None = None
+        self._closed = False
         self._group: Any = None
         self._do("making a process group", self._join)
 
@@ -234,6 +235,8 @@ class TorchComm:
 
     def _do(self, what: str, operation: Callable[[], Any]) -> None:
         """Do an operation of torch.distributed. RanksMissing names who did not take part."""
+        if self._closed:
+            raise RanksMissing(f"{what}: the Checkpointer was closed, and talks to no other ranks; ask before that")
         if self._broken:
             raise RanksMissing(f"{what}: ranks were lost earlier ({self._broken}); restart the job")
         try:
@@ -282,9 +285,9 @@ class TorchComm:
         """See Comm.close. A broken group is left to the process's end: destroying it could wait for the dead."""
         import torch.distributed as dist
 
-        if not self._broken and dist.is_initialized():
+        if not (self._broken or self._closed) and dist.is_initialized():
             dist.destroy_process_group(self._group)
-        self._broken = self._broken or "the comm was closed"
+        self._closed = True
 
 
 @dataclass

@@ -14,6 +14,7 @@
     │   ├── KeyTruncated    EOFError           a key is shorter than the bytes asked of it
     │   └── KeyExists       FileExistsError    create-if-absent found the key present
     ├── RankFailed          RuntimeError       other ranks failed, for reasons of more than one kind
+    │   └── OutOfStep                          ranks called different things: none knows what became of the others'
     └── RanksMissing        TimeoutError       ranks that did not answer in time, by number
 
 Each takes one message: what, where, expected, found, what to do. So an error can cross to other ranks as
@@ -77,6 +78,10 @@ class KeyExists(StoreError, FileExistsError):
 
 class RankFailed(DistckptError, RuntimeError):
     """Ranks failed, for reasons of more than one kind. The message names each rank and its cause."""
+
+
+class OutOfStep(RankFailed):
+    """Ranks are not at the same point of the program. What each had begun goes on."""
 
 
 class RanksMissing(DistckptError, TimeoutError):

@@ -13,7 +13,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "distckpt"
 
 LAYERS = [
-    {"errors", "latest", "garbage", "units"},
+    {"errors", "latest", "garbage", "system", "units"},
     {"format", "store"},
     {"comm"},
     {"state", "statedict"},

@@ -52,9 +52,13 @@ class Chunk:
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """A run of bytes that one named chunk fills: [start, start + nbytes) of the data, which follows the header."""
+    """A run of bytes that one named chunk fills: [start, start + nbytes) of the data, which follows the header.
+
+    dtype: torch's name of it. The header names another where safetensors lacks it: complex64 is U8 there.
+    """
 
     name: str
+    dtype: str
     start: int
     nbytes: int
 
@@ -114,7 +118,7 @@ def pack(chunks: Iterable[Chunk]) -> Packed:
         if chunk.name in entries:
             raise FormatError(f"two chunks of one data file are named {chunk.name!r}")
         entries[chunk.name] = _entry(tag, shape, position, position + chunk.nbytes)
-        placed.append(Segment(chunk.name, position, nbytes := chunk.nbytes))
+        placed.append(Segment(chunk.name, chunk.dtype, position, nbytes := chunk.nbytes))
         position += nbytes
     return Packed(tuple(placed), json.dumps(entries, separators=(",", ":"))[:-1], position)
 

@@ -4,28 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
-import select
-import socket
-import subprocess
-import sys
 import threading
 import time
 import weakref
 from dataclasses import dataclass, field
 from itertools import count
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import crc32c
-
-from distckpt.errors import DistckptError, RanksMissing, StoreError, by_name, failure_text
-from distckpt.run.writer import MOST_MESSAGE
+from distckpt.errors import Corrupt, DistckptError, FormatError, RanksMissing, StoreError, by_name, failure_text
+from distckpt.format.layout import ack_file
+from distckpt.run.line import Line
+from distckpt.run.writer import brief
 from distckpt.saving.arena import Arena
-from distckpt.saving.commit import write_refusal
+from distckpt.saving.commit import committed_manifest, write_refusal
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from distckpt.run.keep import Keep
     from distckpt.saving.part import Part
@@ -37,12 +31,6 @@ _GRACE = 5.0
 """Seconds that are waited longer than the writer process itself waits, so that it can say for whom."""
 _SPARE = 1 << 20
 """Bytes that an arena is larger than need be: values grow a little from save to save."""
-_START = """
-import sys
-sys.path[:] = {path!r}
-from distckpt.run.writer import main
-main(sys.argv[1:])
-"""
 
 
 @dataclass(slots=True)
@@ -75,91 +63,90 @@ class Background:
         self._known: set[int] = set()
         self._jobs: list[Job] = []
         self._numbers = count()
-        self._line: socket.socket | None = None
-        self._process: subprocess.Popen[bytes] | None = None
+        self._line: Line | None = None
+        self._taking = threading.RLock()
+        """Held by the thread that takes answers: a PendingSave may be asked from any."""
         self._preparing: threading.Thread | None = None
-        self._end: Callable[[], Any] = lambda: None
+        self._forgotten: Callable[[], Any] = lambda: None
 
     # -- the process -------------------------------------------------------------------------------------------------
 
-    def start(self) -> None:
-        """Start the process unless it runs. It is not waited for."""
-        if self._line:
-            return
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        path = [str(Path(__file__).parents[2]), str(Path(crc32c.__file__).parents[1]), *sys.path]
-        told = [str(theirs.fileno()), str(os.getpid()), str(self._store.root), str(self._timeout), self._keep]
-        with theirs:
-            self._process = subprocess.Popen(  # noqa: S603  this interpreter, running our own module
-                [sys.executable, "-S", "-E", "-c", _START.format(path=path), *told],
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
-                pass_fds=[theirs.fileno()],
-                start_new_session=True,
-                cwd="/",
-            )
-        self._line, self._known = ours, set()
-        self._end = weakref.finalize(self, _end, ours, self._process, self._timeout, os.getpid())
+    def start(self) -> Line:
+        """Start the process unless it runs. It is not waited for. StoreError."""
+        if not self._line:
+            self._line, self._known = Line(self._store.root, self._timeout, self._keep), set()
+            self._forgotten = weakref.finalize(self, self._line.forgotten).detach
+        return self._line
 
     def close(self) -> None:
         """Wait until the process has finished what was staged, and end it; give the arenas back."""
+        if self._line and not self._line.ours:
+            return  # of a child that was forked
         self._prepared()
         for job in self._jobs:
             if job.copying:
                 job.copying.join(self._timeout)
-        self._end()
-        while self._line:
+        if self._line:
+            self._line.finish()
             self.poll()
-        self._lost()
+            self._lost()
         for arena in self._arenas.values():
             arena.close()
         self._arenas = {}
 
-    def _send(self, message: dict[str, Any], descriptors: list[int] | None = None) -> None:
-        self.start()
-        assert self._line is not None
+    def _send(self, message: dict[str, Any], descriptors: Sequence[int] = ()) -> None:
         try:
-            socket.send_fds(self._line, [json.dumps(message).encode()], descriptors or [])
-        except OSError:
-            self._lost()
+            sent = self.start().send(message, descriptors)
+        except StoreError as e:
+            self._lost(str(e))
+        else:
+            if not sent:
+                self._lost()
 
     def poll(self, timeout: float = 0.0) -> None:
         """Take what the process has answered, waiting at most so long for the first answer."""
-        while self._line and select.select([self._line], [], [], timeout)[0]:
-            timeout = 0.0
-            try:
-                data = self._line.recv(MOST_MESSAGE)
-            except OSError:
-                data = b""
-            if not data:
+        if timeout and (line := self._line):
+            line.wait(timeout)
+        with self._taking:
+            while self._line and (said := self._line.answer()):
+                job = next((j for j in self._jobs if j.number == said["job"]), None)
+                if job:
+                    kind, text = said.get("error") or (None, "")
+                    job.notes, job.seconds = said.get("notes", []), said.get("seconds", 0.0)
+                    self._ended(job, by_name(kind)(text) if kind else None)
+            if self._line and self._line.ended:
                 self._lost()
-                return
-            said = json.loads(data)
-            job = next((j for j in self._jobs if j.number == said["job"]), None)
-            if job:
-                kind, text = said.get("error") or (None, "")
-                job.notes, job.seconds = said.get("notes", []), said.get("seconds", 0.0)
-                self._ended(job, by_name(kind)(text) if kind else None)
 
-    def _lost(self) -> None:
-        """The process has ended: so have its jobs."""
-        if self._line:
-            self._line.close()
-        self._line = None
-        code = self._process.wait(self._timeout) if self._process else None
-        for job in [j for j in self._jobs if not j.ended]:
-            error = StoreError(
-                f"{job.part.attempt.directory}: the writer process ended before it had written it (exit status "
-                f"{code}; a negative one is the signal that killed it, -9 often the system's for want of memory)"
-            )
-            with contextlib.suppress(StoreError):  # so that rank 0 need not wait for this rank's ack
-                write_refusal(self._store, job.part.attempt, job.part.rank, error)
-            self._ended(job, error)
+    def _lost(self, why: str = "") -> None:
+        """The process has ended, or could not be started: so have its jobs."""
+        with self._taking:
+            if line := self._line:
+                self._forgotten()
+                line.drop()
+                why = f"the writer process ended before it had written it ({line.ended})"
+            self._line = None
+            for job in list(self._jobs):
+                self._ended(job, self._left_behind(job.part, why))
+
+    def _left_behind(self, part: Part, why: str) -> DistckptError | None:
+        """Clear up after a process that has ended. Returns what is wrong; None if it had committed, and not said so."""
+        attempt = part.attempt
+        with contextlib.suppress(StoreError):
+            for name in (part.name, ack_file(part.rank, attempt.id)):
+                self._store.discard_temporary(attempt.key(name))
+        with contextlib.suppress(StoreError, Corrupt, FormatError):
+            if committed_manifest(self._store, attempt):
+                return None
+        error = StoreError(f"{attempt.directory}: {why}")
+        with contextlib.suppress(StoreError):  # so that rank 0 need not wait for this rank's ack
+            write_refusal(self._store, attempt, part.rank, error)
+        return error
 
     def _ended(self, job: Job, error: DistckptError | None) -> None:
-        job.ended, job.error, job.arena = True, error, None
-        self._jobs.remove(job)
+        with self._taking:
+            if not job.ended:
+                job.ended, job.error, job.arena = True, error, None
+                self._jobs.remove(job)
 
     # -- jobs --------------------------------------------------------------------------------------------------------
 
@@ -193,7 +180,7 @@ class Background:
         return job
 
     def prepare(self, nbytes: int) -> None:
-        """Have the process and an arena of `nbytes` ready for the first save, without waiting for either."""
+        """Have the process and an arena of `nbytes` ready for the first save, without waiting for either. OSError."""
         self.start()
         if not self._arenas and (self.limit is None or nbytes <= self.limit):
             self._arenas[0] = arena = Arena(nbytes + _SPARE)
@@ -213,9 +200,10 @@ class Background:
         arena = self._arenas.get(number)
         if arena is None or arena.nbytes < nbytes:
             if arena:
+                del self._arenas[number]
                 arena.close()
-            self._arenas[number] = arena = Arena(nbytes + _SPARE)
             self._known.discard(number)
+            self._arenas[number] = arena = Arena(nbytes + _SPARE)
         job.arena = number
         return arena
 
@@ -242,18 +230,9 @@ class Background:
             if after is None:
                 self._send(message)
             else:
-                job.copying = threading.Thread(target=self._send_after, args=(after, message), name="distckpt-copies")
+                then = (self._line, after, message)
+                job.copying = threading.Thread(target=_send_after, args=then, name="distckpt-copies")
                 job.copying.start()
-
-    def _send_after(self, after: Callable[[], None], message: dict[str, Any]) -> None:
-        try:
-            after()
-        except RuntimeError as e:  # the device failed
-            message = {"do": "give-up", "job": message["job"], "error": ["StoreError", f"copying from the device: {e}"]}
-        line = self._line
-        with contextlib.suppress(OSError):  # the process has died: the job's failure is found at the next call
-            if line:
-                line.send(json.dumps(message).encode())
 
     def copying(self, job: Job) -> bool:
         """Whether a device still copies the job's state."""
@@ -268,12 +247,11 @@ class Background:
             self._send({"do": "forget", "job": job.number})
             self._ended(job, None)
 
-    def give_up(self, job: Job, error: Exception) -> None:
+    def give_up(self, job: Job, error: BaseException) -> None:
         """Say that a job cannot be staged."""
-        kind = type(error).__name__ if isinstance(error, DistckptError) else "StoreError"
-        self._send({"do": "give-up", "job": job.number, "error": [kind, failure_text(error)]})
         if not job.ended:
-            self._ended(job, error if isinstance(error, DistckptError) else StoreError(failure_text(error)))
+            self._send({"do": "give-up", "job": job.number, "error": brief(error)})
+        self._ended(job, error if isinstance(error, DistckptError) else StoreError(failure_text(error)))
 
     def wait(self, job: Job, timeout: float | None = None) -> None:
         """Wait until a job has ended. RanksMissing if that takes too long."""
@@ -288,14 +266,11 @@ class Background:
         self.poll(min(left, 1.0))
 
 
-def _end(line: socket.socket, process: subprocess.Popen[bytes], timeout: float, owner: int) -> None:
-    """End a writer process: it finishes what it was given first. Forked children leave their parent's alone."""
-    if os.getpid() != owner:
-        return
-    with contextlib.suppress(OSError):  # it has ended by itself
-        line.shutdown(socket.SHUT_WR)
+def _send_after(line: Line | None, after: Callable[[], None], message: dict[str, Any]) -> None:
     try:
-        process.wait(timeout)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait(timeout)
+        after()
+    except RuntimeError as e:  # the device failed
+        text = f"copying from the device: {e}"
+        message = {"do": "give-up", "job": message["job"], "error": brief(StoreError(text))}
+    if line:
+        line.send(message)  # if it has died, the job's failure is found at the next call

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 
 from distckpt import __version__, comm
 from distckpt.errors import (
+    DistckptError,
     NotACheckpoint,
     RunConflict,
     StateWarning,
@@ -164,7 +165,11 @@ class Checkpointer:
             )
             warnings.warn(note, StateWarning, stacklevel=3)
             return StepReport(None, due.reason, note)
-        saved = self.save(step, state, metrics, wait=False)
+        try:
+            saved = self.save(step, state, metrics, wait=False)
+        except DistckptError as e:  # of an earlier save, as likely as not: that must not cost the last one
+            warnings.warn(f"tried again, for it is the last chance: {e}", StateWarning, stacklevel=3)
+            saved = self.save(step, state, metrics, wait=False)
         self._saver.finish()
         return StepReport(saved, due.reason)
 

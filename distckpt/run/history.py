@@ -22,6 +22,7 @@ from distckpt.saving.commit import (
     is_committed,
     remove_acks,
 )
+from distckpt.store.local import LocalStore
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -123,12 +124,14 @@ class History:
     def settle(self, *, quiet: float, limit: float) -> list[str]:
         """Wait for attempts newer than the newest commit whose files are still arriving; commit the complete ones.
 
-        Returns when every such attempt is committed or nothing has changed for `quiet` seconds, after `limit` seconds
-        at the latest. Returns notes.
+        Returns at once where there are none; else when nobody writes and nothing has changed for `quiet` seconds (a
+        writer process has up to two saves to finish, one after the other), after `limit` seconds at the latest.
+        Returns notes.
         """
         notes: list[str] = []
         started = changed = time.monotonic()
         seen: Any = None
+        awaited = False
         while True:
             pending = self._pending()
             notes += [
@@ -136,27 +139,40 @@ class History:
                 for attempt in pending
                 if self._roll_forward(attempt)
             ]
-            pending = [a for a in pending if not is_committed(self.store, a.directory)]
+            arriving = self._arriving()
+            awaited = awaited or bool(pending or arriving)
             now = time.monotonic()
-            state = [self.store.list(str(a.directory)) for a in pending]
+            state = [self.store.list(str(directory)) for directory in self._unfinished()], arriving
             if state != seen:
                 seen, changed = state, now
-            if not pending or now - changed >= quiet or now - started >= limit:
+            if not awaited or (not arriving and now - changed >= quiet):
                 return notes
+            if now - started >= limit:
+                return [
+                    *notes,
+                    *(f"{key}: still being written after {limit:.0f} s, and left behind" for key in arriving),
+                ]
             time.sleep(min(0.1, quiet / 4))
 
     def _pending(self) -> list[Attempt]:
-        """Attempts in uncommitted directories newer than the newest checkpoint that counts."""
-        newest = next(self.valid(), None)
+        """Attempts of which there are files in unfinished directories."""
         found = []
-        for directory in self.directories():
-            if newest and directory <= newest.directory:
-                break
-            if is_committed(self.store, directory):
-                continue
+        for directory in self._unfinished():
             names = (attempt_of(entry.name) for entry in self.store.list(str(directory)))
             found += [found_attempt(self.store, directory, a) for a in sorted({n for n in names if n})]
         return found
+
+    def _unfinished(self) -> list[StepDir]:
+        """Directories without a commit that are newer than the newest checkpoint that counts."""
+        newest = next(self.valid(), None)
+        newer = (d for d in self.directories() if not newest or d > newest.directory)
+        return [d for d in newer if not is_committed(self.store, d)]
+
+    def _arriving(self) -> list[str]:
+        """Keys in unfinished directories that living processes are writing."""
+        if not isinstance(self.store, LocalStore):
+            return []
+        return [f"{d}/{name}" for d in self._unfinished() for name in sorted(self.store.arriving(str(d)))]
 
     def _roll_forward(self, attempt: Attempt) -> bool:
         """Commit an attempt whose every rank has acked, and whose files are all there."""

@@ -7,7 +7,7 @@ import time
 from typing import TYPE_CHECKING
 
 from distckpt.comm import together
-from distckpt.errors import RanksMissing
+from distckpt.errors import OutOfStep, RanksMissing
 from distckpt.format import manifest
 from distckpt.run.save import SaveReport
 from distckpt.saving.commit import is_committed
@@ -39,6 +39,8 @@ class PendingSave:
         self.notes = planned.notes
         self._job = background.begin(planned.part)
         self._report: SaveReport | None = None
+        self.told = False
+        """Whether its failure has been raised, on every rank."""
         self._copies: Callable[[], None] | None = None
         self._stage(planned)
         self._blocked = time.monotonic() - self._started
@@ -70,9 +72,9 @@ class PendingSave:
 
     @property
     def failed(self) -> bool:
-        """Whether it has failed on this rank. Not collective."""
+        """Whether it has failed on this rank, and that has been raised nowhere. Not collective."""
         self._background.poll()
-        return self._job.error is not None
+        return self._job.error is not None and not self.told
 
     def wait(self, timeout: float | None = None) -> None:
         """Return once the checkpoint is committed and durable. Collective.
@@ -94,9 +96,10 @@ class PendingSave:
 
         try:
             sizes = together(self._comm, f"finishing {self.directory}", finish)
-        except RanksMissing:
-            raise  # who is missing may have finished: a later resume rolls the attempt forward, or gc removes it
+        except (RanksMissing, OutOfStep):
+            raise  # the others may have finished, or be at it: a later call, or a resume, finds out
         except Exception:
+            self.told = True
             abandon_part(self._store, self._part)
             raise
         nbytes = sum(int.from_bytes(s, "little") for s in sizes)
@@ -122,8 +125,10 @@ class PendingSave:
             arena = self._background.arena(self._job, end)
             self._copies = stage(image, chunks, planned.lasting(), arena)
             arena.view[image.table_start : end] = told
-        except Exception as e:  # noqa: BLE001  kept in the job, and raised on every rank at the next call
+        except BaseException as e:  # kept in the job, and raised on every rank at the next call
             self._background.give_up(self._job, e)
+            if not isinstance(e, Exception):
+                raise  # the user's Ctrl-C
             return
         self._background.staged(
             self._job,

@@ -8,7 +8,7 @@ from contextlib import suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING, Literal
 
-from distckpt.errors import DistckptError, StateWarning
+from distckpt.errors import StateWarning
 from distckpt.run.background import ARENAS, Background
 from distckpt.run.pending import PendingSave
 from distckpt.run.save import SaveReport, save_and_publish
@@ -119,14 +119,14 @@ class Saver:
     def prepare(self, capture: Callable[[], State]) -> None:
         """Have the first save find what it needs: the writer process, and an arena of its size."""
         if self._background:
-            with suppress(DistckptError):  # the save itself says what is wrong with the state
+            with suppress(Exception):  # on this rank alone; the save itself meets it again, and all ranks learn of it
                 self._background.prepare(local_bytes(capture(), self._comm.world_size))
 
     def finish(self) -> None:
         """Wait for saves in flight. Raises what the first that failed raised; none is in flight then."""
         problem: Exception | None = None
         pending, self._pending = self._pending, []
-        for save in pending:
+        for save in (p for p in pending if not p.told):
             try:
                 save.wait()
                 self._seconds, self._committed = save.seconds, True

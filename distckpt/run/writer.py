@@ -17,7 +17,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import select
 import signal
 import socket
 import sys
@@ -36,6 +35,7 @@ from distckpt.saving.arena import Arena
 from distckpt.saving.commit import Attempt, commit_when_acked, remove_acks, write_refusal
 from distckpt.saving.part import Part, Summed, write_part
 from distckpt.store.local import LocalStore
+from distckpt.system import process_file, readable
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -43,6 +43,9 @@ if TYPE_CHECKING:
     from distckpt.format.manifest import Manifest
 
 MOST_MESSAGE = 1 << 16
+_MOST_TEXT = 4000
+_MOST_NOTE, _MOST_NOTES = 500, 8
+"""Most characters, and notes, in a message: each character may be as many as 12 bytes there."""
 _NICE = 5
 
 
@@ -99,17 +102,17 @@ class _Writer:
         It is watched itself, too: processes that it has forked may hold its end open for longer.
         """
         with contextlib.ExitStack() as stack:
-            watched, patience = [self._line.fileno()], None
+            watched: list[int] = [self._line.fileno()]
+            patience = None
             try:
-                watched.append(os.pidfd_open(self._trainer))
+                watched.append(process_file(self._trainer))
                 stack.callback(os.close, watched[-1])
             except ProcessLookupError:
                 patience = 0.0  # it is gone: what it has sent is all there is
             except OSError:
                 pass  # a system without: then only the socket tells of its end
             while True:
-                ready = select.select(watched, [], [], patience)[0]
-                if self._line.fileno() not in ready:
+                if self._line.fileno() not in readable(watched, patience):
                     return
                 try:
                     data, descriptors, _, _ = socket.recv_fds(self._line, MOST_MESSAGE, 1)
@@ -126,9 +129,11 @@ class _Writer:
                 warnings.simplefilter("always")
                 work(*arguments)
         except Exception as e:  # noqa: BLE001  the training process raises it, at its next call
-            kind = type(e).__name__ if isinstance(e, DistckptError) else "StoreError"
-            return {"error": [kind, str(e) if isinstance(e, DistckptError) else failure_text(e)]}
-        return {"notes": [str(w.message) for w in caught], "seconds": time.monotonic() - started}
+            return {"error": brief(e)}
+        return {
+            "notes": [str(w.message)[:_MOST_NOTE] for w in caught[:_MOST_NOTES]],
+            "seconds": time.monotonic() - started,
+        }
 
     def _finish(self, begun: Part, message: Mapping[str, Any]) -> None:
         """Write this rank's part, and on rank 0 commit."""
@@ -156,7 +161,13 @@ class _Writer:
 
     def _answer(self, job: int, said: Mapping[str, Any]) -> None:
         with contextlib.suppress(OSError):  # the training process is gone: what is staged is finished all the same
-            self._line.send(json.dumps({"job": job, **said}).encode()[:MOST_MESSAGE])
+            self._line.send(json.dumps({"job": job, **said}).encode())
+
+
+def brief(error: BaseException) -> list[str]:
+    """Class and text of an error, as a message has them."""
+    kind = type(error).__name__ if isinstance(error, DistckptError) else "StoreError"
+    return [kind, failure_text(error)[:_MOST_TEXT]]
 
 
 if __name__ == "__main__":

@@ -9,7 +9,10 @@ import contextlib
 import mmap
 import os
 import time
+import weakref
 from typing import TYPE_CHECKING, Any
+
+from distckpt.system import nameless_file
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -24,9 +27,11 @@ class Arena:
     def __init__(self, nbytes: int, descriptor: int | None = None) -> None:
         self.nbytes = -(-max(1, nbytes) // mmap.PAGESIZE) * mmap.PAGESIZE
         if descriptor is None:
-            descriptor = os.memfd_create("distckpt-arena", os.MFD_CLOEXEC)
-            os.ftruncate(descriptor, self.nbytes)
+            descriptor = nameless_file("distckpt-arena")
         self.descriptor = descriptor
+        self._let_go = weakref.finalize(self, os.close, descriptor)  # one that is forgotten must not keep the memory
+        if os.fstat(descriptor).st_size < self.nbytes:
+            os.ftruncate(descriptor, self.nbytes)
         self._memory = mmap.mmap(descriptor, self.nbytes)
         self.view = memoryview(self._memory)
         self.laid: tuple[Any, int, list[Any]] = (None, 0, [])
@@ -43,7 +48,7 @@ class Arena:
 
     def close(self) -> None:
         """Give the memory back, but for what still refers to it."""
-        os.close(self.descriptor)
+        self._let_go()
         self.laid = (None, 0, [])
         if self.unpin:
             self.unpin()

@@ -132,11 +132,21 @@ def commit_when_acked(store: Store, attempt: Attempt, draft: Manifest | None, *,
     deadline = time.monotonic() + timeout
     pause = 0.001
     while missing := set(range(attempt.world_size)) - acked_ranks(store, attempt):
+        if made := committed_manifest(store, attempt):
+            return made  # by a resume, which took us for dead: and it has removed the acks
         if time.monotonic() > deadline:
-            raise RanksMissing(f"{attempt.directory}: no ack from ranks {sorted(missing)} within {timeout:g} s")
+            told = ", ".join(map(str, sorted(missing)[:16])) + (
+                f" and {len(missing) - 16} more" if len(missing) > 16 else ""
+            )
+            raise RanksMissing(f"{attempt.directory}: no ack from ranks {told} within {timeout:g} s")
         time.sleep(pause)
         pause = min(2 * pause, 0.1)
-    whole = complete(store, attempt, draft)
+    try:
+        whole = complete(store, attempt, draft)
+    except KeyMissing:
+        if made := committed_manifest(store, attempt):
+            return made
+        raise
     commit(store, attempt, whole)
     return whole
 
@@ -148,15 +158,21 @@ def remove_acks(store: Store, attempt: Attempt) -> None:
             store.delete(attempt.key(ack_file(rank, attempt.id)))
 
 
+def committed_manifest(store: Store, attempt: Attempt) -> Manifest | None:
+    """What an attempt has committed; None if it has not. StoreError, Corrupt or FormatError: that cannot be told."""
+    try:
+        found = manifest.decode(read_all(store, attempt.key(COMMIT), limit=manifest.MAX_BYTES))
+    except KeyMissing:
+        return None
+    return found if found.attempt == attempt.id else None
+
+
 def may_be_committed(store: Store, attempt: Attempt) -> bool:
     """Whether its directory's commit is this attempt's, or cannot be read: then nothing of it may be removed."""
     try:
-        found = unseal(read_all(store, attempt.key(COMMIT), limit=manifest.MAX_BYTES))
-    except KeyMissing:
-        return False
+        return committed_manifest(store, attempt) is not None
     except (StoreError, Corrupt, FormatError):
         return True
-    return not isinstance(found, dict) or found.get("attempt") == attempt.id
 
 
 def abandon(store: Store, attempt: Attempt, files: Iterable[str]) -> None:

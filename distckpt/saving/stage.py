@@ -27,9 +27,10 @@ def stage(
     view[:header] = image.header
     sources = [chunk.resolve_conj().resolve_neg() for chunk in chunks]
     if arena.laid[:2] != (image.packed, header):
-        memory = torch.frombuffer(view, dtype=torch.uint8)
-        places = (memory[header + s.start : header + s.start + s.nbytes] for s in image.segments)
-        targets = [p.view(t.dtype).view(t.shape) for p, t in zip(places, sources, strict=True)]
+        with torch.inference_mode(mode=False):  # made in that mode, they could not be written to outside of it
+            memory = torch.frombuffer(view, dtype=torch.uint8)
+            places = (memory[header + s.start : header + s.start + s.nbytes] for s in image.segments)
+            targets = [p.view(t.dtype).view(t.shape) for p, t in zip(places, sources, strict=True)]
         arena.laid = (image.packed, header, targets)
     view[image.objects_start : image.table_start] = image.objects
     here = [i for i, source in enumerate(sources) if source.device.type != "cuda"]

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 from distckpt.errors import KeyExists, KeyMissing, KeyTruncated, StoreError, Unsupported
 from distckpt.store.base import Entry, check, read_all
-from distckpt.store.pieces import after, write_pieces
+from distckpt.store.pieces import LARGE, after, write_pieces
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -223,6 +223,15 @@ class LocalStore:
                         found[entry.name] = str(Path(entry.path).readlink())
         return found
 
+    def arriving(self, prefix: str) -> set[str]:
+        """Names below a prefix that a living process is writing, as far as the file system's locks tell."""
+        found = set[str]()
+        for name, _, _ in self.unfinished(prefix):
+            with _mapped("look at", self._path(prefix) / name) as path, contextlib.suppress(FileNotFoundError):
+                if _is_held(path):  # else it has arrived meanwhile, or who wrote it is dead
+                    found.add(_TEMPORARY.sub("", name))
+        return found
+
     def _path(self, key: str, *, prefix: bool = False) -> Path:
         return self.root / check(key, prefix=prefix)
 
@@ -234,6 +243,8 @@ class LocalStore:
             descriptor = self._open_new(temp)
             try:
                 try:
+                    if size >= LARGE:
+                        _hold(descriptor)
                     written = write_pieces(descriptor, pieces, size, stable=stable)
                     if written != size:
                         raise StoreError(f"{path}: the pieces have {written} bytes, {size} were announced")
@@ -256,6 +267,23 @@ class LocalStore:
 def _temporary_name(path: Path) -> Path:
     """Hidden name beside `path`; not longer than a name may be, however long that of `path` is."""
     return path.with_name(f".tmp-{secrets.token_hex(4)}-{path.name[:_LONGEST]}")
+
+
+def _hold(descriptor: int) -> None:
+    """Lock a file while it is open, so that others see whether who writes it still lives. No lock is no error."""
+    with contextlib.suppress(OSError):
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def _is_held(path: Path) -> bool:
+    with _opened(path) as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        except OSError:
+            return False  # a file system without locks
+    return False
 
 
 @contextlib.contextmanager

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from distckpt import system
 from distckpt.errors import KeyExists, StoreError
 from distckpt.store.base import Entry, read_all, write_all
 from distckpt.store.local import LocalStore
@@ -124,7 +125,7 @@ def test_a_new_directory_whose_sync_fails_is_not_taken_for_durable_by_the_retry(
     assert ("fsync", tmp_path) in calls
 
 
-FAULTY = [(os, "open"), (os, "pwritev"), (os, "fsync"), (os, "posix_fallocate"), (os, "link"), (Path, "replace")]
+FAULTY = [(os, "open"), (os, "pwritev"), (os, "fsync"), (system, "reserve"), (os, "link"), (Path, "replace")]
 
 
 class Faults:
@@ -194,7 +195,7 @@ def test_a_file_system_that_cannot_preallocate_is_written_all_the_same(tmp_path,
     def refused(*_):
         raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr(os, "posix_fallocate", refused)
+    monkeypatch.setattr(system, "reserve", refused)
     write_all(LocalStore(tmp_path), "a", NEW)
     assert get(LocalStore(tmp_path), "a") == NEW
 
@@ -236,7 +237,7 @@ def disk(tmp_path):
 def test_a_full_disk_says_so_leaves_the_old_content_and_gives_the_room_back(disk, monkeypatch, preallocates):
     if not preallocates:
         refuse = OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
-        monkeypatch.setattr(os, "posix_fallocate", lambda *_: (_ for _ in ()).throw(refuse))
+        monkeypatch.setattr(system, "reserve", lambda *_: (_ for _ in ()).throw(refuse))
     store = LocalStore(disk)
     write_all(store, "a", OLD)
     free = os.statvfs(disk).f_bfree
