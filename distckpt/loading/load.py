@@ -88,7 +88,8 @@ def load(
 
 def _amount(reads: list[Run], items: list[Item]) -> Amount:
     whole = {item.fqn: prod(item.shape) * item.dtype.itemsize for item in items}
-    needed = sum(piece.pattern.nbytes for run in reads for piece in run.pieces)
+    pieces = (piece for run in reads for piece in run.pieces)
+    needed = sum(p.stop - p.start if p.memory is not None else p.pattern.nbytes for p in pieces)
     return Amount(sum(run.stop - run.start for run in reads), needed, sum(whole.values()))
 
 

@@ -6,7 +6,7 @@ Whatever `meta.json` and `last.json` (run/publish.py) say, a commit must bear it
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from distckpt.errors import Corrupt, FormatError, KeyMissing, NewerFormat, NotACheckpoint, RunConflict
@@ -25,8 +25,9 @@ from distckpt.saving.commit import (
 from distckpt.store.local import LocalStore
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
 
+    from distckpt.format.manifest import TensorInfo
     from distckpt.store.base import Store
 
 
@@ -46,6 +47,7 @@ class History:
     def __init__(self, store: Store) -> None:
         self.store = store
         self._opened: dict[StepDir, Checkpoint] = {}
+        self._tensors: Mapping[str, TensorInfo] = {}
         self.epochs: dict[str, int | None] = {}
         """Epoch of each attempt, as far as it was asked for: it takes a read."""
 
@@ -63,7 +65,7 @@ class History:
                 continue
             if directory not in self._opened:
                 try:
-                    self._opened[directory] = open_checkpoint(self.store, directory)
+                    self.add(open_checkpoint(self.store, directory))
                 except NewerFormat:
                     raise
                 except NotACheckpoint:
@@ -116,7 +118,13 @@ class History:
         return free
 
     def add(self, made: Checkpoint) -> None:
-        """Take note of a checkpoint just committed."""
+        """Take note of a checkpoint, as of one just committed.
+
+        Its tensors are most of it, and are those of the one before as a rule: held once, a run of any length fits.
+        """
+        if made.manifest.tensors == self._tensors:
+            made.manifest = replace(made.manifest, tensors=self._tensors)
+        self._tensors = made.manifest.tensors
         self._opened[made.directory] = made
 
     # -- attempts that a lost job left behind ------------------------------------------------------------------------

@@ -25,11 +25,15 @@ _SAME = 3.0
 
 _shared = mmap.mmap(-1, 8)
 """When this process was told, on the monotonic clock; seen by its children."""
+_owner = os.getpid()
 _signals: set[int] = set()
 
 
 def install(signals: Iterable[int]) -> None:
     """Shield children that are forked from now on."""
+    global _shared, _owner
+    if _owner != os.getpid():  # ranks that were themselves forked are told each for itself
+        _shared, _owner = mmap.mmap(-1, 8), os.getpid()
     if not _signals:
         os.register_at_fork(after_in_child=_in_child)
     _signals.update(signals)

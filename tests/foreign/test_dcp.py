@@ -342,7 +342,7 @@ def test_a_run_and_a_step_of_it_are_sources_too(tmp_path):
         with pytest.raises(NotACheckpoint, match="does not exist"):
             c.load(state, source=tmp_path / "nowhere")
     assert not (tmp_path / "second").exists()
-    assert sorted(os.listdir(tmp_path / "first" / "launches")) == ["0001.json"]
+    assert sorted(os.listdir(tmp_path / "first" / "launches")) == ["0001.beat.json", "0001.json"]  # no launch of ours
 
 
 # -- damage and malice: first what DCP does ------------------------------------------------------------------------
