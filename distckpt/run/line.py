@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import crc32c
 
 from distckpt.errors import StateWarning, StoreError
-from distckpt.run.writer import MOST_MESSAGE
+from distckpt.run.writer import MOST_MESSAGE, NOT_OURS
 from distckpt.system import nameless_file, readable
 
 if TYPE_CHECKING:
@@ -149,12 +150,16 @@ def _started(told: list[str], words: int) -> subprocess.Popen[bytes]:
     """Start the process. It finds modules where we do (.pth files, zips), but for Python's own, which come first."""
     ours = [Path(module).parents[depth] for module, depth in ((__file__, 2), (crc32c.__file__, 1))]
     path = [str(Path(entry).absolute()) for entry in [*ours, *sys.path] if isinstance(entry, (str, Path))]
-    return subprocess.Popen(  # noqa: S603  this interpreter, running our own module
-        [sys.executable, "-S", "-E", "-c", _START.format(path=path), *told],
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-        stderr=words,
-        pass_fds=[int(told[0])],
-        start_new_session=True,
-        cwd="/",
-    )
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, NOT_OURS)  # inherited: it may be told before it can ignore that
+    try:
+        return subprocess.Popen(  # noqa: S603  this interpreter, running our own module
+            [sys.executable, "-S", "-E", "-c", _START.format(path=path), *told],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=words,
+            pass_fds=[int(told[0])],
+            start_new_session=True,
+            cwd="/",
+        )
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)

@@ -43,6 +43,8 @@ if TYPE_CHECKING:
     from distckpt.format.manifest import Manifest
 
 MOST_MESSAGE = 1 << 16
+NOT_OURS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+"""Signals for the training process, which says what becomes of the writer. SLURM sends them to all of a job's."""
 _MOST_TEXT = 4000
 _MOST_NOTE, _MOST_NOTES = 500, 8
 """Most characters, and notes, in a message: each character may be as many as 12 bytes there."""
@@ -53,8 +55,9 @@ def main(arguments: list[str]) -> None:
     """Serve until the training process closes the socket or is gone, and then finish."""
     descriptor, trainer, root, timeout, rules = arguments
     retention = Retention(Keep.from_json(json.loads(rules))) if rules != "null" else None
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
-        signal.signal(number, signal.SIG_IGN)  # they are for the training process, which says what becomes of it
+    for number in NOT_OURS:
+        signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, NOT_OURS)  # it was started with them blocked
     os.nice(_NICE)
     with socket.socket(fileno=int(descriptor)) as line:
         _Writer(line, int(trainer), LocalStore(root), float(timeout), retention).serve()

@@ -18,6 +18,7 @@ import torch
 from distckpt import Checkpointer, TrainState
 from distckpt.errors import RankFailed, RanksMissing, StateWarning, StoreError
 from distckpt.run.history import History
+from distckpt.run.writer import NOT_OURS
 from distckpt.store.local import LocalStore
 from tests import ranks
 
@@ -180,6 +181,18 @@ def test_the_writer_process_is_small_and_has_no_torch(tmp_path):
         told = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
         assert int(told["VmRSS"].split()[0]) < 50_000
         assert os.getsid(pid) == pid
+
+
+def test_a_signal_to_all_of_a_job_does_not_end_the_writer_not_even_as_it_starts(tmp_path):
+    live, _ = state(1)
+    with Checkpointer(tmp_path) as c:
+        pending = c.save(1, live)
+        (pid,) = writers()
+        for number in NOT_OURS:
+            os.kill(pid, number)
+        pending.wait()
+        assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == set()
+    assert committed(tmp_path) == [1]
 
 
 _TRAINER = """
