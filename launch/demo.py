@@ -47,21 +47,21 @@ def difference(run: Run, base: Run) -> list[tuple[int, float]]:
     return [(row["step"], abs(row["loss"] / expected[row["step"]] - 1)) for row in run.rows]
 
 
-def differing_chunks(run: Run, base: Run) -> list[str]:
-    """Names of the chunks of the last checkpoint that are not bit for bit the same in both runs."""
+def differing_chunks(ours: Path, theirs: Path) -> list[str]:
+    """Names of the chunks of two checkpoints' data files that are not bit for bit the same in both."""
     from safetensors import safe_open
 
-    def chunks(of: Run) -> dict[str, bytes]:
+    def chunks(of: Path) -> dict[str, bytes]:
         found: dict[str, bytes] = {}
-        for path in sorted(of.committed()[of.steps].glob("rank-*.safetensors")):
+        for path in sorted(of.glob("rank-*.safetensors")):
             with safe_open(path, framework="np") as file:
                 rank = path.name.split(".")[0]
                 # the checksums also cover the random id of the attempt, which the file's own header holds
                 found |= {f"{rank} {k}": file.get_tensor(k).tobytes() for k in file.keys() if k != "__checksums__"}  # noqa: SIM118
         return found
 
-    ours, theirs = chunks(run), chunks(base)
-    return sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name))
+    a, b = chunks(ours), chunks(theirs)
+    return sorted(name for name in a.keys() | b.keys() if a.get(name) != b.get(name))
 
 
 def promises(runs: dict[str, Run]) -> list[tuple[str, str]]:
@@ -69,7 +69,7 @@ def promises(runs: dict[str, Run]) -> list[tuple[str, str]]:
     a, b, c, d = (runs[phase] for phase in "ABCD")
     exact = {row["step"]: row["hex"] for row in a.rows}
     unequal = sorted({row["step"] for row in b.rows if row["hex"] != exact[row["step"]]})
-    chunks = differing_chunks(b, a)
+    chunks = differing_chunks(b.committed()[b.steps], a.committed()[a.steps])
     noisy = [(step, rel) for step, rel in difference(d, c) if not rel <= NOISE]
     incomplete = [r.plan.phase for r in runs.values() if {row["step"] for row in r.rows} != set(range(1, r.steps + 1))]
     return [

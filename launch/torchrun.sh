@@ -2,9 +2,12 @@
 # Train on this machine:  launch/torchrun.sh train.py --its --arguments
 #
 # NPROC: processes (default: one for each GPU, else 1). RESTARTS: of the group, after a worker has crashed (3).
+# GRACE: seconds from a signal to the kill (30); tell Preemption(grace=) the same.
 # Ends with the exit code that the training left (75: start me again, 76: somebody asked to stop), which torchrun
 # itself does not pass on.
 set -euo pipefail
+# shellcheck source=launch/forward.sh
+source "$(dirname "${BASH_SOURCE[0]}")/forward.sh"
 
 gpus=$(nvidia-smi --list-gpus 2>/dev/null | wc -l || true)
 nproc=${NPROC:-$((gpus > 0 ? gpus : 1))}
@@ -15,18 +18,7 @@ DISTCKPT_EXIT_FILE=$(mktemp)
 export DISTCKPT_EXIT_FILE
 trap 'rm -f "$DISTCKPT_EXIT_FILE"' EXIT
 
-code=0
 # SIGUSR1, which torchrun would die of and leave its workers behind, is passed on like SIGTERM
-python -m torch.distributed.run --standalone --nproc-per-node "$nproc" --max-restarts "${RESTARTS:-3}" \
-    --signals-to-handle=SIGTERM,SIGINT,SIGUSR1 "$@" &
-agent=$!
-for signal in TERM USR1 INT; do
-    # shellcheck disable=SC2064  # the name of the signal is that of now
-    trap "kill -$signal $agent 2>/dev/null || true" "$signal"
-done
-while kill -0 "$agent" 2>/dev/null; do # a wait that a signal interrupts is no end
-    code=0
-    wait "$agent" || code=$?
-done
-left=$(cat "$DISTCKPT_EXIT_FILE")
-exit "${left:-$code}"
+forward python -m torch.distributed.run --standalone --nproc-per-node "$nproc" --max-restarts "${RESTARTS:-3}" \
+    --signals-to-handle=SIGTERM,SIGINT,SIGUSR1 --shutdown-timeout "${GRACE:-30}" "$@"
+exit "$code"

@@ -1,35 +1,30 @@
 # shellcheck shell=bash
 # Sourced by the batch scripts: run a step, pass signals on to it, wait until it has really ended, and queue the job
-# again if the training says so (exit code 75) or was killed.
+# again if the training says so (exit code 75). A node that is lost has SLURM itself do so (--requeue).
 
 LAUNCH=${LAUNCH:-$SLURM_SUBMIT_DIR/launch}
+# shellcheck source=launch/forward.sh
+source "$LAUNCH/forward.sh"
 # shellcheck disable=SC1091  # the user's own
 [[ -n ${VENV:-} ]] && source "$VENV/bin/activate"
-export LAUNCH
+# torchrun would kill the workers 30 s after the signal; of the 120 s of --signal, it may use these
+export LAUNCH GRACE=${GRACE:-110}
+# of the array task: the number of its last task is also that of the whole array
+job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
+readonly job=${job:-$SLURM_JOB_ID} life=${SLURM_RESTART_COUNT:-0}
 # on a file system that every node sees: the first rank leaves its exit code here, which torchrun does not pass on
-export DISTCKPT_EXIT_FILE="$SLURM_SUBMIT_DIR/exit-$SLURM_JOB_ID-${SLURM_ARRAY_TASK_ID:-0}"
+export DISTCKPT_EXIT_FILE="$SLURM_SUBMIT_DIR/exit-$job.$life"
 readonly REQUEUE=75
 readonly MOST_LIVES=${MOST_LIVES:-1000}
 
 run_and_requeue() {
-    rm -f "$DISTCKPT_EXIT_FILE"
-    echo "$(date --iso-8601=seconds) attempt ${SLURM_RESTART_COUNT:-0} on $SLURM_JOB_NODELIST: $*"
-    "$@" &
-    local step=$! code=0 signal
-    for signal in USR1 TERM; do
-        # srun passes it to every task: torchrun, and through it the training
-        # shellcheck disable=SC2064  # the name of the signal is that of now
-        trap "echo \"\$(date --iso-8601=seconds) SIG$signal, passed on\"; kill -$signal $step 2>/dev/null || true" "$signal"
-    done
-    while kill -0 "$step" 2>/dev/null; do # a wait that a signal interrupts is no end
-        code=0
-        wait "$step" || code=$?
-    done
-    [[ -s $DISTCKPT_EXIT_FILE ]] && code=$(<"$DISTCKPT_EXIT_FILE")
+    echo "$(date --iso-8601=seconds) attempt $life on $SLURM_JOB_NODELIST: $*"
+    forward "$@" # srun passes a signal to every task: torchrun, and through it the training
     rm -f "$DISTCKPT_EXIT_FILE"
     echo "$(date --iso-8601=seconds) ended with $code"
-    if [[ $code == "$REQUEUE" && ${SLURM_RESTART_COUNT:-0} -lt $MOST_LIVES ]]; then
-        scontrol requeue "$SLURM_JOB_ID"
+    # a job that was cancelled no longer runs, and stays cancelled: scontrol would queue even that again
+    if [[ $code == "$REQUEUE" && $life -lt $MOST_LIVES && $(squeue -h -j "$job" -o %T) == RUNNING ]]; then
+        scontrol requeue "$job"
     fi
     exit "$code"
 }
