@@ -11,23 +11,29 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _HOMES = {
+    "After": "distckpt.run.after",
     "Checkpointer": "distckpt.run.checkpointer",
     "ElasticSampler": "distckpt.run.sampler",
+    "Export": "distckpt.run.after",
     "Keep": "distckpt.run.keep",
     "LoadReport": "distckpt.loading.report",
     "Progress": "distckpt.run.trainstate",
     "TrainState": "distckpt.run.trainstate",
+    "TrialLoad": "distckpt.run.after",
     "full_state_dict": "distckpt.run.full",
     "load": "distckpt.run.direct",
     "save": "distckpt.run.direct",
 }
 __all__ = [
+    "After",
     "Checkpointer",
     "ElasticSampler",
+    "Export",
     "Keep",
     "LoadReport",
     "Progress",
     "TrainState",
+    "TrialLoad",
     "full_state_dict",
     "load",
     "save",
@@ -35,6 +41,7 @@ __all__ = [
 
 if TYPE_CHECKING:
     from distckpt.loading.report import LoadReport
+    from distckpt.run.after import After, Export, TrialLoad
     from distckpt.run.checkpointer import Checkpointer
     from distckpt.run.direct import load, save
     from distckpt.run.full import full_state_dict

@@ -29,6 +29,8 @@ COMMANDS = {
     "prune": "what rules keep of a run and what they let go of; --delete removes it",
     "gc": "what killed saves and copies left behind; --delete removes it",
     "repair": "write pointers, symlinks and meta.json anew from the commits",
+    "watch": "what happens to a run, as it happens; for Prometheus, TensorBoard, OpenTelemetry too",
+    "queue": "several runs in order, so many at a time, through crashes and reboots",
     "preflight": "whether a directory is fit for a long run, and what a save will cost",
 }
 FAILED, USAGE, NOTHING, REFUSED, INTERRUPTED = 1, 2, 3, 4, 130

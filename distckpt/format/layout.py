@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 COMMIT = "commit.json"
 REGISTRY = "meta.json"
+EVENTS = "events.jsonl"
 LAUNCHES = "launches"
 LEASES = "leases"
 ACK = "ack-"

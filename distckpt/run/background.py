@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import threading
 import time
 import weakref
@@ -21,7 +20,7 @@ from distckpt.saving.commit import committed_manifest, write_refusal
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from distckpt.run.keep import Keep
+    from distckpt.run.publish import Then
     from distckpt.saving.part import Part
     from distckpt.store.local import LocalStore
 
@@ -38,6 +37,7 @@ class Job:
     """One part that the writer process was given. `error`: why it failed, once `ended`."""
 
     number: int
+    store: LocalStore
     part: Part
     arena: int | None = None
     nbytes: int = 0
@@ -52,12 +52,11 @@ class Job:
 class Background:
     """The writer process of this rank. Started when first needed, and again if it has died.
 
-    timeout: seconds that any wait for it lasts at most. limit: most bytes of an arena. keep: see Checkpointer.
+    timeout: seconds that any wait for it lasts at most. limit: most bytes of an arena.
     """
 
-    def __init__(self, store: LocalStore, timeout: float, limit: int | None = None, keep: Keep | None = None) -> None:
-        self._store, self._timeout = store, timeout
-        self._keep = json.dumps(keep.to_json() if keep else None)
+    def __init__(self, timeout: float, limit: int | None = None) -> None:
+        self._timeout = timeout
         self.limit = limit
         self._arenas: dict[int, Arena] = {}
         self._known: set[int] = set()
@@ -74,7 +73,7 @@ class Background:
     def start(self) -> Line:
         """Start the process unless it runs. It is not waited for. StoreError."""
         if not self._line:
-            self._line, self._known = Line(self._store.root, self._timeout, self._keep), set()
+            self._line, self._known = Line(self._timeout), set()
             self._forgotten = weakref.finalize(self, self._line.forgotten).detach
         return self._line
 
@@ -126,20 +125,20 @@ class Background:
                 why = f"the writer process ended before it had written it ({line.ended})"
             self._line = None
             for job in list(self._jobs):
-                self._ended(job, self._left_behind(job.part, why))
+                self._ended(job, self._left_behind(job, why))
 
-    def _left_behind(self, part: Part, why: str) -> DistckptError | None:
+    def _left_behind(self, job: Job, why: str) -> DistckptError | None:
         """Clear up after a process that has ended. Returns what is wrong; None if it had committed, and not said so."""
-        attempt = part.attempt
+        store, part, attempt = job.store, job.part, job.part.attempt
         with contextlib.suppress(StoreError):
             for name in (part.name, ack_file(part.rank, attempt.id)):
-                self._store.discard_temporary(attempt.key(name))
+                store.discard_temporary(attempt.key(name))
         with contextlib.suppress(StoreError, Corrupt, FormatError):
-            if committed_manifest(self._store, attempt):
+            if committed_manifest(store, attempt):
                 return None
         error = StoreError(f"{attempt.directory}: {why}")
         with contextlib.suppress(StoreError):  # so that rank 0 need not wait for this rank's ack
-            write_refusal(self._store, attempt, part.rank, error)
+            write_refusal(store, attempt, part.rank, error)
         return error
 
     def _ended(self, job: Job, error: DistckptError | None) -> None:
@@ -162,19 +161,21 @@ class Background:
         while self.busy:
             self._wait_until(deadline, self._jobs[0])
 
-    def begin(self, part: Part) -> Job:
+    def begin(self, store: LocalStore, part: Part, then: Then) -> Job:
         """Tell of an attempt that this rank has agreed to: if the training process dies now, the others learn it."""
-        job = Job(next(self._numbers), part)
+        job = Job(next(self._numbers), store, part)
         attempt = part.attempt
         self._jobs.append(job)
         self._send(
             {
                 "do": "begin",
                 "job": job.number,
+                "root": str(store.root),
                 "directory": str(attempt.directory),
                 "attempt": attempt.id,
                 "world_size": attempt.world_size,
                 "rank": part.rank,
+                "then": then.to_json(),
             }
         )
         return job

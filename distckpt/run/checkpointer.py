@@ -15,14 +15,16 @@ from distckpt.errors import (
     RunConflict,
     StateWarning,
     Unsupported,
+    failure_text,
 )
 from distckpt.garbage import uncollected
 from distckpt.loading.plan import Options
 from distckpt.run.choose import Search, load_newest
+from distckpt.run.events import note
 from distckpt.run.history import History
 from distckpt.run.job import Job
 from distckpt.run.preemption import Preemption, Reason, Watch
-from distckpt.run.publish import Retention, now
+from distckpt.run.publish import Retention, Then, now
 from distckpt.run.save import plain_metrics
 from distckpt.run.saver import Saver
 from distckpt.run.schedule import Due, Schedule
@@ -32,13 +34,14 @@ from distckpt.saving.save import Request
 from distckpt.store.local import LocalStore
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterable, Mapping
     from types import TracebackType
 
     from typing_extensions import Self
 
     from distckpt.comm import Comm
     from distckpt.loading.report import LoadReport
+    from distckpt.run.after import After
     from distckpt.run.keep import Keep
     from distckpt.run.pending import PendingSave
     from distckpt.run.save import SaveReport
@@ -80,7 +83,9 @@ class Checkpointer:
     `save` does by default. when_busy: what a save does that comes while two others are still being written: "wait" for
     one of them, or "skip" itself. arena_bytes: most host memory that one save may be staged in on this rank; a larger
     one is written by the call itself (None: no limit). keep: what stays (None: everything); the rest is removed after
-    each commit, off the training path. timeout: seconds that any wait for others lasts at most.
+    each commit, off the training path. after_commit: commands that run on what was committed, off the training path:
+    `After(("python", "evaluate.py", "{checkpoint}"))`, `Export(...)`, `TrialLoad()` (run/after.py). timeout: seconds
+    that any wait for others lasts at most. What happens is noted in the run's events.jsonl (docs/events.md).
     """
 
     def __init__(
@@ -93,6 +98,7 @@ class Checkpointer:
         when_busy: Literal["wait", "skip"] = "wait",
         arena_bytes: int | None = None,
         keep: Keep | None = None,
+        after_commit: Iterable[After] = (),
         timeout: float = 600.0,
         comm: Comm | None = None,
     ) -> None:
@@ -102,10 +108,8 @@ class Checkpointer:
         self._given = comm is not None
         self._history = History(self._store)
         self._keep = keep
-        retention = Retention(keep) if keep else None
-        self._saver = Saver(
-            self._comm, self._history, when_busy=when_busy, arena_bytes=arena_bytes, retention=retention
-        )
+        self._then = Then(Retention(keep) if keep else None, tuple(after_commit))
+        self._saver = Saver(self._comm, when_busy=when_busy, arena_bytes=arena_bytes)
         looks = self._store.root if isinstance(self._store, LocalStore) and self._comm.rank == 0 else None
         self._watch = Watch(preemption if isinstance(preemption, Preemption) else Preemption(), looks)
         self._schedule = Schedule(self._comm, triggers, self._watch if preemption else None)
@@ -139,6 +143,8 @@ class Checkpointer:
         try:
             self._saver.close(failed=failed)
         finally:
+            if self._job.launch is not None:
+                self._note("closed", failed=failed or None)
             self._job.close()
             self._comm.close()
 
@@ -151,6 +157,7 @@ class Checkpointer:
         """
         due = self._schedule.look(step, lambda: state.epoch, self._saver)
         if due.reason:
+            self._note("stopping", step=step, reason=due.reason.name.lower(), exit_code=due.reason.exit_code)
             return self._stop(step, state, metrics, due)
         if not due.save:
             self._prepare(state)
@@ -159,12 +166,13 @@ class Checkpointer:
 
     def _stop(self, step: int, state: TrainState, metrics: Mapping[str, Any] | None, due: Due) -> StepReport:
         if not due.fits:
-            note = (
+            why = (
                 f"step {step} is not saved: {due.seconds_left:.0f} s are left, and a save takes "
                 f"{due.save_seconds:.0f}; the last checkpoint stands"
             )
-            warnings.warn(note, StateWarning, stacklevel=3)
-            return StepReport(None, due.reason, note)
+            warnings.warn(why, StateWarning, stacklevel=3)
+            self._note("skipped", step=step, why=why)
+            return StepReport(None, due.reason, why)
         try:
             saved = self.save(step, state, metrics, wait=False)
         except DistckptError as e:  # of an earlier save, as likely as not: that must not cost the last one
@@ -248,10 +256,24 @@ class Checkpointer:
             keep=asked,
         )
         self._schedule.saved()
-        return self._saver.save(capture, request, wait=wait)
+        try:
+            made = self._saver.save(self._history, capture, request, self._then, wait=wait)
+        except Exception as e:
+            self._note("failed", step=step, error=failure_text(e))
+            raise
+        if made is None:
+            self._note("skipped", step=step, why="earlier saves are still being written")
+        else:
+            said = {"epoch": state.epoch, "samples": state.samples}
+            self._note("staged", step=step, stall=round(self._saver.blocked, 4), waited=wait or None, **said)
+        return made
+
+    def _note(self, event: str, **what: Any) -> None:
+        if self._comm.rank == 0:
+            note(self._store, event, launch=self._job.launch, **what)
 
     def _prepare(self, state: TrainState) -> None:
-        if not (self._wait or self._prepared or state.unusable):
+        if isinstance(self._store, LocalStore) and not (self._wait or self._prepared or state.unusable):
             with uncollected():
                 self._saver.prepare(state.capture)
         self._prepared = True
@@ -259,8 +281,7 @@ class Checkpointer:
     def _generation(self, step: int) -> int:
         """Generation of a step about to be saved. Asked on rank 0."""
         self._job.refuse_if_superseded()
-        in_flight = self._saver.generations_in_flight(step)
-        return max(self._history.next_generation(step), *(g + 1 for g in in_flight), 1)
+        return self._saver.next_generation(self._store, step, self._history.next_generation(step))
 
     def _check(self, state: Any) -> None:
         if self._closed:
@@ -309,6 +330,8 @@ class Checkpointer:
                 report = load_source(self._comm, root, state, options, names=names)
             self._job.open(None)
         if report:
+            said = {"seconds": round(report.seconds, 3), "bytes": report.bytes_read}
+            self._note("resumed", step=report.step, **said, fell_back_from=report.fell_back_from or None)
             self._prepare(state)
         if report and notes:
             report.notes.append(notes)

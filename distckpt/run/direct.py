@@ -5,7 +5,6 @@ The same save and load as Checkpointer's: no planner, no gather of what ranks ho
 
 from __future__ import annotations
 
-import time
 from contextlib import closing, contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +17,8 @@ from distckpt.loading.plan import Options
 from distckpt.run.choose import Search, load_newest
 from distckpt.run.place import Place, place
 from distckpt.run.publish import now
-from distckpt.run.save import SaveReport, plain_metrics, save_and_publish
+from distckpt.run.save import SaveReport, plain_metrics
+from distckpt.run.saver import Saver
 from distckpt.run.source import foreign_root, load_source
 from distckpt.saving.save import Request
 
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
     from distckpt.comm import Comm
     from distckpt.loading.report import LoadReport
+    from distckpt.run.pending import PendingSave
     from distckpt.state import State
     from distckpt.store.base import Store
 
@@ -51,20 +52,24 @@ def save(
     Raises on every rank what fails on any, with rank and cause; what the path held before is untouched then.
     """
     live = StateDictAdapter(state_dict)
-    with _ranks(comm, timeout) as ranks:
-        return save_to(place(path), live.capture, ranks, metrics=metrics or {}, check_replicas=check_replicas)
+    with _ranks(comm, timeout) as ranks, closing(Saver(ranks)) as saver:
+        made = save_to(place(path), live.capture, saver, ranks, metrics=metrics or {}, check_replicas=check_replicas)
+        assert isinstance(made, SaveReport)
+        return made
 
 
 def save_to(
     where: Place,
     capture: Callable[[], State],
+    saver: Saver,
     ranks: Comm,
     *,
     metrics: Mapping[str, Any],
     check_replicas: bool = False,
-) -> SaveReport:
-    """Save what `capture` gives as the newest generation of a place. Collective."""
-    started = time.monotonic()
+    named_by: tuple[str, str] | None = None,
+    wait: bool = True,
+) -> SaveReport | PendingSave | None:
+    """Save what `capture` gives as the newest generation of a place. Collective. named_by: see Then."""
     recorded = dict[str, Any]()
 
     def captured() -> State:
@@ -78,12 +83,10 @@ def save_to(
         date=now(),
         metrics=recorded,
         writer={"distckpt": __version__},
-        generation=where.generation_to_save,
+        generation=lambda: saver.next_generation(where.store, where.step or 0, where.generation_to_save()),
         check_replicas=check_replicas,
     )
-    made = save_and_publish(ranks, where.history, captured, request, where.retention)
-    seconds = time.monotonic() - started
-    return SaveReport(made.directory.step, str(made.directory), made.nbytes, seconds, made.notes)
+    return saver.save(where.history, captured, request, where.then(named_by), wait=wait)
 
 
 def load(

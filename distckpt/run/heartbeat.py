@@ -23,6 +23,7 @@ from distckpt.store.base import read_all, write_all
 if TYPE_CHECKING:
     from distckpt.run.launches import Launch
     from distckpt.store.base import Store
+    from distckpt.store.local import LocalStore
 
 INTERVAL = 5.0
 """Seconds between beats."""
@@ -103,6 +104,15 @@ def living(store: Store, patience: float) -> dict[str, Any] | None:
         if beat["count"] != first["count"]:
             return beat
     return None
+
+
+def seen_alive(store: LocalStore) -> bool:
+    """Whether a job seems to train on a run, found out without waiting: its beat is young by this machine's clock."""
+    launches = read_launches(store)
+    beat = _read(store, launches[-1]) if launches else None
+    if beat is None or beat["ended"] or _is_dead_here(beat):
+        return False
+    return time.time() - store.changed(beat_file(launches[-1].number)) < _STALE * beat["interval"]
 
 
 def _read(store: Store, launch: Launch) -> dict[str, Any] | None:

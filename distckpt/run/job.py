@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import socket
+import time
 from typing import TYPE_CHECKING
 
 from distckpt.comm import together
 from distckpt.errors import RunConflict
+from distckpt.run.events import note
 from distckpt.run.heartbeat import Heartbeat, refuse_living
-from distckpt.run.launches import open_launch, read_launches
+from distckpt.run.launches import job_name, open_launch, read_launches
 from distckpt.run.publish import now
 from distckpt.run.sweep import clear_up
 
@@ -26,6 +30,7 @@ class Job:
 
     def __init__(self, comm: Comm, history: History) -> None:
         self._comm, self._history, self._store = comm, history, history.store
+        self._made = time.monotonic()
         self._heartbeat = Heartbeat(self._store)
         self.launch: int | None = None
 
@@ -61,7 +66,11 @@ class Job:
             if self._comm.rank:
                 return b""
             self._history.refuse_checkpoint()
-            number = open_launch(self._store, resumed_from(), self._comm.world_size, now())
+            resumed, ranks = resumed_from(), self._comm.world_size
+            number = open_launch(self._store, resumed, ranks, now())
+            who = {"job": job_name(), "host": socket.gethostname(), "pid": os.getpid()}
+            step, since = resumed.step if resumed else None, round(time.monotonic() - self._made, 3)
+            note(self._store, "launched", launch=number, step=step, world_size=ranks, seconds=since, **who)
             self._heartbeat.start(number)
             clear_up(self._history)
             return number.to_bytes(_NUMBER, "little")

@@ -36,11 +36,10 @@ _LAST_WORDS = 2000
 class Line:
     """Starts the process, and does not wait for it. StoreError where the system will not start it.
 
-    timeout: seconds that any wait lasts at most. keep: rules of retention, as JSON. `ended`: how the process ended, for
-    a message, once it has.
+    timeout: seconds that any wait lasts at most. `ended`: how the process ended, for a message, once it has.
     """
 
-    def __init__(self, root: Path, timeout: float, keep: str) -> None:
+    def __init__(self, timeout: float) -> None:
         self._timeout, self._owner = timeout, os.getpid()
         self.ended, self._killed = "", False
         try:
@@ -48,9 +47,7 @@ class Line:
             try:
                 self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
                 with theirs:
-                    self._process = _started(
-                        [str(theirs.fileno()), str(self._owner), str(root), str(timeout), keep], self._words
-                    )
+                    self._process = _started([str(theirs.fileno()), str(self._owner), str(timeout)], self._words)
             except BaseException:
                 os.close(self._words)
                 raise

@@ -7,8 +7,9 @@ import time
 from typing import TYPE_CHECKING
 
 from distckpt.comm import together
-from distckpt.errors import OutOfStep, RanksMissing
+from distckpt.errors import OutOfStep, RanksMissing, failure_text
 from distckpt.format import manifest
+from distckpt.run.events import note
 from distckpt.run.save import SaveReport
 from distckpt.saving.commit import is_committed
 from distckpt.saving.image import live
@@ -17,12 +18,14 @@ from distckpt.saving.stage import stage
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from pathlib import Path
 
     from distckpt.comm import Comm
     from distckpt.format.layout import StepDir
     from distckpt.run.background import Background
+    from distckpt.run.publish import Then
     from distckpt.saving.save import Planned
-    from distckpt.store.base import Store
+    from distckpt.store.local import LocalStore
 
 
 class PendingSave:
@@ -32,12 +35,13 @@ class PendingSave:
     directory: its name in the run. notes: see SaveReport.
     """
 
-    def __init__(self, comm: Comm, store: Store, background: Background, planned: Planned) -> None:
+    def __init__(self, comm: Comm, store: LocalStore, background: Background, planned: Planned, then: Then) -> None:
         self._started = time.monotonic()
+        self._noted = then.noted and comm.rank == 0
         self._comm, self._store, self._background, self._part = comm, store, background, planned.part
         self.directory: StepDir = planned.part.attempt.directory
         self.notes = planned.notes
-        self._job = background.begin(planned.part)
+        self._job = background.begin(store, planned.part, then)
         self._report: SaveReport | None = None
         self.told = False
         """Whether its failure has been raised, on every rank."""
@@ -47,6 +51,11 @@ class PendingSave:
 
     def __repr__(self) -> str:
         return f"PendingSave({self.directory}, {'committed' if self.committed else 'not committed'})"
+
+    @property
+    def root(self) -> Path:
+        """The run's directory."""
+        return self._store.root
 
     @property
     def step(self) -> int:
@@ -98,9 +107,11 @@ class PendingSave:
             sizes = together(self._comm, f"finishing {self.directory}", finish)
         except (RanksMissing, OutOfStep):
             raise  # the others may have finished, or be at it: a later call, or a resume, finds out
-        except Exception:
+        except Exception as e:
             self.told = True
             abandon_part(self._store, self._part)
+            if self._noted:
+                note(self._store, "failed", step=self.step, error=failure_text(e))
             raise
         nbytes = sum(int.from_bytes(s, "little") for s in sizes)
         seconds = time.monotonic() - self._started

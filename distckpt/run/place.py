@@ -16,7 +16,7 @@ from distckpt.format.layout import StepDir
 from distckpt.run.history import History
 from distckpt.run.keep import NEWEST, Keep
 from distckpt.run.launches import read_launches
-from distckpt.run.publish import Retention
+from distckpt.run.publish import Retention, Then
 from distckpt.store.local import LocalStore, local_path
 
 if TYPE_CHECKING:
@@ -52,10 +52,9 @@ class Place:
         """Number of the newest launch of the run, 0 where there is none: what saves here counts as its own."""
         return max((launch.number for launch in read_launches(self.store)), default=0)
 
-    @property
-    def retention(self) -> Retention:
-        """What is kept of the step when it is saved again."""
-        return Retention(Keep(last=NEWEST), self.step or 0)
+    def then(self, named_by: tuple[str, str] | None = None) -> Then:
+        """What follows a commit: what is kept of the step when it is saved again. named_by: see Then."""
+        return Then(Retention(Keep(last=NEWEST), self.step or 0), named_by=named_by, noted=False)
 
 
 def place(path: str | os.PathLike[str] | Store) -> Place:

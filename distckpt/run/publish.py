@@ -1,4 +1,4 @@
-"""After a commit: pointers, registry, and then what is not kept goes. Done by rank 0's writer; imports no torch.
+"""After a commit: events, pointers, registry; then what is not kept goes. Done by rank 0's writer; imports no torch.
 
 Pointers switch before anything is removed, and only to what stays: so none leads to what is not committed, wherever
 the process ends in between. All of it is a hint or a clean-up: failing at it is warned of, and unmakes no checkpoint.
@@ -10,23 +10,27 @@ import json
 import warnings
 from dataclasses import dataclass
 from datetime import datetime, timezone
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from distckpt.errors import DistckptError, FormatError, KeyMissing, StateWarning
 from distckpt.format.layout import REGISTRY, epoch_link, is_epoch_link, pointer_file
 from distckpt.format.text import read_json
+from distckpt.run.after import After, start
+from distckpt.run.events import note
+from distckpt.run.keep import Keep
 from distckpt.run.retention import decided, is_number, listed, newest, remove_all
 from distckpt.run.sweep import leftovers, sweep
 from distckpt.store.base import read_all, write_all
 from distckpt.store.local import LocalStore
 
 if TYPE_CHECKING:
-    from collections.abc import Collection
+    from collections.abc import Collection, Mapping
 
     from distckpt.format.layout import StepDir
     from distckpt.loading.open import Checkpoint
     from distckpt.run.history import History
-    from distckpt.run.keep import Decision, Keep
+    from distckpt.run.keep import Decision
     from distckpt.run.retention import Listed
     from distckpt.store.base import Store
 
@@ -44,33 +48,93 @@ class Retention:
     """Whether these are the run's own rules, by which `best` and the epochs are named."""
 
 
-def publish(history: History, checkpoint: Checkpoint, retention: Retention | None = None) -> list[StepDir]:
-    """Point at a checkpoint just committed, enter it in the registry, and remove what is not kept: those are returned.
+@dataclass(frozen=True, slots=True)
+class Then:
+    """What follows a commit besides `last` and the registry. Whoever commits does it, and is told of it in JSON.
 
-    Failing at any of it is warned of.
+    after: see run/after.py. named_by: a file, and what it is to say: DeepSpeed's `latest`. noted: whether the run keeps
+    events.
+    """
+
+    retention: Retention | None = None
+    after: tuple[After, ...] = ()
+    named_by: tuple[str, str] | None = None
+    noted: bool = True
+
+    def to_json(self) -> dict[str, Any]:
+        """What from_json takes."""
+        kept = self.retention
+        return {
+            "keep": [kept.keep.to_json(), kept.step, kept.lasting] if kept else None,
+            "after": [after.to_json() for after in self.after],
+            "named_by": self.named_by,
+            "noted": self.noted,
+        }
+
+    @staticmethod
+    def from_json(said: Mapping[str, Any]) -> Then:
+        """What to_json described."""
+        rules, *rest = said["keep"] or [None]
+        named = said["named_by"]
+        return Then(
+            Retention(Keep.from_json(rules), *rest) if rules is not None else None,
+            tuple(After.from_json(after) for after in said["after"]),
+            (named[0], named[1]) if named else None,
+            said["noted"],
+        )
+
+
+def publish(history: History, checkpoint: Checkpoint, then: Then, seconds: float | None = None) -> None:
+    """Make a checkpoint known that was just committed, and do what follows. Failing at any of it is warned of.
+
+    But not at `named_by`, by which the checkpoint is found: StoreError. seconds: that the save took.
     """
     history.add(checkpoint)
-    removed: list[StepDir] = []
+    if then.named_by:
+        file = Path(then.named_by[0])
+        write_all(LocalStore(file.parent), file.name, then.named_by[1].encode())
+    problems: list[str] = []
     try:
-        if retention:
-            removed, problems = retain(history, retention)
+        if then.noted:
+            _note(history.store, checkpoint, seconds)
+        if then.retention:
+            problems = retain(history, then.retention, noted=then.noted)[1]
         else:
             make_known(history, None)
-            problems = []
     except DistckptError as e:
         problems = [f"last.json or meta.json could not be written: {e}"]
+    if then.after and isinstance(history.store, LocalStore):
+        try:
+            start(history.store.root, checkpoint.directory, then.after)
+        except OSError as e:
+            problems.append(f"what is to run after it cannot be started: {e}")
     for problem in problems:
         warnings.warn(f"{checkpoint.directory} is committed, but {problem}", StateWarning, stacklevel=4)
-    return removed
 
 
-def retain(history: History, retention: Retention) -> tuple[list[StepDir], list[str]]:
+def _note(store: Store, checkpoint: Checkpoint, seconds: float | None) -> None:
+    content = checkpoint.manifest
+    note(
+        store,
+        "committed",
+        launch=content.launch,
+        step=content.step,
+        directory=str(checkpoint.directory),
+        bytes=sum(f.size for f in content.files),
+        seconds=None if seconds is None else round(seconds, 3),
+        metrics=_plain(content.metrics),
+    )
+
+
+def retain(history: History, retention: Retention, *, noted: bool = True) -> tuple[list[StepDir], list[str]]:
     """Make what stays known, then remove the rest. Returns what was removed, and what was in the way of the others."""
     checkpoints, decision = make_known(history, retention)
     assert decision is not None
     removed, problems = remove_all(history, decision.goes)
     try:
         if removed:
+            if noted:
+                note(history.store, "removed", checkpoints=[str(directory) for directory in removed])
             write_registry(history.store, [c for c in checkpoints if c.directory not in removed], decision, retention)
         if retention.step is not None:
             problems += _sweep_older(history, retention.step, min(decision.stays))
@@ -189,10 +253,15 @@ def _entry(listed: Listed, decision: Decision | None) -> dict[str, Any]:
         "launch": content.launch,
         "world_size": content.world_size,
         "bytes": sum(f.size for f in content.files),
-        "metrics": {k: v if is_number(v) or isinstance(v, bool) else str(v) for k, v in content.metrics.items()},
+        "metrics": _plain(content.metrics),
         "status": "superseded" if found.superseded else "committed",
         **why,
     }
+
+
+def _plain(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """Metrics as strict JSON has them: what is not finite as text."""
+    return {k: v if is_number(v) or isinstance(v, bool) else str(v) for k, v in metrics.items()}
 
 
 def _json(value: Any) -> bytes:

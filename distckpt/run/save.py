@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
 
     from distckpt.comm import Comm
     from distckpt.run.history import History
-    from distckpt.run.publish import Retention
+    from distckpt.run.publish import Then
     from distckpt.state import State
 
 
@@ -35,18 +36,20 @@ def save_and_publish(
     history: History,
     capture: Callable[[], State],
     request: Request,
-    retention: Retention | None = None,
+    then: Then,
 ) -> Committed:
-    """Save a state, commit it, point at it, and remove what is not kept.
+    """Save a state, commit it, make it known, and do what follows.
 
     Raises on every rank what fails on any; nothing is committed then.
     """
+    started = time.monotonic()
     try:
         made = save(comm, history.store, capture, request)
     except RunConflict:  # a zombie took the directory between our look and our commit; there is a next generation
         made = save(comm, history.store, capture, request)
     if made.manifest is not None:
-        publish(history, Checkpoint(history.store, made.directory, made.manifest), retention)
+        seconds = time.monotonic() - started
+        publish(history, Checkpoint(history.store, made.directory, made.manifest), then, seconds)
     return made
 
 

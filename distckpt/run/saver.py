@@ -21,55 +21,51 @@ if TYPE_CHECKING:
 
     from distckpt.comm import Comm
     from distckpt.run.history import History
-    from distckpt.run.publish import Retention
+    from distckpt.run.publish import Then
     from distckpt.state import State
+    from distckpt.store.base import Store
 
 _FAILED, _BUSY = 1, 2
 """What a rank tells the others at the next save: that an earlier one has failed, that it has no room for this one."""
 
 
 class Saver:
-    """when_busy, arena_bytes: as in Checkpointer. Where the store is no directory, every save is waited for."""
+    """when_busy, arena_bytes: as in Checkpointer. To a store that is no directory, every save is waited for."""
 
     def __init__(
-        self,
-        comm: Comm,
-        history: History,
-        *,
-        when_busy: Literal["wait", "skip"],
-        arena_bytes: int | None,
-        retention: Retention | None = None,
+        self, comm: Comm, *, when_busy: Literal["wait", "skip"] = "wait", arena_bytes: int | None = None
     ) -> None:
         if arena_bytes is not None and (type(arena_bytes) is not int or arena_bytes < 0):
             raise ValueError(f"arena_bytes={arena_bytes!r}: a number of bytes, or None for no limit")
         if when_busy not in {"wait", "skip"}:
             raise ValueError(f"when_busy={when_busy!r}: 'wait' or 'skip'")
-        self._comm, self._history, self._when_busy = comm, history, when_busy
-        store = history.store
-        self._retention = retention
-        keep = retention.keep if retention else None
-        self._background = Background(store, comm.timeout, arena_bytes, keep) if isinstance(store, LocalStore) else None
+        self._comm, self._when_busy = comm, when_busy
+        self._background = Background(comm.timeout, arena_bytes)
         self._pending: list[PendingSave] = []
         self.blocked = 0.0
         """Seconds that the latest save kept training waiting."""
         self._seconds = 0.0
         self._committed = False
 
-    def save(self, capture: Callable[[], State], request: Request, *, wait: bool) -> PendingSave | SaveReport | None:
-        """Save what `capture` gives. None: skipped, and said so."""
-        if self._background and not wait:
-            return self._in_background(self._background, capture, request)
+    def save(
+        self, history: History, capture: Callable[[], State], request: Request, then: Then, *, wait: bool
+    ) -> PendingSave | SaveReport | None:
+        """Save what `capture` gives in a run, and have `then` follow. None: skipped, and said so."""
+        if isinstance(history.store, LocalStore) and not wait:
+            return self._in_background(history.store, capture, request, then)
         self.finish()
         started = time.monotonic()
-        made = save_and_publish(self._comm, self._history, capture, request, self._retention)
+        made = save_and_publish(self._comm, history, capture, request, then)
         seconds = time.monotonic() - started
         self.blocked = self._seconds = seconds
         self._committed = True
-        return SaveReport(request.step, str(made.directory), made.nbytes, seconds, made.notes)
+        return SaveReport(made.directory.step, str(made.directory), made.nbytes, seconds, made.notes)
 
     def _in_background(
-        self, background: Background, capture: Callable[[], State], request: Request
+        self, store: LocalStore, capture: Callable[[], State], request: Request, then: Then
     ) -> PendingSave | None:
+        background = self._background
+
         def captured() -> State:
             if self._when_busy == "wait":
                 background.wait_for_room()
@@ -91,7 +87,7 @@ class Saver:
                 stacklevel=5,
             )
             return None
-        pending = PendingSave(self._comm, self._history.store, background, planned)
+        pending = PendingSave(self._comm, store, background, planned, then)
         self.blocked = time.monotonic() - started
         self._pending = [*self._pending[-ARENAS:], pending]
         return pending
@@ -112,15 +108,15 @@ class Saver:
         if found := [p.seconds for p in self._pending if p.seconds]:
             self._seconds, self._committed = found[-1], True
 
-    def generations_in_flight(self, step: int) -> list[int]:
-        """Generations of a step that have been begun, and may not be in the store yet."""
-        return [p.directory.generation for p in self._pending if p.step == step]
+    def next_generation(self, store: Store, step: int, free: int) -> int:
+        """Generation of a step that a save is to make, if in the store `free` is: others may have been begun."""
+        root = store.root if isinstance(store, LocalStore) else None
+        return max(free, *(p.directory.generation + 1 for p in self._pending if (p.root, p.step) == (root, step)), 1)
 
     def prepare(self, capture: Callable[[], State]) -> None:
         """Have the first save find what it needs: the writer process, and an arena of its size."""
-        if self._background:
-            with suppress(Exception):  # on this rank alone; the save itself meets it again, and all ranks learn of it
-                self._background.prepare(local_bytes(capture(), self._comm.world_size))
+        with suppress(Exception):  # on this rank alone; the save itself meets it again, and all ranks learn of it
+            self._background.prepare(local_bytes(capture(), self._comm.world_size))
 
     def finish(self) -> None:
         """Wait for saves in flight. Raises what the first that failed raised; none is in flight then."""
@@ -144,5 +140,4 @@ class Saver:
             if not failed:
                 self.finish()
         finally:
-            if self._background:
-                self._background.close()
+            self._background.close()

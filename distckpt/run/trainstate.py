@@ -133,6 +133,7 @@ class TrainState:
         parts["environment"] = EnvironmentAdapter(models, config, code_version, tokenizer)
         parts["rng"] = RngAdapter(enabled=rng)
         self._parts = parts
+        self._progress = progress
         self._count_epochs: list[Any] = [
             value for value in (progress, sampler) if isinstance(getattr(value, "epoch", None), int)
         ]
@@ -143,6 +144,12 @@ class TrainState:
     def epoch(self) -> int | None:
         """Epoch that `progress`, or else `sampler`, is in; None where neither counts them."""
         return next((int(value.epoch) for value in self._count_epochs), None)
+
+    @property
+    def samples(self) -> int | None:
+        """Samples that `progress` counts; None where it counts none."""
+        seen = getattr(self._progress, "samples_seen", None)
+        return seen if isinstance(seen, int) else None
 
     def capture(self) -> State:
         """See Stateful.capture. StateUnusable after a load that failed half-way."""

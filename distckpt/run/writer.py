@@ -4,7 +4,8 @@ One for each rank, in a process session of its own: it finishes what was staged 
 and then ends. It imports neither torch nor numpy. It is told by messages on a socket, each a JSON object:
 
     arena   {arena, nbytes} and a descriptor: memory that images are staged in from now on
-    begin   {job, directory, attempt, world_size, rank}: an attempt that this rank has agreed to
+    begin   {job, root, directory, attempt, world_size, rank, then}: an attempt that this rank has agreed to, in the
+            run at `root`; `then` is what follows its commit, on rank 0 (publish.Then)
     staged  {job, arena, header, covered, size, told}: its image lies in [0, covered) of the arena, and after it at
             `told` what else is to be written. It answers {job, notes, seconds} once that is done (on rank 0:
             committed), or {job, error: [class, message]}
@@ -22,15 +23,15 @@ import socket
 import sys
 import time
 import warnings
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from distckpt.errors import DistckptError, RanksMissing, StoreError, failure_text
 from distckpt.format import manifest
 from distckpt.format.layout import StepDir
 from distckpt.loading.open import Checkpoint
 from distckpt.run.history import History
-from distckpt.run.keep import Keep
-from distckpt.run.publish import Retention, publish
+from distckpt.run.publish import Then, publish
 from distckpt.saving.arena import Arena
 from distckpt.saving.commit import Attempt, commit_when_acked, remove_acks, write_refusal
 from distckpt.saving.part import Part, Summed, write_part
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from distckpt.format.manifest import Manifest
+    from distckpt.store.base import Store
 
 MOST_MESSAGE = 1 << 16
 NOT_OURS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
@@ -53,24 +55,34 @@ _NICE = 5
 
 def main(arguments: list[str]) -> None:
     """Serve until the training process closes the socket or is gone, and then finish."""
-    descriptor, trainer, root, timeout, rules = arguments
-    retention = Retention(Keep.from_json(json.loads(rules))) if rules != "null" else None
+    descriptor, trainer, timeout = arguments
     for number in NOT_OURS:
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, NOT_OURS)  # it was started with them blocked
     os.nice(_NICE)
     with socket.socket(fileno=int(descriptor)) as line:
-        _Writer(line, int(trainer), LocalStore(root), float(timeout), retention).serve()
+        _Writer(line, int(trainer), float(timeout)).serve()
+
+
+class _Begun(NamedTuple):
+    """A job, and the run that it is for."""
+
+    history: History
+    part: Part
+    then: Then
+    at: float
+
+    @property
+    def store(self) -> Store:
+        return self.history.store
 
 
 class _Writer:
-    def __init__(
-        self, line: socket.socket, trainer: int, store: LocalStore, timeout: float, retention: Retention | None
-    ) -> None:
-        self._line, self._store, self._timeout, self._retention = line, store, timeout, retention
-        self._history = History(store)
+    def __init__(self, line: socket.socket, trainer: int, timeout: float) -> None:
+        self._line, self._timeout = line, timeout
+        self._history: History | None = None
         self._arenas: dict[int, Arena] = {}
-        self._begun: dict[int, Part] = {}
+        self._begun: dict[int, _Begun] = {}
         self._trainer = trainer
 
     def serve(self) -> None:
@@ -82,10 +94,7 @@ class _Writer:
                         old.close()
                     self._arenas[message["arena"]] = Arena(message["nbytes"], descriptors[0])
                 case "begin":
-                    directory = StepDir.parse(message["directory"])
-                    assert directory is not None
-                    attempt = Attempt(directory, message["attempt"], message["world_size"])
-                    self._begun[message["job"]] = Part(attempt, message["rank"])
+                    self._begun[message["job"]] = self._begin(message)
                 case "staged":
                     self._answer(message["job"], self._done(self._finish, self._begun.pop(message["job"]), message))
                 case "commit":
@@ -96,8 +105,8 @@ class _Writer:
                     kind, text = message["error"]
                     self._refuse(self._begun.pop(message["job"]), RanksMissing(f"{kind}: {text}"))
                     self._answer(message["job"], {"error": [kind, text]})
-        for part in self._begun.values():
-            self._refuse(part, RanksMissing("the training process ended before it had staged its state"))
+        for begun in self._begun.values():
+            self._refuse(begun, RanksMissing("the training process ended before it had staged its state"))
 
     def _messages(self) -> Any:
         """Messages and their descriptors, until the training process closes its end or is gone.
@@ -125,6 +134,15 @@ class _Writer:
                     return
                 yield json.loads(data), descriptors
 
+    def _begin(self, message: Mapping[str, Any]) -> _Begun:
+        root, directory = Path(message["root"]), StepDir.parse(message["directory"])
+        assert directory is not None
+        history = self._history
+        if history is None or not isinstance(history.store, LocalStore) or history.store.root != root:
+            history = self._history = History(LocalStore(root))  # of one run: what it holds is not needed in the next
+        attempt = Attempt(directory, message["attempt"], message["world_size"])
+        return _Begun(history, Part(attempt, message["rank"]), Then.from_json(message["then"]), time.monotonic())
+
     def _done(self, work: Callable[..., None], *arguments: Any) -> dict[str, Any]:
         started = time.monotonic()
         try:
@@ -138,29 +156,31 @@ class _Writer:
             "seconds": time.monotonic() - started,
         }
 
-    def _finish(self, begun: Part, message: Mapping[str, Any]) -> None:
+    def _finish(self, begun: _Begun, message: Mapping[str, Any]) -> None:
         """Write this rank's part, and on rank 0 commit."""
         view = self._arenas[message["arena"]].view
         start, stop = message["told"]
         told = json.loads(bytes(view[start:stop]))
         objects = {name: text.encode() for name, text in told["objects"].items()}
         draft = manifest.from_json(told["draft"]) if told["draft"] else None
-        part = Part(begun.attempt, begun.rank, objects, draft)
+        part = Part(begun.part.attempt, begun.part.rank, objects, draft)
         header = view[: message["header"]]
         content = Summed(header, [view[: message["covered"]]])
-        draft = write_part(self._store, part, content, len(header), message["size"])
+        draft = write_part(begun.store, part, content, len(header), message["size"])
         if part.rank == 0:
-            self._commit(part, draft)
+            self._commit(begun, draft)
 
-    def _commit(self, part: Part, draft: Manifest | None = None) -> None:
-        """Wait for the other ranks' acks, commit, publish, and remove what is not kept."""
-        made = commit_when_acked(self._store, part.attempt, draft, timeout=self._timeout)
-        remove_acks(self._store, part.attempt)
-        publish(self._history, Checkpoint(self._store, part.attempt.directory, made), self._retention)
+    def _commit(self, begun: _Begun, draft: Manifest | None = None) -> None:
+        """Wait for the other ranks' acks, commit, and do what follows."""
+        attempt = begun.part.attempt
+        made = commit_when_acked(begun.store, attempt, draft, timeout=self._timeout)
+        remove_acks(begun.store, attempt)
+        seconds = time.monotonic() - begun.at
+        publish(begun.history, Checkpoint(begun.store, attempt.directory, made), begun.then, seconds)
 
-    def _refuse(self, part: Part, error: Exception) -> None:
+    def _refuse(self, begun: _Begun, error: Exception) -> None:
         with contextlib.suppress(StoreError):  # those who wait for this rank find out by their own timeout
-            write_refusal(self._store, part.attempt, part.rank, error)
+            write_refusal(begun.store, begun.part.attempt, begun.part.rank, error)
 
     def _answer(self, job: int, said: Mapping[str, Any]) -> None:
         with contextlib.suppress(OSError):  # the training process is gone: what is staged is finished all the same

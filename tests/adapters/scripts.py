@@ -12,7 +12,7 @@ def script(stage, seed=0, *, installed=True, dtype="fp32", **options):
     from distckpt.adapters import deepspeed
 
     if installed:
-        deepspeed.install(timeout=20)
+        deepspeed.install(timeout=20, wait=installed != "async")
     model = deepspeeds.net(seed)
     optimizer = torch.optim.AdamW(deepspeeds.groups(model))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: 0.5**i)

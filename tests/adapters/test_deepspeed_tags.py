@@ -19,6 +19,7 @@ from tests import deepspeeds, ranks
 from tests.adapters.engines import made
 from tests.adapters.scripts import equal, rates, script, train, weights
 from tests.layouts import quiet
+from tests.run.test_async import until
 
 # -- save and load ---------------------------------------------------------------------------------------------------
 
@@ -73,7 +74,7 @@ def test_tags_hold_what_deepspeeds_hold_and_load_at_any_size_and_stage(tmp_path,
 
 
 def _alike(root, installed):
-    """The same script twice: as it is, and with install()."""
+    """The same script thrice: as it is, with install(), and saving in the background."""
     engine = script(3, installed=installed)
     train(engine, 0, 2)
     engine.save_checkpoint(root, tag="x", client_state={"a": 1})
@@ -83,8 +84,36 @@ def _alike(root, installed):
 
 
 def test_a_script_does_the_same_with_and_without(tmp_path):
-    with_it, without = (deepspeeds.run(2, _alike, str(tmp_path / str(i)), i) for i in (True, False))
-    assert with_it == without
+    by_us, behind, by_them = (deepspeeds.run(2, _alike, str(tmp_path / str(i)), i) for i in (True, "async", False))
+    assert by_us == behind == by_them
+
+
+def _in_the_background(root):
+    """Two tags, saved while training goes on; then one that cannot be."""
+    engine = script(2, installed="async")
+    train(engine, 0, 1)
+    engine.save_checkpoint(root)
+    train(engine, 1, 2)  # what the first save has staged is not what is trained on
+    saved = weights(engine)
+    engine.save_checkpoint(root, client_state={"a": 1})
+    train(engine, 2, 3)
+    again = script(2, seed=5, installed="async")
+    path, client = again.load_checkpoint(root)
+    assert (Path(path).name, client, equal(weights(again), saved)) == ("global_step2", {"a": 1}, True)
+    if torch.distributed.get_rank() == 0:
+        Path(root, "bad", "step-00000000").parent.mkdir()
+        Path(root, "bad", "step-00000000").write_text("in the way")
+    torch.distributed.barrier()
+    engine.save_checkpoint(root, tag="bad")
+    with pytest.raises(DistckptError, match="step-00000000"):
+        engine.save_checkpoint(root, tag="next")
+    engine.save_checkpoint(root, tag="next")
+    assert again.load_checkpoint(root)[0] == str(Path(root, "next"))
+
+
+def test_tags_are_saved_while_training_goes_on(tmp_path):
+    deepspeeds.run(2, _in_the_background, str(tmp_path))
+    assert (tmp_path / "latest").read_text() == "next"
 
 
 def _undone(root):
@@ -264,6 +293,10 @@ def _launch(folder, switch, *what):
     runpy.run_module("distckpt.adapters.deepspeed", run_name="__main__", alter_sys=True)
 
 
+def _text(path):
+    return path.read_text() if path.exists() else ""
+
+
 def _load_alone(folder):
     model = torch.nn.Linear(3, 2)
     optimizer = torch.optim.AdamW(model.parameters())
@@ -272,12 +305,13 @@ def _load_alone(folder):
     return optimizer.state[model.weight]["step"].item()
 
 
-def test_a_script_runs_unchanged_under_the_launcher(tmp_path):
+@pytest.mark.parametrize("switch", ["1", "async"])
+def test_a_script_runs_unchanged_under_the_launcher(tmp_path, switch):
     (tmp_path / "beside.py").write_text("")
     (tmp_path / "train.py").write_text(SCRIPT)
     for expected, what in (("step2", ["train.py"]), ("step4", ["-m", "train"])):
-        deepspeeds.run(2, _launch, str(tmp_path), "1", *what)
-        assert (tmp_path / "here" / "latest").read_text() == expected
+        deepspeeds.run(2, _launch, str(tmp_path), switch, *what)
+        until(lambda expected=expected: _text(tmp_path / "here" / "latest") == expected)
     assert json.loads((tmp_path / "here/step4/last.json").read_text())["checkpoint"] == "step-00000000"
     assert not [*(tmp_path / "here").rglob("*.pt")]
     assert ranks.run(1, _load_alone, str(tmp_path)) == [4]

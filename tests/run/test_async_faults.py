@@ -23,6 +23,7 @@ from distckpt.format.layout import StepDir
 from distckpt.run import background, pending
 from distckpt.run.background import Background
 from distckpt.run.history import History
+from distckpt.run.publish import Then
 from distckpt.saving.commit import Attempt, commit, commit_when_acked
 from distckpt.saving.part import Part
 from distckpt.store.local import LocalStore
@@ -164,8 +165,8 @@ def test_an_error_of_any_length_is_told(tmp_path, monkeypatch):
 
 
 def test_ranks_that_are_missing_are_told_however_many(tmp_path):
-    writer = Background(LocalStore(tmp_path), 0.5)
-    job = writer.begin(Part(Attempt(StepDir(1, 1), "0123456789ab", 20_000), 0))
+    writer = Background(0.5)
+    job = writer.begin(LocalStore(tmp_path), Part(Attempt(StepDir(1, 1), "0123456789ab", 20_000), 0), Then())
     writer.written(job, 0)
     writer.wait(job)
     writer.close()

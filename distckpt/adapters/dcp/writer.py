@@ -140,7 +140,7 @@ class StorageWriter(storage.StorageWriter):
                 raise
             self._save = None
         remove_acks(where.store, under_way.attempt)
-        publish(where.history, Checkpoint(where.store, under_way.attempt.directory, manifest), where.retention)
+        publish(where.history, Checkpoint(where.store, under_way.attempt.directory, manifest), where.then())
 
     def _commit(self, under_way: _Save, parts: list[Part]) -> Manifest:
         attempt, store = under_way.attempt, under_way.where.store

@@ -1,6 +1,7 @@
 """`python -m distckpt.adapters.deepspeed script.py ...` (or `-m module ...`): run it with `install()` called before.
 
-DISTCKPT_DEEPSPEED=0 runs it as it is: so one command line serves both.
+DISTCKPT_DEEPSPEED=0 runs it as it is: so one command line serves both. DISTCKPT_DEEPSPEED=async saves in the
+background: see `install(wait=False)`.
 """
 
 from __future__ import annotations
@@ -18,8 +19,11 @@ def main() -> None:
     arguments = sys.argv[1:]
     if not arguments or arguments == ["-m"]:
         raise SystemExit("usage: python -m distckpt.adapters.deepspeed SCRIPT|-m MODULE [ARGUMENTS ...]")
-    if os.environ.get("DISTCKPT_DEEPSPEED", "1") != "0":
-        install()
+    how = os.environ.get("DISTCKPT_DEEPSPEED", "1")
+    if how not in {"0", "1", "async"}:
+        raise SystemExit(f"DISTCKPT_DEEPSPEED={how}: 0, 1 or async is expected")
+    if how != "0":
+        install(wait=how != "async")
     if arguments[0] == "-m":
         sys.argv, sys.path[0] = arguments[1:], str(Path.cwd())
         runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)

@@ -17,15 +17,17 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
 
-def install(*, timeout: float = 600.0) -> Callable[[], None]:
+def install(*, timeout: float = 600.0, wait: bool = True) -> Callable[[], None]:
     """Have engines save and load with distckpt. Returns what undoes it; called twice, it does nothing more.
 
-    timeout: seconds that any wait for other ranks lasts at most. Imports deepspeed.
+    timeout: seconds that any wait for other ranks lasts at most. wait: whether save_checkpoint returns only when the
+    tag is committed. False: once the state is staged; `latest` switches after the commit, and what makes a save fail is
+    raised by the next save or load. Not for scripts that remove older tags by themselves. Imports deepspeed.
     """
     kind = importlib.import_module("deepspeed.runtime.engine").DeepSpeedEngine
     if hasattr(kind.save_checkpoint, "undo"):
         return kind.save_checkpoint.undo  # type: ignore[no-any-return]
-    native_save, native_load, tags = kind.save_checkpoint, kind.load_checkpoint, Tags(timeout)
+    native_save, native_load, tags = kind.save_checkpoint, kind.load_checkpoint, Tags(timeout, wait=wait)
 
     @functools.wraps(native_save)
     def save_checkpoint(  # noqa: PLR0917

@@ -24,6 +24,7 @@ from distckpt.loading.plan import Options
 from distckpt.run.choose import Search, load_newest
 from distckpt.run.direct import save_to
 from distckpt.run.place import Place, place
+from distckpt.run.saver import Saver
 from distckpt.run.source import load_foreign
 from distckpt.run.trainstate import TrainState
 from distckpt.state import State
@@ -86,18 +87,27 @@ class ClientState:
 
 
 class Tags:
-    """Saves and loads tags. Every method but `close` is collective. timeout: seconds any wait for ranks may last."""
+    """Saves and loads tags. Collective. timeout: seconds any wait for ranks may last. wait: see `install`."""
 
-    def __init__(self, timeout: float) -> None:
-        self._timeout = timeout
+    def __init__(self, timeout: float, *, wait: bool) -> None:
+        self._timeout, self._wait = timeout, wait
         self._comm: Comm | None = None
+        self._saves: Saver | None = None
         self._broken: WeakKeyDictionary[Any, str] = WeakKeyDictionary()
         """Engines that a load has left half-way, and since when."""
 
     def close(self) -> None:
         """Give back the process group."""
-        if self._comm:
-            self._comm.close()
+        try:
+            if self._saves:
+                self._saves.close()
+        finally:
+            if self._comm:
+                self._comm.close()
+
+    def _saver(self) -> Saver:
+        self._saves = self._saves or Saver(self._ranks())
+        return self._saves
 
     def _ranks(self) -> Comm:
         self._comm = self._comm or comms.default(self._timeout)
@@ -135,19 +145,23 @@ class Tags:
             return _without_frozen(captured, engine) if without_frozen else captured
 
         told = {"tag": name, "global_steps": engine.global_steps}
-        save_to(place(Path(save_dir, name)), capture, ranks, metrics=told)
+        where, named_by = place(Path(save_dir, name)), (str(Path(save_dir, LATEST).absolute()), name)
+        by_writer = named_by if latest and not self._wait else None
+        save_to(where, capture, self._saver(), ranks, metrics=told, named_by=by_writer, wait=self._wait)
 
         def switch() -> None:
             if ranks.rank == 0:
                 write_all(LocalStore(save_dir), LATEST, name.encode())
 
-        if latest:
+        if latest and self._wait:
             together(ranks, f"switching {LATEST} to {name}", switch)
 
     # -- load --------------------------------------------------------------------------------------------------------
 
     def find(self, engine: Any, load_dir: str, tag: str | None) -> Tag | None:
         """Tag to load, None where nothing is there."""
+        if self._saves:
+            self._saves.finish()
         said = self._told("looking for the tag", lambda: _look(engine, load_dir, tag))
         return Tag(said[1:], said[0] == _NATIVE, tag is not None) if said else None
 

@@ -1,0 +1,125 @@
+"""What `distckpt queue FILE status` tells of each run: from its registry and events, and nvidia-smi."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from distckpt.queue.gpus import gpus
+from distckpt.queue.standing import State, age, newest_step, standing
+from distckpt.tools.answer import table
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from distckpt.queue.gpus import Gpu
+    from distckpt.queue.spec import Queue, Run
+    from distckpt.queue.standing import Event, Standing
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One run. rate: samples a second (steps a second where no samples are counted). eta, age: seconds."""
+
+    name: str
+    state: str
+    step: int | None
+    steps: int | None
+    epoch: int | None
+    metric: float | None
+    best: float | None
+    rate: float | None
+    rate_of: str
+    age: float | None
+    eta: float | None
+    crashes: int
+    gpus: list[dict[str, Any]]
+
+
+def rows(queue: Queue) -> list[Row]:
+    """Where each run stands, now."""
+    machine = {gpu.index: gpu for gpu in gpus()}
+    return [_row(run, standing(run, queue.restarts), machine) for run in queue.runs]
+
+
+def _row(run: Run, found: Standing, machine: Mapping[int, Gpu]) -> Row:
+    commits = [e for e in found.events if e["event"] == "committed"]
+    staged = [e for e in found.events if e["event"] == "staged"]
+    values = [v for e in commits if isinstance(v := e.get("metrics", {}).get(run.metric), (int, float))]
+    step = newest_step(found.events)
+    speed, unit = _speed(_of_newest_launch(staged))
+    steps_a_second, _ = _speed(_of_newest_launch(staged), "step")
+    running = found.state is State.RUNNING
+    left = run.steps - (step or 0) if run.steps is not None else None
+    eta = left / steps_a_second if running and left is not None and steps_a_second else None
+    if eta is not None and commits:
+        eta = max(0.0, eta - age(commits[-1]))
+    started = next((e for e in reversed(found.events) if e["event"] == "started"), {})
+    on = [asdict(machine[i]) for i in started.get("gpus", []) if i in machine] if running else []
+    best = (min if run.mode == "min" else max)(values, default=None)
+    return Row(
+        run.name,
+        found.state.value,
+        step,
+        run.steps,
+        next((e["epoch"] for e in reversed(staged) if "epoch" in e), None),
+        values[-1] if values else None,
+        best,
+        speed if running else None,
+        unit,
+        age(commits[-1]) if commits else None,
+        eta,
+        found.crashes,
+        on,
+    )
+
+
+def _of_newest_launch(staged: Sequence[Event]) -> list[Event]:
+    return [e for e in staged if e.get("launch") == staged[-1].get("launch")] if staged else []
+
+
+def _speed(staged: Sequence[Event], unit: str = "") -> tuple[float | None, str]:
+    """Rate between the first and last of some saves, and of what."""
+    unit = unit or ("samples" if staged and all("samples" in e for e in staged) else "step")
+    if len(staged) < 2 or staged[-1]["time"] <= staged[0]["time"]:
+        return None, unit
+    return (staged[-1][unit] - staged[0][unit]) / (staged[-1]["time"] - staged[0]["time"]), unit
+
+
+def lines(found: Sequence[Row]) -> list[str]:
+    """Rows for people."""
+    head = ("run", "state", "step", "epoch", "metric", "best", "a second", "checkpoint", "ETA", "GPU")
+    return table([head, *map(_text, found)])
+
+
+def _text(row: Row) -> tuple[str, ...]:
+    step = "-" if row.step is None else str(row.step)
+    return (
+        row.name,
+        row.state + (f" ({row.crashes} crashes)" if row.crashes else ""),
+        f"{step}/{row.steps} {100 * (row.step or 0) // row.steps}%" if row.steps else step,
+        "-" if row.epoch is None else str(row.epoch),
+        _number(row.metric),
+        _number(row.best),
+        "-" if row.rate is None else f"{row.rate:.3g} {row.rate_of if row.rate_of == 'samples' else 'steps'}",
+        "-" if row.age is None else f"{_time(row.age)} ago",
+        "-" if row.eta is None else _time(row.eta),
+        ", ".join(_gpu(gpu) for gpu in row.gpus) or "-",
+    )
+
+
+def _gpu(gpu: Mapping[str, Any]) -> str:
+    busy = "" if gpu["busy"] is None else f" {gpu['busy']:.0f}%"
+    memory = "" if gpu["used"] is None or not gpu["total"] else f" {gpu['used'] / 1024:.1f}/{gpu['total'] / 1024:.0f} GiB"
+    return f"{gpu['index']}:{busy}{memory}"
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.5g}"
+
+
+def _time(seconds: float) -> str:
+    days, rest = divmod(int(seconds), 86400)
+    clock = time.strftime("%H:%M:%S", time.gmtime(rest))
+    return f"{days} d {clock}" if days else clock

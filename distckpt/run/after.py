@@ -1,0 +1,110 @@
+"""What runs after a commit: exports, trial loads, evaluations; commands, off the training path, on what is committed.
+
+Whoever commits starts one process (run/after_runner.py), and does not wait for it. Imports no torch.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from distckpt.format.layout import StepDir
+from distckpt.run.triggers import Triggers, duration
+
+if TYPE_CHECKING:
+    import os
+    from collections.abc import Iterable
+
+
+@dataclass(frozen=True, slots=True)
+class After:
+    """A command that runs after a commit, in the run's directory.
+
+    command: its words, in which {checkpoint}, {run}, {step} and {directory} stand for the checkpoint's path, the run's,
+    its step, and its name. every: "4 h" or "1000 steps" since it last went well; None: after each commit. on: "best"
+    only after commits that `best` points at. timeout: after which it is killed. name: in events (default: the first
+    word of the command that is a file's name).
+    """
+
+    command: tuple[str, ...]
+    every: str | int | None = None
+    on: Literal["commit", "best"] = "commit"
+    timeout: str | float = "6 h"
+    name: str = ""
+
+    def __post_init__(self) -> None:
+        if isinstance(self.command, str) or not self.command or not all(isinstance(w, str) for w in self.command):
+            raise ValueError(f"command={self.command!r}: a tuple of words, such as ('python', 'evaluate.py')")
+        object.__setattr__(self, "command", tuple(self.command))
+        if self.on not in {"commit", "best"}:
+            raise ValueError(f"on={self.on!r}: 'commit' or 'best'")
+        duration(self.timeout, "timeout")
+        if Triggers.of(self.every).epochs:
+            raise ValueError(f"every={self.every!r}: steps or time; to run once an epoch, save once an epoch")
+        if not self.name:
+            object.__setattr__(self, "name", Path(self.command[0]).name)
+        try:
+            self.words(Path(), StepDir(0))
+        except (KeyError, IndexError, ValueError) as e:
+            expected = "{checkpoint}, {run}, {step} or {directory}; a brace itself is written twice"
+            raise ValueError(f"command={self.command!r}: {e!r}: {expected}") from e
+
+    def to_json(self) -> dict[str, Any]:
+        """What from_json takes."""
+        return asdict(self)
+
+    @staticmethod
+    def from_json(said: dict[str, Any]) -> After:
+        """Command that to_json described."""
+        return After(**{**said, "command": tuple(said["command"])})
+
+    def words(self, root: Path, directory: StepDir) -> list[str]:
+        """The command for a checkpoint."""
+        said = {"checkpoint": str(root / str(directory)), "run": str(root), "directory": str(directory)}
+        return [word.format(**said, step=directory.step) for word in self.command]
+
+
+def Export(  # noqa: N802  one of the things that an after_commit= lists, beside After
+    to: str | os.PathLike[str],
+    *,
+    format: str = "safetensors",  # noqa: A002  as in reshard
+    options: Iterable[str] = (),
+    every: str | int | None = None,
+    on: Literal["commit", "best"] = "commit",
+) -> After:
+    """Convert the checkpoint as `python -m distckpt.reshard {checkpoint} TO --to FORMAT OPTIONS...` does.
+
+    to: a path, in which {step} stands for the step: what is there already is replaced only if options say so.
+    """
+    words = (sys.executable, "-m", "distckpt.reshard", "{checkpoint}", str(to), "--to", format, *options)
+    return After(words, every, on, name=f"export to {to}")
+
+
+def TrialLoad(*, every: str | int | None = None, on: Literal["commit", "best"] = "best") -> After:  # noqa: N802
+    """Read the whole checkpoint back in a new process, against its checksums."""
+    return After((sys.executable, "-m", "distckpt.cli", "verify", "{checkpoint}"), every, on, name="trial load")
+
+
+def start(root: Path, directory: StepDir, commands: tuple[After, ...]) -> None:
+    """Start the process for a checkpoint just committed, and do not wait for it. OSError."""
+    told = json.dumps([after.to_json() for after in commands])
+    subprocess.Popen(  # noqa: S603  this interpreter, running our own module
+        [sys.executable, "-c", _START.format(path=[p for p in sys.path if p]), str(root), str(directory), told],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+        cwd=root,
+    )
+
+
+_START = """
+import sys
+sys.path[:] = {path!r}
+from distckpt.run.after_runner import main
+main(*sys.argv[1:])
+"""

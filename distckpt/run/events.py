@@ -1,0 +1,73 @@
+"""What happens to a run, a JSON line each in its directory (`events.jsonl`): for people, tools, and the queue of runs.
+
+Written where it happens: by rank 0, its writer process, whoever removes checkpoints, what runs after a commit, and the
+queue. So a job that is killed misses nothing that was committed afterwards. Every line has `time` (seconds since the
+epoch), `event`, and `launch` where it belongs to one; docs/events.md has the others. It is told, and never relied on
+for what to load: a line that cannot be written is warned of. Imports no torch.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+import warnings
+from typing import TYPE_CHECKING, Any
+
+from distckpt.errors import StateWarning, StoreError
+from distckpt.format.layout import EVENTS
+from distckpt.store.local import LocalStore
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from distckpt.store.base import Store
+
+NAMES = (
+    "launched",
+    "resumed",
+    "staged",
+    "committed",
+    "failed",
+    "skipped",
+    "removed",
+    "stopping",
+    "closed",
+    "started",
+    "exited",
+    "after",
+)
+_MOST_TEXT = 2000
+
+
+def note(store: Store, event: str, **what: Any) -> None:
+    """Add a line. A store that is no directory keeps none. What is None is left out."""
+    assert event in NAMES, event
+    if not isinstance(store, LocalStore):
+        return
+    said = {name: value[:_MOST_TEXT] if isinstance(value, str) else value for name, value in what.items()}
+    line = {"time": round(time.time(), 3), "event": event, **{n: v for n, v in said.items() if v is not None}}
+    try:
+        store.append(EVENTS, json.dumps(line, default=str).encode() + b"\n")
+    except StoreError as e:
+        warnings.warn(f"{event} is not noted in {EVENTS}: {e}", StateWarning, stacklevel=3)
+
+
+def read(root: Path, start: int = 0) -> Iterator[tuple[dict[str, Any], int]]:
+    """Events from byte `start` on, and where each ends. A line that a power cut has torn is left out."""
+    try:
+        file = (root / EVENTS).open("rb")
+    except FileNotFoundError:
+        return
+    with file:
+        file.seek(start)
+        for line in file:
+            if not line.endswith(b"\n"):
+                return  # it is being written
+            start += len(line)
+            try:
+                said = json.loads(line[max(0, line.rfind(b'{"time": ')) :])  # after one that was torn
+            except ValueError:
+                continue
+            if isinstance(said, dict) and isinstance(said.get("time"), (int, float)) and said.get("event") in NAMES:
+                yield said, start

@@ -1,0 +1,98 @@
+"""`distckpt queue FILE run|status|stop|submit`: several runs in order, so many at a time, through crashes and reboots.
+
+run      go on with the queue until all is finished: the same command after every reboot
+status   where each run stands
+stop     have the runs of a queue save and end, and the queue too
+submit   the same as a SLURM array
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from distckpt.errors import KeyExists
+from distckpt.queue.cluster import submit
+from distckpt.queue.runner import GRACE, Runner
+from distckpt.queue.spec import load
+from distckpt.queue.standing import State, signal_run, standing
+from distckpt.queue.table import lines, rows
+from distckpt.store.local import LocalStore
+from distckpt.tools.answer import Answer
+
+if TYPE_CHECKING:
+    import argparse
+
+    from distckpt.queue.spec import Queue
+
+
+def options(parser: argparse.ArgumentParser) -> None:
+    """Add the command's options."""
+    add = parser.add_argument
+    add("file", metavar="FILE", help="TOML file of the queue (docs/queue.md)")
+    add("what", choices=("run", "status", "stop", "submit"))
+    add("--retry", action="store_true", help="run: start what has failed, or was stopped by hand, too")
+    add("--every", type=float, metavar="SECONDS", help="status: again and again, until interrupted")
+    add("--script", default="launch/slurm/array.sbatch", help="submit: the batch script")
+    add("--sbatch", action="append", default=[], metavar="OPTION", help="submit: an option of sbatch (--sbatch=--gres=gpu:1)")
+
+
+def run(given: argparse.Namespace) -> Answer:
+    """Answer the command."""
+    queue = load(given.file)
+    if given.what == "run":
+        return _run(queue, given)
+    if given.what == "status":
+        return _status(queue, given)
+    if given.what == "stop":
+        return _stop(queue)
+    said = submit(queue, Path(given.script).absolute(), given.sbatch)
+    return Answer([said], {"sbatch": said})
+
+
+def _run(queue: Queue, given: argparse.Namespace) -> Answer:
+    def say(text: str) -> None:
+        print(f"{time.strftime('%F %T')}  {text}", file=sys.stderr if given.json else sys.stdout, flush=True)
+
+    stands = Runner(queue, retry=given.retry, say=say).run()
+    wrong = [name for name, state in stands.items() if state is not State.FINISHED]
+    return Answer(
+        [f"{name}: {state.value}" for name, state in stands.items()],
+        {name: state.value for name, state in stands.items()},
+        int(bool(wrong)),
+    )
+
+
+def _status(queue: Queue, given: argparse.Namespace) -> Answer:
+    while given.every:
+        shown = "\n".join(lines(rows(queue)))
+        print(f"\033[H\033[2J{shown}" if sys.stdout.isatty() else f"{shown}\n", flush=True)
+        time.sleep(given.every)
+    found = rows(queue)
+    return Answer(lines(found), [asdict(row) for row in found])
+
+
+def _stop(queue: Queue) -> Answer:
+    """Stop the runs; one that runs the queue notices first, and starts none of them again."""
+    try:
+        with LocalStore(queue.folder).locked(queue.lock):
+            pid = 0
+    except KeyExists:
+        pid = int((queue.folder / queue.lock).read_text() or 0)
+    if pid:
+        os.kill(pid, signal.SIGTERM)
+    else:
+        for each in queue.runs:
+            signal_run(standing(each, queue.restarts).events, signal.SIGTERM)
+    deadline = time.monotonic() + GRACE + 10.0
+    while time.monotonic() < deadline:
+        left = [r.name for r in queue.runs if standing(r, queue.restarts).state is State.RUNNING]
+        if not left:
+            return Answer(["nothing of the queue runs any more"], {"running": []})
+        time.sleep(0.2)
+    return Answer([f"still running: {', '.join(left)}"], {"running": left}, code=1)

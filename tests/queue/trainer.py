@@ -1,0 +1,48 @@
+"""A small run as the queue starts it: `python -m tests.queue.trainer ROOT STEPS`. Writes down every step that it does."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from distckpt import Checkpointer, Progress, TrainState
+from distckpt.run.preemption import leave
+
+EVERY = 5
+
+
+def main(root: str, steps: int, crash_at: int) -> None:
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+    model = torch.nn.Linear(4, 4)
+    optimizer = torch.optim.AdamW(model.parameters())
+    progress = Progress()
+    state = TrainState(model=model, optimizer=optimizer, progress=progress, rng=True)
+    code = 0
+    with Checkpointer(root, every=EVERY, preemption=True, timeout=20) as checkpointer:
+        checkpointer.resume(state)
+        while progress.global_step < steps and not code:
+            loss = model(torch.randn(8, 4)).square().mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            progress.advance(8)
+            time.sleep(0.02)
+            with Path(root, "done.txt").open("a", encoding="utf-8") as file:
+                file.write(f"{progress.global_step} {os.environ.get('CUDA_VISIBLE_DEVICES', '-')}\n")
+            if progress.global_step == crash_at:
+                raise RuntimeError("as it was told to")
+            code = checkpointer.step(progress.global_step, state, {"loss": loss.item()}).exit_code
+        if not code:
+            checkpointer.save(steps, state, wait=True)
+    if not code:
+        torch.save(model.state_dict(), Path(root, "final.pt"))
+    leave(code, 0)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]) if len(sys.argv) > 3 else -1)

@@ -1,0 +1,139 @@
+"""Commands that run after a commit: which are due, what they are told, and what becomes of them."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+
+import pytest
+import torch
+
+from distckpt import Checkpointer, Keep, TrainState
+from distckpt.format.layout import StepDir
+from distckpt.run.after import After, Export, TrialLoad
+from distckpt.run.after_runner import is_due
+from distckpt.run.events import note
+from distckpt.run.lease import leased
+from distckpt.store.base import write_all
+from distckpt.store.local import LocalStore
+from tests.run.test_async import until
+from tests.run.test_events import named
+
+
+def state():
+    return TrainState(model=torch.nn.Linear(2, 2), rng=False)
+
+
+def ended(root, count):
+    until(lambda: len(named(root, "after")) >= count, 60)
+    return named(root, "after")
+
+
+def python(code, *arguments):
+    return (sys.executable, "-c", code, *arguments)
+
+
+@pytest.mark.parametrize("wait", [True, False])
+def test_a_command_runs_on_what_was_committed(tmp_path, wait, monkeypatch):
+    monkeypatch.setenv("RANK", "3")
+    code = "import os, sys; open('told', 'w').write(repr([*sys.argv[1:], os.getcwd(), os.environ.get('RANK')]))"
+    after = After(python(code, "{checkpoint}", "{run}", "{step}", "{directory}", "{{}}"), name="tell")
+    with Checkpointer(tmp_path, after_commit=[after], wait=wait) as c:
+        c.save(7, state())
+    (event,) = ended(tmp_path, 1)
+    assert (event["name"], event["code"], event["step"], event.get("said")) == ("tell", 0, 7, None)
+    directory = "step-00000007"
+    expected = [str(tmp_path / directory), str(tmp_path), "7", directory, "{}", str(tmp_path), None]
+    assert (tmp_path / "told").read_text() == repr(expected)
+
+
+def test_what_goes_wrong_is_told_and_harms_nobody(tmp_path):
+    commands = [
+        After(python("import sys; print('x' * 5000, 'the end'); sys.exit(3)"), name="fails"),
+        After(("no-such-program",)),
+        After(python("import time; print('at it', flush=True); time.sleep(60)"), timeout=0.5, name="slow"),
+        After(python(""), name="last"),
+    ]
+    with Checkpointer(tmp_path, after_commit=commands) as c:
+        c.save(1, state())
+    found = {e["name"]: (e["code"], e.get("said", "")) for e in ended(tmp_path, 4)}
+    assert found["fails"][0] == 3
+    assert found["fails"][1].endswith("the end")
+    assert len(found["fails"][1]) <= 1000
+    assert found["no-such-program"][0] == 127
+    assert found["slow"] == (124, "at it\n\nkilled after 0 s (timeout=)")
+    assert found["last"] == (0, "")
+
+
+def test_one_at_a_time_and_the_checkpoint_stays_meanwhile(tmp_path):
+    code = "import os, sys, time\nopen('begun', 'w').close()\nwhile not os.path.exists('go'): time.sleep(0.02)"
+    with Checkpointer(tmp_path, keep=Keep(last=1), after_commit=[After(python(code), name="slow")], wait=True) as c:
+        c.save(1, state())
+        until(lambda: (tmp_path / "begun").exists())
+        assert leased(LocalStore(tmp_path)) == {StepDir(1)}
+        for step in (2, 3, 4):
+            c.save(step, state())
+        assert len(ended(tmp_path, 3)) == 3
+        assert all("not done yet" in e["skipped"] for e in named(tmp_path, "after"))
+        assert (tmp_path / "step-00000001" / "commit.json").exists()
+        (tmp_path / "go").touch()
+        assert ended(tmp_path, 4)[-1]["step"] == 1
+        c.save(5, state())
+        assert ended(tmp_path, 5)[-1]["step"] == 5
+    assert not (tmp_path / "step-00000001").exists()
+    assert not leased(LocalStore(tmp_path))
+
+
+def test_what_is_due(tmp_path):
+    store, now = LocalStore(tmp_path), time.time()
+    hourly, by_steps = After(("a",), every="1 h"), After(("b",), every="100 steps")
+    best = After(("c",), on="best")
+    assert is_due(hourly, store, StepDir(1), now)
+    assert is_due(by_steps, store, StepDir(1), now)
+    assert not is_due(best, store, StepDir(1), now)
+    for name in ("a", "b"):
+        note(store, "after", name=name, step=50, code=0, began=now)
+    note(store, "after", name="a", step=60, code=1, began=now + 3000)  # went wrong: due as if it had not been
+    assert not is_due(hourly, store, StepDir(1000), now + 3599)
+    assert is_due(hourly, store, StepDir(51), now + 3600)
+    assert not is_due(by_steps, store, StepDir(149), now + 1e6)
+    assert is_due(by_steps, store, StepDir(150), now)
+    write_all(store, "best.json", json.dumps({"checkpoint": "step-00000009", "step": 9}).encode())
+    assert is_due(best, store, StepDir(9), now)
+    assert not is_due(best, store, StepDir(10), now)
+
+
+def test_an_export_and_a_trial_load_of_the_best(tmp_path):
+    commands = [Export("exports/{step}", options=("--only", "model")), TrialLoad()]
+    os.makedirs(tmp_path / "run" / "exports")
+    keep = Keep(last=2, best=("loss", "min", 1))
+    with Checkpointer(tmp_path / "run", keep=keep, after_commit=commands) as c:
+        c.save(1, state(), {"loss": 1.0}, wait=True)
+        found = {e["name"]: e for e in ended(tmp_path / "run", 2)}
+        assert {name: (e["code"], e.get("said")) for name, e in found.items()} == {
+            "export to exports/{step}": (0, None),
+            "trial load": (0, None),
+        }
+        c.save(2, state(), {"loss": 2.0}, wait=True)
+        assert ended(tmp_path / "run", 3)[-1]["name"] == "export to exports/{step}"
+    assert [*(tmp_path / "run" / "exports" / "1").glob("*.safetensors")]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"command": "python x.py"}, "a tuple of words"),
+        ({"command": ()}, "a tuple of words"),
+        ({"command": ("a", "{what}")}, "{checkpoint}, {run}, {step} or {directory}"),
+        ({"command": ("a", "{")}, "a brace itself is written twice"),
+        ({"command": ("a",), "on": "worst"}, "'commit' or 'best'"),
+        ({"command": ("a",), "every": "soon"}, "every='soon'"),
+        ({"command": ("a",), "every": "1 epoch"}, "save once an epoch"),
+        ({"command": ("a",), "timeout": "1 step"}, "timeout='1 step'"),
+    ],
+)
+def test_a_command_that_makes_no_sense(options, message):
+    with pytest.raises(ValueError, match=message):
+        After(**options)
