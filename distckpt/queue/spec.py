@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from distckpt.run.triggers import duration
 from distckpt.queue.gpus import gpus
+from distckpt.run.triggers import duration
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -22,8 +22,9 @@ _RUN = {"name", "root", "command", "slots", "steps", "metric", "mode", "env"}
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """One run. root: its directory. slots: that it takes. steps: of the whole run, if known. metric: to show, and
-    whether less of it is better.
+    """One run.
+
+    root: its directory. slots: that it takes. steps: of the whole run, if known. metric: to show. mode: min or max.
     """
 
     name: str
@@ -141,8 +142,8 @@ def _refuse_unknown(where: str, said: dict[str, Any], known: set[str]) -> None:
 
 def _typed(where: str, value: Any, kind: type) -> Any:
     if not isinstance(value, kind):
-        names = {list: "a list", dict: "a table", str: "a text"}
-        raise ValueError(f"{where}: {value!r}: {names[kind]} is expected")  # noqa: TRY004  of a file, not of a call
+        name = {"list": "a list", "dict": "a table", "str": "a text"}[kind.__name__]
+        raise ValueError(f"{where}: {value!r}: {name} is expected")  # noqa: TRY004  of a file, not of a call
     return value
 
 

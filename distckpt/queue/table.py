@@ -111,7 +111,9 @@ def _text(row: Row) -> tuple[str, ...]:
 
 def _gpu(gpu: Mapping[str, Any]) -> str:
     busy = "" if gpu["busy"] is None else f" {gpu['busy']:.0f}%"
-    memory = "" if gpu["used"] is None or not gpu["total"] else f" {gpu['used'] / 1024:.1f}/{gpu['total'] / 1024:.0f} GiB"
+    memory = (
+        "" if gpu["used"] is None or not gpu["total"] else f" {gpu['used'] / 1024:.1f}/{gpu['total'] / 1024:.0f} GiB"
+    )
     return f"{gpu['index']}:{busy}{memory}"
 
 

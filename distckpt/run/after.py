@@ -22,12 +22,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class After:
-    """A command that runs after a commit, in the run's directory.
+    """A command that runs after a commit.
 
     command: its words, in which {checkpoint}, {run}, {step} and {directory} stand for the checkpoint's path, the run's,
     its step, and its name. every: "4 h" or "1000 steps" since it last went well; None: after each commit. on: "best"
-    only after commits that `best` points at. timeout: after which it is killed. name: in events (default: the first
-    word of the command that is a file's name).
+    only after commits that `best` points at. timeout: after which it is killed. name: in events (default: the
+    command's first word). folder: that it runs in (default: the one that we are in now).
     """
 
     command: tuple[str, ...]
@@ -35,6 +35,7 @@ class After:
     on: Literal["commit", "best"] = "commit"
     timeout: str | float = "6 h"
     name: str = ""
+    folder: str = ""
 
     def __post_init__(self) -> None:
         if isinstance(self.command, str) or not self.command or not all(isinstance(w, str) for w in self.command):
@@ -47,6 +48,8 @@ class After:
             raise ValueError(f"every={self.every!r}: steps or time; to run once an epoch, save once an epoch")
         if not self.name:
             object.__setattr__(self, "name", Path(self.command[0]).name)
+        if not self.folder:
+            object.__setattr__(self, "folder", str(Path.cwd()))
         try:
             self.words(Path(), StepDir(0))
         except (KeyError, IndexError, ValueError) as e:
@@ -92,7 +95,8 @@ def TrialLoad(*, every: str | int | None = None, on: Literal["commit", "best"] =
 def start(root: Path, directory: StepDir, commands: tuple[After, ...]) -> None:
     """Start the process for a checkpoint just committed, and do not wait for it. OSError."""
     told = json.dumps([after.to_json() for after in commands])
-    subprocess.Popen(  # noqa: S603  this interpreter, running our own module
+    _started[:] = [process for process in _started if process.poll() is None]
+    process = subprocess.Popen(  # noqa: S603  this interpreter, running our own module
         [sys.executable, "-c", _START.format(path=[p for p in sys.path if p]), str(root), str(directory), told],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
@@ -100,7 +104,11 @@ def start(root: Path, directory: StepDir, commands: tuple[After, ...]) -> None:
         start_new_session=True,
         cwd=root,
     )
+    _started.append(process)
 
+
+_started: list[subprocess.Popen[bytes]] = []
+"""Processes that nobody waits for: each is taken leave of once it has ended, when the next is started."""
 
 _START = """
 import sys

@@ -74,7 +74,7 @@ def _went_well(event: Mapping[str, Any], name: str) -> bool:
 def _run(after: After, store: LocalStore, directory: StepDir) -> None:
     seconds, began = duration(after.timeout, "timeout"), time.time()
     with lease(store, directory, seconds + 60), tempfile.TemporaryFile() as output:
-        code = _code(after.words(store.root, directory), seconds, output.fileno(), store)
+        code = _code(after.words(store.root, directory), after.folder, seconds, output.fileno())
         output.seek(max(0, output.seek(0, os.SEEK_END) - _MOST_SAID))
         said = output.read().decode(errors="replace").strip()
     note(
@@ -90,7 +90,7 @@ def _run(after: After, store: LocalStore, directory: StepDir) -> None:
     )
 
 
-def _code(words: list[str], seconds: float, output: int, store: LocalStore) -> int:
+def _code(words: list[str], folder: str, seconds: float, output: int) -> int:
     """Exit code of a command: as a shell has it where it could not be started, or was killed for its time was up."""
     env = {name: value for name, value in os.environ.items() if not name.startswith(_OF_A_RANK)}
     try:
@@ -100,7 +100,7 @@ def _code(words: list[str], seconds: float, output: int, store: LocalStore) -> i
             stdout=output,
             stderr=output,
             start_new_session=True,
-            cwd=store.root,
+            cwd=folder,
             env={"OMP_NUM_THREADS": "1", **env},
         )
     except OSError as e:

@@ -112,7 +112,8 @@ def seen_alive(store: LocalStore) -> bool:
     beat = _read(store, launches[-1]) if launches else None
     if beat is None or beat["ended"] or _is_dead_here(beat):
         return False
-    return time.time() - store.changed(beat_file(launches[-1].number)) < _STALE * beat["interval"]
+    young: float = _STALE * beat["interval"]
+    return time.time() - store.changed(beat_file(launches[-1].number)) < young
 
 
 def _read(store: Store, launch: Launch) -> dict[str, Any] | None:

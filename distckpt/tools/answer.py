@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +25,13 @@ class Answer:
     lines: Sequence[str]
     value: Any
     code: int = 0
+
+
+def tell(line: str, *, beside: bool = False) -> None:
+    """Say something before the answer is there. beside: on stderr, where stdout is for the answer alone."""
+    stream = sys.stderr if beside else sys.stdout
+    stream.write(line + "\n")
+    stream.flush()
 
 
 def run_at(path: str) -> History:

@@ -23,7 +23,7 @@ from distckpt.queue.spec import load
 from distckpt.queue.standing import State, signal_run, standing
 from distckpt.queue.table import lines, rows
 from distckpt.store.local import LocalStore
-from distckpt.tools.answer import Answer
+from distckpt.tools.answer import Answer, tell
 
 if TYPE_CHECKING:
     import argparse
@@ -39,7 +39,13 @@ def options(parser: argparse.ArgumentParser) -> None:
     add("--retry", action="store_true", help="run: start what has failed, or was stopped by hand, too")
     add("--every", type=float, metavar="SECONDS", help="status: again and again, until interrupted")
     add("--script", default="launch/slurm/array.sbatch", help="submit: the batch script")
-    add("--sbatch", action="append", default=[], metavar="OPTION", help="submit: an option of sbatch (--sbatch=--gres=gpu:1)")
+    add(
+        "--sbatch",
+        action="append",
+        default=[],
+        metavar="OPTION",
+        help="submit: an option of sbatch (--sbatch=--gres=gpu:1)",
+    )
 
 
 def run(given: argparse.Namespace) -> Answer:
@@ -57,7 +63,7 @@ def run(given: argparse.Namespace) -> Answer:
 
 def _run(queue: Queue, given: argparse.Namespace) -> Answer:
     def say(text: str) -> None:
-        print(f"{time.strftime('%F %T')}  {text}", file=sys.stderr if given.json else sys.stdout, flush=True)
+        tell(f"{time.strftime('%F %T')}  {text}", beside=given.json)
 
     stands = Runner(queue, retry=given.retry, say=say).run()
     wrong = [name for name, state in stands.items() if state is not State.FINISHED]
@@ -71,7 +77,7 @@ def _run(queue: Queue, given: argparse.Namespace) -> Answer:
 def _status(queue: Queue, given: argparse.Namespace) -> Answer:
     while given.every:
         shown = "\n".join(lines(rows(queue)))
-        print(f"\033[H\033[2J{shown}" if sys.stdout.isatty() else f"{shown}\n", flush=True)
+        tell(f"\033[H\033[2J{shown}" if sys.stdout.isatty() else f"{shown}\n")
         time.sleep(given.every)
     found = rows(queue)
     return Answer(lines(found), [asdict(row) for row in found])

@@ -106,5 +106,7 @@ class OpenTelemetry:
     def show(self, values: Mapping[str, float]) -> None:
         """Set the gauges."""
         for name, value in values.items():
-            gauge = self._gauges.get(name) or self._gauges.setdefault(name, self._meter.create_gauge(f"distckpt.{name}"))
+            gauge = self._gauges.get(name) or self._gauges.setdefault(
+                name, self._meter.create_gauge(f"distckpt.{name}")
+            )
             gauge.set(value, {"run": self._run})

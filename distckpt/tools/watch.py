@@ -1,4 +1,4 @@
-"""`distckpt watch RUN`: its events as they come, and what they come to: for people, Prometheus, TensorBoard, OpenTelemetry.
+"""`distckpt watch RUN`: its events as they come; for people, Prometheus, TensorBoard and OpenTelemetry.
 
 A process of its own that follows RUN/events.jsonl: training pays nothing for it.
 """
@@ -11,18 +11,18 @@ from contextlib import ExitStack
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
-from distckpt.errors import DistckptError, KeyMissing, NotACheckpoint
+from distckpt.errors import KeyMissing, NotACheckpoint
 from distckpt.format.layout import EVENTS, beat_file
 from distckpt.run.events import read
 from distckpt.run.goodput import goodput
 from distckpt.store.local import LocalStore, local_path
-from distckpt.tools.answer import Answer
+from distckpt.tools.answer import Answer, tell
 from distckpt.tools.sinks import opened
 from distckpt.units import size_text
 
 if TYPE_CHECKING:
     import argparse
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
     from distckpt.tools.sinks import Sink
@@ -53,7 +53,7 @@ def run(given: argparse.Namespace) -> Answer:
         shown = 0
         while True:
             for event in seen[shown:]:
-                print(json.dumps(event) if given.json else line(event), flush=True)
+                tell(json.dumps(event) if given.json else line(event))
             shown = len(seen)
             time.sleep(given.interval)
             end = _take(root, end, seen, sinks)
@@ -108,20 +108,17 @@ def _summary(root: Path, events: Sequence[Mapping[str, Any]]) -> Answer:
         raise NotACheckpoint(f"{root}: no {EVENTS}: nothing has happened to a run here")
     values = figures(events, alive_at(root, events))
     lines = [f"{name}: {values[name]:.6g}" for name in sorted(values)]
-    return Answer([*lines, *goodput_lines(root)], {"figures": values, "events": list(events)})
+    return Answer([*lines, *_goodput(root, events)], {"figures": values, "events": list(events)})
 
 
-def goodput_lines(root: Path) -> Iterator[str]:
+def _goodput(root: Path, events: Sequence[Mapping[str, Any]]) -> list[str]:
     """A line on the goodput of a run; none where too little is known."""
-    events = [event for event, _ in read(root)]
-    try:
-        found = goodput(events, alive_at(root, events))
-    except DistckptError:
-        return
-    if found.share is not None:
-        parts = {"saving": found.saving, "lost work": found.lost, "down, starting and loading": found.down}
-        rest = ", ".join(f"{name} {seconds / found.wall:.1%}" for name, seconds in parts.items())
-        yield f"goodput: {found.share:.1%} of {found.wall:.0f} s in {found.launches} launch(es); {rest}"
+    found = goodput(events, alive_at(root, events))
+    if found.share is None:
+        return []
+    parts = {"saving": found.saving, "lost work": found.lost, "down, starting and loading": found.down}
+    rest = ", ".join(f"{name} {seconds / found.wall:.1%}" for name, seconds in parts.items())
+    return [f"goodput: {found.share:.1%} of {found.wall:.0f} s in {found.launches} launch(es); {rest}"]
 
 
 def line(event: Mapping[str, Any]) -> str:

@@ -1,4 +1,7 @@
-"""A small run as the queue starts it: `python -m tests.queue.trainer ROOT STEPS`. Writes down every step that it does."""
+"""A small run as the queue starts it: `python -m tests.queue.trainer ROOT STEPS`. Writes down every step that it does.
+
+A third argument has it crash at that step: once, or if it is negative each time.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +37,8 @@ def main(root: str, steps: int, crash_at: int) -> None:
             time.sleep(0.02)
             with Path(root, "done.txt").open("a", encoding="utf-8") as file:
                 file.write(f"{progress.global_step} {os.environ.get('CUDA_VISIBLE_DEVICES', '-')}\n")
-            if progress.global_step == crash_at:
+            if progress.global_step == abs(crash_at) and (crash_at < 0 or not Path(root, "crashed").exists()):
+                Path(root, "crashed").touch()
                 raise RuntimeError("as it was told to")
             code = checkpointer.step(progress.global_step, state, {"loss": loss.item()}).exit_code
         if not code:
@@ -45,4 +49,4 @@ def main(root: str, steps: int, crash_at: int) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]) if len(sys.argv) > 3 else -1)
+    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]) if len(sys.argv) > 3 else 0)
