@@ -22,6 +22,7 @@ LAYERS = [
     {"foreign"},
     {"run"},
     {"drop-ins"},
+    {"queue"},
     {"tools"},
     {"cli", "reshard", "__main__"},
 ]

@@ -264,7 +264,7 @@ class Checkpointer:
         if made is None:
             self._note("skipped", step=step, why="earlier saves are still being written")
         else:
-            said = {"epoch": state.epoch, "samples": state.samples}
+            said = {name: getattr(state, name, None) for name in ("epoch", "samples")}
             self._note("staged", step=step, stall=round(self._saver.blocked, 4), waited=wait or None, **said)
         return made
 

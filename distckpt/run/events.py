@@ -50,6 +50,8 @@ def note(store: Store, event: str, **what: Any) -> None:
     try:
         store.append(EVENTS, json.dumps(line, default=str).encode() + b"\n")
     except StoreError as e:
+        if event == "failed":
+            return  # that is an error by itself, which a warning taken for one must not hide
         warnings.warn(f"{event} is not noted in {EVENTS}: {e}", StateWarning, stacklevel=3)
 
 

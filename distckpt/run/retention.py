@@ -99,7 +99,7 @@ def decided(history: History, checkpoints: list[Listed], keep: Keep, step: int |
 
 
 def remove_all(history: History, goes: Collection[StepDir]) -> tuple[list[StepDir], list[str]]:
-    """Remove checkpoints, oldest first. Returns those removed, and problems with the others.
+    """Remove checkpoints, newest first, for those refer to files of older ones. Returns those removed, and problems.
 
     One that has been leased since stays. Stops where a launch has begun since: what counts may be another then.
     """
@@ -107,14 +107,14 @@ def remove_all(history: History, goes: Collection[StepDir]) -> tuple[list[StepDi
     removed: list[StepDir] = []
     try:
         launches = read_launches(store)
-        for directory in sorted(goes):
+        for directory in sorted(goes, reverse=True):
             if read_launches(store) != launches:
-                return removed, ["a later launch has begun; what goes is for it to decide"]
+                return sorted(removed), ["a later launch has begun; what goes is for it to decide"]
             if directory not in leased(store) and remove(store, directory):
                 removed.append(directory)
     except DistckptError as e:
-        return removed, [str(e)]
-    return removed, []
+        return sorted(removed), [str(e)]
+    return sorted(removed), []
 
 
 def remove(store: Store, directory: StepDir) -> bool:

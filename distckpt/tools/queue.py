@@ -14,20 +14,22 @@ import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from distckpt.errors import KeyExists
 from distckpt.queue.cluster import submit
+from distckpt.queue.progress import rows
 from distckpt.queue.runner import GRACE, Runner
 from distckpt.queue.spec import load
 from distckpt.queue.standing import State, signal_run, standing
-from distckpt.queue.table import lines, rows
 from distckpt.store.local import LocalStore
-from distckpt.tools.answer import Answer, tell
+from distckpt.tools.answer import Answer, table, tell
 
 if TYPE_CHECKING:
     import argparse
+    from collections.abc import Mapping, Sequence
 
+    from distckpt.queue.progress import Row
     from distckpt.queue.spec import Queue
 
 
@@ -102,3 +104,43 @@ def _stop(queue: Queue) -> Answer:
             return Answer(["nothing of the queue runs any more"], {"running": []})
         time.sleep(0.2)
     return Answer([f"still running: {', '.join(left)}"], {"running": left}, code=1)
+
+
+def lines(found: Sequence[Row]) -> list[str]:
+    """Rows for people."""
+    head = ("run", "state", "step", "epoch", "metric", "best", "a second", "checkpoint", "ETA", "GPU")
+    return table([head, *map(_text, found)])
+
+
+def _text(row: Row) -> tuple[str, ...]:
+    step = "-" if row.step is None else str(row.step)
+    return (
+        row.name,
+        row.state + (f" ({row.crashes} crashes)" if row.crashes else ""),
+        f"{step}/{row.steps} {100 * (row.step or 0) // row.steps}%" if row.steps else step,
+        "-" if row.epoch is None else str(row.epoch),
+        _number(row.metric),
+        _number(row.best),
+        "-" if row.rate is None else f"{row.rate:.3g} {row.rate_of if row.rate_of == 'samples' else 'steps'}",
+        "-" if row.age is None else f"{_time(row.age)} ago",
+        "-" if row.eta is None else _time(row.eta),
+        ", ".join(_gpu(gpu) for gpu in row.gpus) or "-",
+    )
+
+
+def _gpu(gpu: Mapping[str, Any]) -> str:
+    busy = "" if gpu["busy"] is None else f" {gpu['busy']:.0f}%"
+    memory = (
+        "" if gpu["used"] is None or not gpu["total"] else f" {gpu['used'] / 1024:.1f}/{gpu['total'] / 1024:.0f} GiB"
+    )
+    return f"{gpu['index']}:{busy}{memory}"
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.5g}"
+
+
+def _time(seconds: float) -> str:
+    days, rest = divmod(int(seconds), 86400)
+    clock = time.strftime("%H:%M:%S", time.gmtime(rest))
+    return f"{days} d {clock}" if days else clock

@@ -16,10 +16,11 @@ import pytest
 
 from distckpt import cli
 from distckpt.queue import spec
+from distckpt.queue.progress import rows
 from distckpt.queue.standing import State, born, crashes_in_a_row, standing
-from distckpt.queue.table import lines, rows
 from distckpt.run.events import note, read
 from distckpt.store.local import LocalStore
+from distckpt.tools.queue import lines
 from tests.queue.trainer import EVERY
 from tests.run.test_async import until
 

@@ -64,7 +64,7 @@ class Guarded(MemoryStore):
         if len(valid) < 3:
             return
         new, old = valid[0], valid[2]
-        file = replace(old.manifest.files[0], name=f"{old.directory}/{old.manifest.files[0].name}")
+        file = old.manifest.files[0]._replace(name=f"{old.directory}/{old.manifest.files[0].name}")
         if "/" not in old.manifest.files[0].name:
             whole = replace(new.manifest, files=(*new.manifest.files, file))
             self._data[f"{new.directory}/{COMMIT}"] = manifest.encode(whole)

@@ -1,14 +1,12 @@
-"""What `distckpt queue FILE status` tells of each run: from its registry and events, and nvidia-smi."""
+"""How each run of a queue is doing: from its events, and nvidia-smi."""
 
 from __future__ import annotations
 
-import time
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from distckpt.queue.gpus import gpus
 from distckpt.queue.standing import State, age, newest_step, standing
-from distckpt.tools.answer import table
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -85,43 +83,3 @@ def _speed(staged: Sequence[Event], unit: str = "") -> tuple[float | None, str]:
     if len(staged) < 2 or staged[-1]["time"] <= staged[0]["time"]:
         return None, unit
     return (staged[-1][unit] - staged[0][unit]) / (staged[-1]["time"] - staged[0]["time"]), unit
-
-
-def lines(found: Sequence[Row]) -> list[str]:
-    """Rows for people."""
-    head = ("run", "state", "step", "epoch", "metric", "best", "a second", "checkpoint", "ETA", "GPU")
-    return table([head, *map(_text, found)])
-
-
-def _text(row: Row) -> tuple[str, ...]:
-    step = "-" if row.step is None else str(row.step)
-    return (
-        row.name,
-        row.state + (f" ({row.crashes} crashes)" if row.crashes else ""),
-        f"{step}/{row.steps} {100 * (row.step or 0) // row.steps}%" if row.steps else step,
-        "-" if row.epoch is None else str(row.epoch),
-        _number(row.metric),
-        _number(row.best),
-        "-" if row.rate is None else f"{row.rate:.3g} {row.rate_of if row.rate_of == 'samples' else 'steps'}",
-        "-" if row.age is None else f"{_time(row.age)} ago",
-        "-" if row.eta is None else _time(row.eta),
-        ", ".join(_gpu(gpu) for gpu in row.gpus) or "-",
-    )
-
-
-def _gpu(gpu: Mapping[str, Any]) -> str:
-    busy = "" if gpu["busy"] is None else f" {gpu['busy']:.0f}%"
-    memory = (
-        "" if gpu["used"] is None or not gpu["total"] else f" {gpu['used'] / 1024:.1f}/{gpu['total'] / 1024:.0f} GiB"
-    )
-    return f"{gpu['index']}:{busy}{memory}"
-
-
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.5g}"
-
-
-def _time(seconds: float) -> str:
-    days, rest = divmod(int(seconds), 86400)
-    clock = time.strftime("%H:%M:%S", time.gmtime(rest))
-    return f"{days} d {clock}" if days else clock
