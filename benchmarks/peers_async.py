@@ -24,6 +24,7 @@ class AsyncDistckpt(Distckpt):
 
     def start(self) -> None:
         super().start()
+        self._saver.step(0, self._state)  # as every job calls it: memory for the first save is made ready beside
         self._pending: Any = None
 
     def stall(self, folder: Path) -> None:

@@ -25,6 +25,7 @@ from benchmarks.simulated import MODELS, PARALLELISMS, TP, Sharding, index_of
 from distckpt.comm import ThreadComm
 from distckpt.format import manifest
 from distckpt.format.layout import StepDir
+from distckpt.format.partition import regions_of
 from distckpt.loading.open import open_checkpoint
 from distckpt.loading.plan import Options as LoadOptions
 from distckpt.loading.plan import plan as plan_load
@@ -145,7 +146,7 @@ def _planned(model: Model, kind: str, n: int, repeats: int) -> Planned:
         tensors=len(model),
         agree=agreed,
         divide=_milliseconds(lambda: divide(agreement.tensors), repeats),
-        own=_milliseconds(lambda: [list(p.of_file(n // 2)) for p in partitions.values()], repeats),
+        own=_milliseconds(lambda: [regions_of(p, n // 2) for p in partitions.values()], repeats),
         sent=sent,
         load=max(_load(model, content, reader, repeats) for reader in readers.values()),
         index=len(data),

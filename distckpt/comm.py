@@ -79,8 +79,8 @@ def together(comm: Comm, what: str, fn: Callable[[], bytes | None]) -> list[byte
         return [payload]
     message = bytes([failure is not None, len(payload) if not failure else 0]) + (b"" if failure else payload)
     replies = _meet(comm, what, message)
-    if not any(reply[0] for reply in replies):
-        return [reply[2 : 2 + reply[1]] for reply in replies]
+    if not any(reply[0] for reply in set(replies)):
+        return _each(replies, lambda reply: reply[2 : 2 + reply[1]])
     text = json.dumps([type(failure).__name__, str(failure) or repr(failure)] if failure else None)
     causes = {
         rank: cause
@@ -110,7 +110,8 @@ def _ranks(ranks: Sequence[int], world_size: int) -> str:
 
 def exchange(comm: Comm, what: str, data: bytes) -> list[bytes]:
     """Every rank's bytes, of any length, by rank; for what is rare. Few that have something each send it to all."""
-    lengths = [int.from_bytes(n[:8], "little") for n in _meet(comm, what, len(data).to_bytes(8, "little"))]
+    said = _meet(comm, what, len(data).to_bytes(8, "little"))
+    lengths = _each(said, lambda n: int.from_bytes(n[:8], "little"))
     speakers = [rank for rank, length in enumerate(lengths) if length]
     if len(speakers) > max(1, comm.world_size // 4):
         replies = comm.all_gather(what, data.ljust(max(1, *lengths), b"\0"))
@@ -131,8 +132,8 @@ def _meet(comm: Comm, what: str, body: bytes) -> list[bytes]:
     """
     place = hashlib.blake2b(what.encode(), digest_size=_PLACE).digest()
     replies = comm.all_gather(what, (place + body).ljust(MESSAGE, b"\0"))
-    if all(reply[:_PLACE] == place for reply in replies):
-        return [reply[_PLACE:] for reply in replies]
+    if all(reply[:_PLACE] == place for reply in set(replies)):
+        return _each(replies, lambda reply: reply[_PLACE:])
     said = what.encode()[:MESSAGE]
     at: dict[str, list[int]] = {}
     for rank, text in enumerate(comm.all_gather("telling where each rank is", said.ljust(MESSAGE, b"\0"))):
@@ -142,6 +143,12 @@ def _meet(comm: Comm, what: str, body: bytes) -> list[bytes]:
         f"ranks are not at the same point ({told}): every rank must call the same methods of Checkpointer, with the "
         "same options, in the same order; restart the job if one of them was interrupted in the middle of a call"
     )
+
+
+def _each(replies: list[bytes], make: Callable[[bytes], T]) -> list[T]:
+    """What `make` makes of each reply: made once for equal ones, for most are, however many ranks there are."""
+    made = {reply: make(reply) for reply in set(replies)}
+    return [made[reply] for reply in replies]
 
 
 class SoloComm:
@@ -207,9 +214,10 @@ class TorchComm:
         import torch.distributed as dist
 
         mine = torch.frombuffer(bytearray(payload), dtype=torch.uint8)
-        replies = [torch.empty_like(mine) for _ in range(self.world_size)]
-        self._do(what, lambda: self._wait(dist.all_gather(replies, mine, group=self._group, async_op=True)))
-        return [bytes(reply.numpy()) for reply in replies]
+        replies = torch.empty(self.world_size * len(mine), dtype=torch.uint8)
+        self._do(what, lambda: self._wait(dist.all_gather_into_tensor(replies, mine, group=self._group, async_op=True)))
+        data = replies.numpy().tobytes()
+        return [data[i : i + len(mine)] for i in range(0, len(data), len(mine))]
 
     def broadcast(self, what: str, buffer: memoryview, source: int) -> None:
         """See Comm.broadcast."""

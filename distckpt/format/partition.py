@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass
+from functools import lru_cache
 from math import prod
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -276,6 +277,16 @@ class Copies:
 
 
 Partition: TypeAlias = Grid | FlatEven | Pieces | Copies
+
+
+def regions_of(partition: Partition, file: int) -> tuple[Region, ...]:
+    """Regions of a tensor that lie in `file`. A model has few grids, each for many tensors: they are kept."""
+    return _regions_of_grid(partition, file) if isinstance(partition, Grid) else tuple(partition.of_file(file))
+
+
+@lru_cache(maxsize=1 << 14)
+def _regions_of_grid(grid: Grid, file: int) -> tuple[Region, ...]:
+    return tuple(grid.of_file(file))
 
 
 def divided(shape: Shape, pieces: Iterable[tuple[int, Region]]) -> Grid | Pieces:

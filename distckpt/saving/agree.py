@@ -12,6 +12,7 @@ import json
 import secrets
 import struct
 from dataclasses import dataclass, field
+from functools import lru_cache
 from math import prod
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -33,6 +34,8 @@ if TYPE_CHECKING:
     from distckpt.comm import Comm
     from distckpt.format.box import Shape
 
+_Distinct = list[tuple[list[int], dict[str, Any]]]
+"""Ranks that describe the same, and what."""
 _NONCE = 6
 _PLACE = struct.Struct("<QIB")  # step, rank 0's choice of its generation, the rank's flag
 
@@ -77,10 +80,10 @@ _MERGED: Latest[_Merged] = Latest()
 
 @dataclass(slots=True)
 class _Own:
-    """What this rank contributes."""
+    """What this rank contributes. described: JSON."""
 
     state: State
-    description: dict[str, Any]
+    described: bytes
     encoded: dict[str, bytes]
     contents: dict[str, int]
 
@@ -104,34 +107,32 @@ def agree(
     def describe() -> bytes:
         nonlocal own
         state = capture()
-        own = _Own(state, _description(state), encoded(state), _contents(state) if comm.world_size > 1 else {})
-        parts = (
-            own.description,
-            {k: digest(v) for k, v in own.encoded.items() if k not in of_rank(state)},
-            own.contents,
-        )
-        digests = b"".join(bytes.fromhex(digest(_dump(part))) for part in parts)
-        chosen = generation() if comm.rank == 0 else 0
-        return secrets.token_bytes(_NONCE) + digests + _PLACE.pack(step, chosen, flag())
+        own = _Own(state, _described(state), encoded(state), _contents(state) if comm.world_size > 1 else {})
+        shared = _dump({k: digest(v) for k, v in own.encoded.items() if k not in of_rank(state)})
+        digests = b"".join(bytes.fromhex(digest(part)) for part in (own.described, shared, _dump(own.contents)))
+        first = comm.rank == 0  # it alone names the attempt: what the others say is the same, as a rule
+        nonce, chosen = (secrets.token_bytes(_NONCE), generation()) if first else (bytes(_NONCE), 0)
+        return nonce + digests + _PLACE.pack(step, chosen, flag())
 
     replies = together(comm, "describing the state", describe)
     assert own is not None
     cuts = [(_NONCE + i * DIGEST_SIZE, _NONCE + (i + 1) * DIGEST_SIZE) for i in range(3)]
-    different = {reply[_NONCE:] for reply in replies}  # few, however many ranks there are
+    different = {reply[_NONCE:] for reply in set(replies)}  # few, however many ranks there are
     same = [len({said[a - _NONCE : b - _NONCE] for said in different}) == 1 for a, b in cuts]
     if len({said[-_PLACE.size :][:8] for said in different}) > 1:
         places = [_PLACE.unpack(reply[-_PLACE.size :]) for reply in replies]
         told = ", ".join(f"rank {rank}: {at}" for rank, (at, *_) in enumerate(places[:16]))
         raise Mismatch(f"ranks save different steps ({told}): call save on every rank at the same step")
     (_, chosen, _) = _PLACE.unpack(replies[0][-_PLACE.size :])
-    agreement = Agreement(digest(*replies)[:12], {}, {}, generation=chosen)
+    agreement = Agreement(replies[0][:_NONCE].hex(), {}, {}, generation=chosen)
     agreement.flags = [reply[-1] for reply in replies] if any(said[-1] for said in different) else []
-    everyone = list(range(comm.world_size))
-    distinct = [(everyone, own.description)] if same[0] else _distinct(comm, replies, cuts[0], own.description)
-    if same[0] and same[2]:
-        agreement.key = replies[0][cuts[0][0] : cuts[0][1]] + comm.world_size.to_bytes(4, "little")
-        merged = _MERGED.get(agreement.key, lambda: _merged(distinct))
+    distinct: _Distinct = []
+    if same[0]:
+        key = replies[0][cuts[0][0] : cuts[0][1]] + comm.world_size.to_bytes(4, "little")
+        merged = _MERGED.get(key, lambda: _uniform(own.state, comm.world_size))
+        agreement.key = key if same[2] else b""
     else:
+        distinct = _distinct(comm, replies, cuts[0], own.described)
         merged = _merged(distinct)
     agreement.tensors = dict(merged.tensors)  # its own: what ranks hold unequal copies of is changed below
     agreement.aliases, agreement.policies = merged.aliases, merged.policies
@@ -141,6 +142,7 @@ def agree(
         agreement.objects = share(comm, own.state, own.encoded, agreement.policies, agreement.notes)
     agreement.rank_objects = {n: v for n, v in own.encoded.items() if n in agreement.policies}
     if not same[2]:
+        distinct = distinct or [(list(range(comm.world_size)), json.loads(own.described))]
         _tell_copies(comm, agreement, own, distinct)
     if check_replicas:
         _check_replicas(comm, own.state)
@@ -154,20 +156,43 @@ def _dump(value: Any) -> bytes:
     return json.dumps(value, sort_keys=True, separators=(",", ":")).encode()
 
 
-def _description(state: State) -> dict[str, Any]:
-    return {
-        "tensors": {
-            fqn: [list(t.shape), t.dtype, _layout_to_json(t.layout), t.trusted] for fqn, t in state.tensors.items()
-        },
-        "aliases": state.aliases,
-        "objects": {n: v.on_reshard if isinstance(v, RankObject) else None for n, v in state.objects.items()},
-    }
+def _described(state: State) -> bytes:
+    """JSON of what this rank holds; equal on ranks that hold alike."""
+    quoted = json.encoder.encode_basestring_ascii
+    tensors = ",".join(
+        f'{quoted(fqn)}:[{list(t.shape)},"{t.dtype}",{_layout_text(t.layout)},{"true" if t.trusted else "false"}]'
+        for fqn, t in sorted(state.tensors.items())
+    )
+    objects = {n: v.on_reshard if isinstance(v, RankObject) else None for n, v in state.objects.items()}
+    rest = _dump({"aliases": state.aliases, "objects": objects})
+    return rest[:-1] + b',"tensors":{' + tensors.encode() + b"}}"
 
 
-def _layout_to_json(layout: Layout | Everywhere | Listed) -> Any:
+def _layout_text(layout: Layout | Everywhere | Listed) -> str:
     if isinstance(layout, Layout):
-        return [layout.held.to_json(), [[s.count, s.stride] for s in layout.replicas]]
-    return layout.pieces.to_json() if isinstance(layout, Listed) else None
+        return _regular_text(layout)
+    return _dump(layout.pieces.to_json()).decode() if isinstance(layout, Listed) else "null"
+
+
+@lru_cache(maxsize=1 << 14)
+def _regular_text(layout: Layout) -> str:
+    """JSON of a layout: a model has few, each for many tensors."""
+    return _dump([layout.held.to_json(), [[s.count, s.stride] for s in layout.replicas]]).decode()
+
+
+def _uniform(state: State, world_size: int) -> _Merged:
+    """What is agreed on where every rank describes the same."""
+    whole = (Split(world_size, 1),) if world_size > 1 else ()
+    tensors = {
+        fqn: Agreed(
+            t.shape,
+            t.dtype,
+            Layout(Grid(t.shape, ((),) * len(t.shape), 0), whole) if isinstance(t.layout, Everywhere) else t.layout,
+        )
+        for fqn, t in sorted(state.tensors.items())
+    }
+    policies = {n: v.on_reshard for n, v in state.objects.items() if isinstance(v, RankObject)}
+    return _Merged(tensors, dict(state.aliases), policies)
 
 
 def _layout_from_json(data: Any, shape: Shape, first: int, steps: Split | None) -> Layout | Listed:
@@ -189,19 +214,17 @@ def _steps(ranks: Sequence[int]) -> Split | None:
     return Split(len(ranks), stride) if list(ranks) == [ranks[0] + i * stride for i in range(len(ranks))] else None
 
 
-def _distinct(
-    comm: Comm, replies: Sequence[bytes], cut: tuple[int, int], mine: dict[str, Any]
-) -> list[tuple[list[int], dict[str, Any]]]:
+def _distinct(comm: Comm, replies: Sequence[bytes], cut: tuple[int, int], mine: bytes) -> _Distinct:
     """(ranks, description) of each distinct description; the first rank that has one sends it."""
     ranks: dict[bytes, list[int]] = {}
     for rank, reply in enumerate(replies):
         ranks.setdefault(reply[cut[0] : cut[1]], []).append(rank)
     speaks = any(comm.rank == holders[0] for holders in ranks.values())
-    sent = exchange(comm, "exchanging distinct descriptions", _dump(mine) if speaks else b"")
+    sent = exchange(comm, "exchanging distinct descriptions", mine if speaks else b"")
     return [(holders, json.loads(sent[holders[0]])) for holders in ranks.values()]
 
 
-def _merged(distinct: list[tuple[list[int], dict[str, Any]]]) -> _Merged:
+def _merged(distinct: _Distinct) -> _Merged:
     """Union of the descriptions. Ranks that both describe a tensor must say the same, or be replicas of it."""
     tensors, aliases, policies = _Merged({}, {}, {})
     holders: dict[str, list[tuple[list[int], list[Any]]]] = {}
@@ -337,7 +360,7 @@ def _contents(state: State) -> dict[str, int]:
     }
 
 
-def _tell_copies(comm: Comm, agreement: Agreement, own: _Own, distinct: list[tuple[list[int], dict[str, Any]]]) -> None:
+def _tell_copies(comm: Comm, agreement: Agreement, own: _Own, distinct: _Distinct) -> None:
     told = [json.loads(reply) for reply in exchange(comm, "comparing buffers", _dump(own.contents))]
     values: dict[str, set[int]] = {}
     for said in told:

@@ -10,6 +10,7 @@ from distckpt.errors import Unsupported
 from distckpt.format import datafile
 from distckpt.format.box import Box
 from distckpt.format.layout import chunk_name
+from distckpt.format.partition import regions_of
 from distckpt.state import Everywhere, Layout, as_bytes, cut, is_plain_memory
 
 if TYPE_CHECKING:
@@ -37,7 +38,7 @@ def lay_out(tensors: Mapping[str, Agreed], partitions: Mapping[str, Partition], 
     """Lay out what `rank` writes: the model's chunks before the others within an item size."""
     places, chunks = {}, []
     for fqn, partition in partitions.items():
-        for region in partition.of_file(rank):
+        for region in regions_of(partition, rank):
             name = chunk_name(fqn, region, partition.shape)
             places[name] = (fqn, region)
             sizes = region.sizes if isinstance(region, Box) else (region.numel,)
