@@ -42,13 +42,9 @@ def write_pieces(descriptor: int, pieces: Iterable[memoryview], size: int, *, st
 
     stable: the pieces stay as they are until this returns; else each is good until the next is asked for.
     """
-    if size:
-        try:
-            system.reserve(descriptor, size)  # a full disk is found here, before any copying
-        except OSError as e:
-            if e.errno not in _UNSUPPORTED:
-                raise
     if size >= LARGE and goes_direct(descriptor):
+        with _unless_unsupported():  # a full disk is found here; in memory, every page would be zeroed first
+            system.reserve(descriptor, size)
         return _write_direct(descriptor, pieces, stable=stable)
     if size >= LARGE and stable:
         with _InFlight(descriptor) as flight:
@@ -60,6 +56,15 @@ def write_pieces(descriptor: int, pieces: Iterable[memoryview], size: int, *, st
         write_at(descriptor, [piece], position)
         position += len(piece)
     return position
+
+
+@contextlib.contextmanager
+def _unless_unsupported() -> Iterator[None]:
+    try:
+        yield
+    except OSError as e:
+        if e.errno not in _UNSUPPORTED:
+            raise
 
 
 def write_at(descriptor: int, buffers: Sequence[memoryview], position: int) -> None:

@@ -11,6 +11,7 @@ import pytest
 
 from distckpt import system
 from distckpt.errors import KeyExists, StoreError
+from distckpt.store import pieces as pieces_of_files
 from distckpt.store.base import Entry, read_all, write_all
 from distckpt.store.local import LocalStore
 
@@ -192,12 +193,18 @@ def test_a_fault_at_any_call_leaves_old_or_new_whole_and_a_retry_succeeds(tmp_pa
 
 @pytest.mark.parametrize("number", [errno.EOPNOTSUPP, errno.EINVAL])
 def test_a_file_system_that_cannot_preallocate_is_written_all_the_same(tmp_path, monkeypatch, number):
+    asked = []
+
     def refused(*_):
+        asked.append(1)
         raise OSError(number, os.strerror(number))
 
+    data = bytes(range(256)) * (pieces_of_files.LARGE // 256 + 1)
+    monkeypatch.setattr(pieces_of_files, "goes_direct", lambda _: True)
     monkeypatch.setattr(system, "reserve", refused)
-    write_all(LocalStore(tmp_path), "a", NEW)
-    assert get(LocalStore(tmp_path), "a") == NEW
+    write_all(LocalStore(tmp_path), "a", data)
+    assert get(LocalStore(tmp_path), "a") == data
+    assert asked
 
 
 def test_short_writes_and_short_reads_are_carried_on(tmp_path, monkeypatch):
@@ -235,21 +242,20 @@ def disk(tmp_path):
 
 @pytest.mark.parametrize("preallocates", [True, False])
 def test_a_full_disk_says_so_leaves_the_old_content_and_gives_the_room_back(disk, monkeypatch, preallocates):
-    if not preallocates:
-        refuse = OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
-        monkeypatch.setattr(system, "reserve", lambda *_: (_ for _ in ()).throw(refuse))
+    if preallocates:  # as where writes go past the page cache
+        monkeypatch.setattr(pieces_of_files, "goes_direct", lambda _: True)
     store = LocalStore(disk)
     write_all(store, "a", OLD)
     free = os.statvfs(disk).f_bfree
     asked = []
 
     def pieces():
-        for _ in range(64):
+        for _ in range(512):
             asked.append(1)
             yield memoryview(bytes(32 << 10))
 
     with pytest.raises(StoreError, match="full: free room, or keep fewer checkpoints") as caught:
-        store.write("a", pieces(), size=2 << 20)
+        store.write("a", pieces(), size=16 << 20)
     assert caught.value.errno == errno.ENOSPC
     assert bool(asked) != preallocates
     assert get(store, "a") == OLD
