@@ -28,6 +28,7 @@ BENCHES = {
     "partial": "partial.partial",
     "replicated": "replicated.replicated",
     "integrity": "integrity.integrity",
+    "step": "step.step",
     "plan": "plan.plan",
     "reshard-offline": "reshard_offline.reshard_offline",
 }

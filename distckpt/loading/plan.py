@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from distckpt.format.box import Region, Shape
     from distckpt.format.manifest import TensorInfo
+    from distckpt.format.partition import Partition
     from distckpt.state import GlobalTensor, Saved, Shard, State
 
 
@@ -207,15 +208,15 @@ class Cuts:
     """Which chunks hold a region: worked out once for all tensors that are alike, which most are."""
 
     def __init__(self) -> None:
-        self._known: dict[tuple[int, Region], tuple[TensorInfo, list[tuple[int, Region, str]]]] = {}
+        self._known: dict[tuple[Partition, Region], list[tuple[int, Region, str]]] = {}
 
     def of(self, info: TensorInfo, region: Region) -> list[tuple[int, Region, str]]:
         """(file, chunk, slice at the end of its name) of every chunk with an element of the region."""
-        key = (id(info), region)
-        if key not in self._known:
+        key = (info.partition, region)
+        if (found := self._known.get(key)) is None:
             chunks = info.partition.overlapping(region)
-            self._known[key] = info, [(file, chunk, slice_name(chunk, info.shape)) for file, chunk in chunks]
-        return self._known[key][1]
+            found = self._known[key] = [(file, chunk, slice_name(chunk, info.shape)) for file, chunk in chunks]
+        return found
 
 
 def _own_copy(info: TensorInfo, saved: Saved) -> int | None:
