@@ -18,7 +18,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One run. rate: samples a second (steps a second where no samples are counted). eta, age: seconds."""
+    """One run. rate: samples a second (steps a second where no samples are counted). eta, age: seconds.
+
+    problem: why nothing can be told of it.
+    """
 
     name: str
     state: str
@@ -33,6 +36,7 @@ class Row:
     eta: float | None
     crashes: int
     gpus: list[dict[str, Any]]
+    problem: str
 
 
 def rows(queue: Queue) -> list[Row]:
@@ -53,8 +57,7 @@ def _row(run: Run, found: Standing, machine: Mapping[int, Gpu]) -> Row:
     eta = left / steps_a_second if running and left is not None and steps_a_second else None
     if eta is not None and commits:
         eta = max(0.0, eta - age(commits[-1]))
-    started = next((e for e in reversed(found.events) if e["event"] == "started"), {})
-    on = [asdict(machine[i]) for i in started.get("gpus", []) if i in machine] if running else []
+    on = [asdict(machine[i]) for i in found.gpus if i in machine] if running else []
     best = (min if run.mode == "min" else max)(values, default=None)
     return Row(
         run.name,
@@ -70,6 +73,7 @@ def _row(run: Run, found: Standing, machine: Mapping[int, Gpu]) -> Row:
         eta,
         found.crashes,
         on,
+        found.problem,
     )
 
 

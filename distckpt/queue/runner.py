@@ -7,6 +7,7 @@ outlived it hold their slots until they end.
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 import socket
@@ -15,13 +16,14 @@ import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from distckpt.queue.standing import State, born, signal_run, standing
-from distckpt.run.events import note
+from distckpt.errors import KeyExists, RunConflict, StoreError
+from distckpt.queue.standing import State, identity, lives, signal_run, standing
+from distckpt.run.events import Following, record
 from distckpt.run.preemption import REQUEUE, STOPPED
 from distckpt.store.local import LocalStore
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
     from types import FrameType
 
     from distckpt.queue.spec import Queue, Run
@@ -42,12 +44,13 @@ class _Slots:
     gpu_of: tuple[int | None, ...]
     held: dict[str, list[int]] = field(default_factory=dict)
 
-    def take(self, run: Run) -> list[int] | None:
-        """Hold slots for a run; None where there are too few."""
+    def take(self, run: Run, on: Sequence[int] = ()) -> list[int] | None:
+        """Hold slots for a run; None where there are too few. on: GPUs that it is on already."""
         if run.name in self.held:
             return self.held[run.name]
         taken = {slot for slots in self.held.values() for slot in slots}
         free = [slot for slot in range(len(self.gpu_of)) if slot not in taken]
+        free.sort(key=lambda slot: self.gpu_of[slot] not in on)
         if len(free) < run.slots:
             return None
         self.held[run.name] = free[: run.slots]
@@ -67,6 +70,8 @@ class Runner:
         self._children: dict[str, subprocess.Popen[bytes]] = {}
         self._not_before: dict[str, float] = {}
         self._retry = {run.name for run in queue.runs} if retry else set[str]()
+        self._given_up = set[str]()
+        self._seen = {run.name: Following(run.root) for run in queue.runs}
         self._told = 0
 
     def run(self) -> dict[str, State]:
@@ -75,12 +80,18 @@ class Runner:
         KeyExists where the queue is being run already.
         """
         with LocalStore(self._queue.folder).locked(self._queue.lock), self._signals():
-            (self._queue.folder / self._queue.lock).write_text(str(os.getpid()))
+            lock = self._queue.folder / self._queue.lock
+            lock.write_text(json.dumps(identity(os.getpid())), encoding="utf-8")
             while self._look() and not self._told:
                 time.sleep(_LOOK)
             if self._told:
                 self._stop()
-        return {run.name: standing(run, self._queue.restarts).state for run in self._queue.runs}
+            lock.write_text("")
+        states = {run.name: self._standing(run).state for run in self._queue.runs}
+        return states | dict.fromkeys(self._given_up, State.FAILED)
+
+    def _standing(self, run: Run) -> Standing:
+        return standing(run, self._queue.restarts, self._seen[run.name])
 
     @contextlib.contextmanager
     def _signals(self) -> Iterator[None]:
@@ -97,20 +108,29 @@ class Runner:
     def _look(self) -> bool:
         """Take note of what has ended, and start what can be. Whether anything runs or is to run."""
         self._reap()
-        left = False
-        for run in self._queue.runs:
-            found = standing(run, self._queue.restarts)
-            if found.state is State.RUNNING or run.name in self._children:
-                self._slots.take(run)
-                left = True
-                continue
-            self._slots.held.pop(run.name, None)
-            if found.state in _OVER and not (found.state is not State.FINISHED and run.name in self._retry):
-                continue
-            left = True
+        found = {run.name: self._standing(run) for run in self._queue.runs}
+        living = [r for r in self._queue.runs if found[r.name].state is State.RUNNING or r.name in self._children]
+        self._slots.held = {run.name: self._slots.held[run.name] for run in living if run.name in self._slots.held}
+        for run in sorted(living, key=lambda run: not found[run.name].gpus):
+            self._slots.take(run, found[run.name].gpus)
+        left = [run for run in self._queue.runs if run not in living and self._is_left(run, found[run.name])]
+        for run in left:
             if time.monotonic() >= self._not_before.get(run.name, 0.0) and (slots := self._slots.take(run)):
-                self._start(run, slots, found)
-        return left
+                try:
+                    self._start(run, slots, found[run.name])
+                except (StoreError, OSError) as e:
+                    self._give_up(run, e)
+        return bool(living or left)
+
+    def _is_left(self, run: Run, found: Standing) -> bool:
+        """Whether a run that does not run is to run yet."""
+        retried = run.name in self._retry and found.state is not State.FINISHED
+        return run.name not in self._given_up and (found.state not in _OVER or retried)
+
+    def _give_up(self, run: Run, error: Exception) -> None:
+        """Start a run no more: what becomes of it cannot be written down, so it would be started without end."""
+        self._given_up.add(run.name)
+        self._say(f"{run.name}: given up, for its directory cannot be written to: {error}")
 
     def _reap(self) -> None:
         for run in self._queue.runs:
@@ -120,11 +140,15 @@ class Runner:
             with contextlib.suppress(ProcessLookupError):  # whatever of it was left behind
                 os.killpg(child.pid, signal.SIGKILL)
             del self._children[run.name]
-            note(LocalStore(run.root), "exited", code=code)
-            found = standing(run, self._queue.restarts)
+            try:
+                record(LocalStore(run.root), "exited", code=code, told=bool(self._told) or None)
+            except StoreError as e:
+                self._give_up(run, e)
+                continue
+            found = self._standing(run)
             wait = 0.0
-            if code not in {0, REQUEUE, STOPPED}:
-                wait = min(_LONGEST_BACKOFF, self._queue.backoff * 2 ** max(0, found.crashes - 1))
+            if found.crashes and code not in {0, REQUEUE, STOPPED}:
+                wait = min(_LONGEST_BACKOFF, self._queue.backoff * 2 ** (found.crashes - 1))
             self._not_before[run.name] = time.monotonic() + wait
             again = f"; again in {wait:.0f} s" if found.state in {State.RESUMABLE, State.WAITING} else ""
             self._say(f"{run.name}: ended with {code}: {found.state.value}{again}")
@@ -151,13 +175,17 @@ class Runner:
                 )
             except OSError as e:
                 log.write(f"{run.command[0]}: {e}\n".encode())
-                note(store, "started", afresh=afresh)
-                note(store, "exited", code=127, error=str(e))
+                record(store, "started", afresh=afresh)
+                record(store, "exited", code=127, error=str(e))
                 self._not_before[run.name] = time.monotonic() + self._queue.backoff
                 self._say(f"{run.name}: cannot be started: {e}")
                 return
-        who = {"pid": child.pid, "born": born(child.pid), "host": socket.gethostname(), "gpus": gpus or None}
-        note(store, "started", attempt=attempt, afresh=afresh, **who)
+        try:
+            record(store, "started", attempt=attempt, afresh=afresh, gpus=gpus or None, **identity(child.pid))
+        except StoreError:
+            os.killpg(child.pid, signal.SIGKILL)
+            child.wait()
+            raise
         self._children[run.name] = child
         how = "resumes" if found.state is State.RESUMABLE else "begins"
         self._say(f"{run.name}: {how}, attempt {attempt}" + (f", on GPU {', '.join(map(str, gpus))}" if gpus else ""))
@@ -165,18 +193,41 @@ class Runner:
     def _stop(self) -> None:
         """Have every run save and end; kill what has not after the grace."""
         self._say("stopping: runs save, and end")
-        for run in self._queue.runs:
-            signal_run(standing(run, self._queue.restarts).events, signal.SIGTERM)
+        self._signal(signal.SIGTERM)
         deadline = time.monotonic() + GRACE
         while time.monotonic() < deadline and self._running():
             self._reap()
             time.sleep(_LOOK)
         for run in self._running():
             self._say(f"{run.name}: has not ended in {GRACE:.0f} s, and is killed")
-            signal_run(standing(run, self._queue.restarts).events, signal.SIGKILL)
+        self._signal(signal.SIGKILL)
         for child in self._children.values():
             child.wait(GRACE)
         self._reap()
 
     def _running(self) -> list[Run]:
-        return [run for run in self._queue.runs if standing(run, self._queue.restarts).state is State.RUNNING]
+        return [r for r in self._queue.runs if r.name in self._children or self._standing(r).state is State.RUNNING]
+
+    def _signal(self, number: int) -> None:
+        for run in self._queue.runs:
+            if child := self._children.get(run.name):
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(child.pid, number)
+            else:
+                signal_run(self._standing(run).events, number)
+
+
+def runs_it(queue: Queue) -> int | None:
+    """Process on this machine that runs a queue; None: nobody does; 0: one has just begun, or ends.
+
+    RunConflict where another machine runs it.
+    """
+    try:
+        with LocalStore(queue.folder).locked(queue.lock):
+            return None
+    except KeyExists:
+        said = (queue.folder / queue.lock).read_text(encoding="utf-8")
+    who = json.loads(said) if said else {}
+    if who and who["host"] != socket.gethostname():
+        raise RunConflict(f"{queue.file}: is run by process {who['pid']} on {who['host']}: stop it there")
+    return int(who["pid"]) if lives(who) else 0

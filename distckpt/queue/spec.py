@@ -84,9 +84,9 @@ def _queue(file: Path, said: dict[str, Any]) -> Queue:
     if not runs:
         raise ValueError('no [[run]]: give each run a table, with name = "...", root = "..." and command = [...]')
     for what in ("name", "root"):
-        values = [getattr(run, what) for run in runs]
+        values = [run.name if what == "name" else str(run.root.resolve()) for run in runs]
         if twice := [value for value in values if values.count(value) > 1]:
-            raise ValueError(f"two runs have the {what} {str(twice[0])!r}: each must have its own")
+            raise ValueError(f"two runs have the {what} {twice[0]!r}: each must have its own")
     if large := [run for run in runs if run.slots > len(slots)]:
         raise ValueError(f"run {large[0].name!r} takes {large[0].slots} slots; there are {len(slots)}")
     restarts = _count("restarts", said.get("restarts", 5), least=0)
@@ -101,7 +101,7 @@ def _slots(said: dict[str, Any]) -> tuple[int | None, ...]:
     given = said.get("gpus")
     if given is None:
         ids = list(range(len(gpus())))
-    elif isinstance(given, list):
+    elif isinstance(given, list) and given:
         ids = [_count("gpus", one, least=0) for one in given]
     else:
         ids = list(range(_count("gpus", given)))
@@ -117,7 +117,7 @@ def _run(number: int, said: Any, folder: Path, env: dict[str, str]) -> Run:
     if missing := {"name", "root", "command"} - said.keys():
         raise ValueError(f"{where}: {', '.join(sorted(missing))} is missing")
     command = _typed(f"{where}: command", said["command"], list)
-    if not command or not all(isinstance(word, str) for word in command):
+    if not command or not all(isinstance(word, str) and "\0" not in word for word in command):
         raise ValueError(f'{where}: command = {command!r}: a list of words, such as ["torchrun", "train.py"]')
     mode = said.get("mode", "min")
     if mode not in {"min", "max"}:
@@ -154,4 +154,7 @@ def _count(where: str, value: Any, least: int = 1) -> int:
 
 
 def _texts(where: str, value: Any) -> dict[str, str]:
-    return {name: str(text) for name, text in _typed(where, value, dict).items()}
+    texts = {name: str(text) for name, text in _typed(where, value, dict).items()}
+    if wrong := [name for name, text in texts.items() if not name or "=" in name or "\0" in name + text]:
+        raise ValueError(f"{where}: {wrong[0]!r}: no name or value of a variable")
+    return texts

@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from distckpt.run.events import read
+from distckpt.errors import DistckptError
+from distckpt.run.events import Following
 from distckpt.run.heartbeat import seen_alive
 from distckpt.run.preemption import REQUEUE, STOPPED
 from distckpt.store.local import LocalStore
@@ -41,18 +42,31 @@ class State(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class Standing:
-    """A run's state, and what its events tell. crashes: in a row, without a checkpoint between."""
+    """A run's state, and what its events tell. crashes: in a row, without progress. problem: why nothing is known."""
 
     state: State
     crashes: int
     events: Sequence[Event]
+    problem: str = ""
+
+    @property
+    def gpus(self) -> list[int]:
+        """GPUs that its command was last started on."""
+        return list(next((e.get("gpus", []) for e in reversed(self.events) if e["event"] == "started"), []))
 
 
-def standing(run: Run, restarts: int) -> Standing:
-    """Where a run stands now."""
-    events = [event for event, _ in read(run.root)]
-    crashes = crashes_in_a_row(events)
-    return Standing(_state(run, events, crashes, restarts), crashes, events)
+def standing(run: Run, restarts: int, following: Following | None = None) -> Standing:
+    """Where a run stands now. following: its events, where they have been read before.
+
+    A run that cannot be looked at has failed: the others go on.
+    """
+    following = following or Following(run.root)
+    try:
+        following.look()
+        crashes = crashes_in_a_row(following.seen)
+        return Standing(_state(run, following.seen, crashes, restarts), crashes, following.seen)
+    except (DistckptError, OSError) as e:
+        return Standing(State.FAILED, 0, (), str(e))
 
 
 def _state(run: Run, events: Sequence[Event], crashes: int, restarts: int) -> State:
@@ -69,12 +83,23 @@ def _state(run: Run, events: Sequence[Event], crashes: int, restarts: int) -> St
 
 
 def crashes_in_a_row(events: Sequence[Event]) -> int:
-    """How often the command has crashed since it last committed a checkpoint, or was told to go on."""
-    count = 0
+    """How often the command has crashed since a launch of it last came further than it began, or it was told to go on.
+
+    What is killed because the queue is stopped has not crashed.
+    """
+    count, reached = 0, -1
     for event in reversed(events):
-        if event["event"] == "committed" or (event["event"] == "started" and event.get("afresh")):
-            break
-        count += event["event"] == "exited" and event.get("code") not in {0, REQUEUE, STOPPED}
+        match event["event"]:
+            case "started" if event.get("afresh"):
+                break
+            case "committed":
+                reached = max(reached, event["step"])
+            case "launched" if reached > event.get("step", -1):
+                break
+            case "launched":
+                reached = -1
+            case "exited":
+                count += event.get("code") not in {0, REQUEUE, STOPPED} and not event.get("told")
     return count
 
 
@@ -86,10 +111,18 @@ def newest_step(events: Sequence[Event]) -> int | None:
 def started_process(events: Sequence[Event]) -> int | None:
     """Process that the run's command was last started as, if it still lives on this machine."""
     last = next((e for e in reversed(events) if e["event"] in {"started", "exited"}), None)
-    if not last or last["event"] != "started" or last.get("host") != socket.gethostname():
-        return None
-    pid = last.get("pid")
-    return pid if isinstance(pid, int) and born(pid) == last.get("born") else None
+    return last["pid"] if last and last["event"] == "started" and lives(last) else None
+
+
+def identity(pid: int) -> dict[str, Any]:
+    """What `lives` knows a process by."""
+    return {"pid": pid, "born": born(pid), "host": socket.gethostname()}
+
+
+def lives(who: Mapping[str, Any]) -> bool:
+    """Whether a process lives on this machine, and is the same one."""
+    pid, since = who.get("pid"), who.get("born")
+    return who.get("host") == socket.gethostname() and isinstance(pid, int) and since is not None and born(pid) == since
 
 
 def born(pid: int) -> str | None:

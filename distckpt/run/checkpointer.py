@@ -173,6 +173,7 @@ class Checkpointer:
             warnings.warn(why, StateWarning, stacklevel=3)
             self._note("skipped", step=step, why=why)
             return StepReport(None, due.reason, why)
+        self._saver.when_busy = "wait"  # for there is no next one
         try:
             saved = self.save(step, state, metrics, wait=False)
         except DistckptError as e:  # of an earlier save, as likely as not: that must not cost the last one
@@ -333,6 +334,7 @@ class Checkpointer:
             said = {"seconds": round(report.seconds, 3), "bytes": report.bytes_read}
             self._note("resumed", step=report.step, **said, fell_back_from=report.fell_back_from or None)
             self._prepare(state)
+        self._schedule.resumed(state.epoch)
         if report and notes:
             report.notes.append(notes)
         return report

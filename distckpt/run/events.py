@@ -38,17 +38,23 @@ NAMES = (
     "after",
 )
 _MOST_TEXT = 2000
+_BEGINS = b'{"time": '
+
+
+def record(store: LocalStore, event: str, **what: Any) -> None:
+    """Add a line. What is None is left out. StoreError where it cannot be written."""
+    assert event in NAMES, event
+    said = {name: value[:_MOST_TEXT] if isinstance(value, str) else value for name, value in what.items()}
+    line = {"time": round(time.time(), 3), "event": event, **{n: v for n, v in said.items() if v is not None}}
+    store.append(EVENTS, json.dumps(line, default=str).encode() + b"\n")
 
 
 def note(store: Store, event: str, **what: Any) -> None:
-    """Add a line. A store that is no directory keeps none. What is None is left out."""
-    assert event in NAMES, event
+    """Add a line, or warn that it cannot be written. A store that is no directory keeps none."""
     if not isinstance(store, LocalStore):
         return
-    said = {name: value[:_MOST_TEXT] if isinstance(value, str) else value for name, value in what.items()}
-    line = {"time": round(time.time(), 3), "event": event, **{n: v for n, v in said.items() if v is not None}}
     try:
-        store.append(EVENTS, json.dumps(line, default=str).encode() + b"\n")
+        record(store, event, **what)
     except StoreError as e:
         if event == "failed":
             return  # that is an error by itself, which a warning taken for one must not hide
@@ -67,9 +73,42 @@ def read(root: Path, start: int = 0) -> Iterator[tuple[dict[str, Any], int]]:
             if not line.endswith(b"\n"):
                 return  # it is being written
             start += len(line)
-            try:
-                said = json.loads(line[max(0, line.rfind(b'{"time": ')) :])  # after one that was torn
-            except ValueError:
-                continue
-            if isinstance(said, dict) and isinstance(said.get("time"), (int, float)) and said.get("event") in NAMES:
+            if said := _event(line):
                 yield said, start
+
+
+def _event(line: bytes) -> dict[str, Any] | None:
+    """What a line says; or the end of it, which was added after one that was torn. None: nothing that is known."""
+    begins = 0
+    while begins >= 0:
+        try:
+            said = json.loads(line[begins:])
+        except ValueError:
+            begins = line.find(_BEGINS, begins + 1)
+            continue
+        known = isinstance(said, dict) and isinstance(said.get("time"), (int, float)) and said.get("event") in NAMES
+        return said if known else None
+    return None
+
+
+class Following:
+    """A run's events: those seen so far, and more with each look. From the first on, where the file is another now."""
+
+    def __init__(self, root: Path) -> None:
+        self._root, self._end, self._file = root, 0, -1
+        self.seen: list[dict[str, Any]] = []
+
+    def look(self) -> list[dict[str, Any]]:
+        """Events since the last look."""
+        try:
+            status = (self._root / EVENTS).stat()
+            file, size = status.st_ino, status.st_size
+        except FileNotFoundError:
+            file, size = -1, 0
+        if file != self._file or size < self._end:
+            self._file, self._end, self.seen = file, 0, []
+        before = len(self.seen)
+        for event, end in read(self._root, self._end):
+            self.seen.append(event)
+            self._end = end
+        return self.seen[before:]

@@ -113,7 +113,7 @@ def seen_alive(store: LocalStore) -> bool:
     if beat is None or beat["ended"] or _is_dead_here(beat):
         return False
     young: float = _STALE * beat["interval"]
-    return time.time() - store.changed(beat_file(launches[-1].number)) < young
+    return abs(time.time() - store.changed(beat_file(launches[-1].number))) < young  # a clock may be set back
 
 
 def _read(store: Store, launch: Launch) -> dict[str, Any] | None:

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from distckpt.errors import StateWarning
 from distckpt.run import shield
+from distckpt.run.triggers import duration
 from distckpt.store.base import write_all
 from distckpt.store.local import LocalStore
 
@@ -56,14 +57,14 @@ class Reason(enum.IntEnum):
 class Preemption:
     """What stops a job, besides its own end.
 
-    signals: by name. stop_file: name of a file in the run's directory. grace: seconds from a signal to the kill.
-    deadline: seconds since the epoch at which the job is killed; None for SLURM's, where there is one. margin: seconds
-    before the deadline at which to stop, beyond what a save takes.
+    signals: by name. stop_file: name of a file in the run's directory; "" for none. grace: from a signal to the kill:
+    seconds, or "2 min". deadline: seconds since the epoch at which the job is killed; None for SLURM's, where there is
+    one. margin: seconds before the deadline at which to stop, beyond what a save takes.
     """
 
     signals: tuple[str, ...] = ("SIGTERM", "SIGUSR1", "SIGINT")
     stop_file: str = "stop"
-    grace: float = GRACE
+    grace: str | float = GRACE
     deadline: float | None = None
     margin: float = 20.0
 
@@ -71,6 +72,7 @@ class Preemption:
         for name in self.signals:
             if not isinstance(getattr(signal, name, None), signal.Signals):
                 raise ValueError(f"signals={self.signals!r}: {name!r} is no signal here")  # noqa: TRY004
+        object.__setattr__(self, "grace", duration(self.grace, "grace"))
 
     @property
     def end(self) -> float | None:
@@ -105,6 +107,7 @@ class Watch:
     _asked: bool = False
     _told: dict[int, float] = field(default_factory=dict)
     _before: dict[int, Any] = field(default_factory=dict)
+    _closed: bool = False
 
     def start(self) -> None:
         """Take the signals over. From any thread but the main one that cannot be done, and is warned of."""
@@ -117,24 +120,32 @@ class Watch:
             self._before[number] = signal.signal(number, self._handle)
 
     def close(self) -> None:
-        """Give the signals back."""
-        for number, before in self._before.items():
+        """Give the signals back; or, where another Watch has taken them over since, leave that to it."""
+        self._closed = True
+        for number in self._before:
             if signal.getsignal(number) == self._handle:
-                signal.signal(number, before if before is not None else signal.SIG_DFL)
-        self._before = {}
+                signal.signal(number, self._below(number))
+
+    def _below(self, number: int) -> Any:
+        """Handler that was there before this one, and is not closed."""
+        before = self._before[number]
+        while isinstance(other := getattr(before, "__self__", None), Watch) and other._closed:
+            before = other._before[number]
+        return before if before is not None else signal.SIG_DFL
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         """Note a signal. The same one again, later, ends the process as it would have without us."""
         if os.getpid() != self._owner:
             shield.handle(number, frame)  # a child that was forked a moment ago
             return
-        now = time.monotonic()
+        now, below = time.monotonic(), self._below(number)
         shield.told()
         if number not in self._told:
             self._told[number] = now
+            if isinstance(getattr(below, "__self__", None), Watch):
+                below(number, frame)  # that of another Checkpointer of this process, which is to stop, too
         elif now - self._told[number] > (_AGAIN_BY_HAND if number == signal.SIGINT else _AGAIN):
-            before = self._before.get(number)
-            signal.signal(number, before if before is not None else signal.SIG_DFL)
+            signal.signal(number, below)
             os.kill(os.getpid(), number)
 
     def reason(self, save_seconds: float) -> Reason:
@@ -149,16 +160,20 @@ class Watch:
 
     def _is_asked(self) -> bool:
         """Whether the stop file is there. Looked for about once a second."""
-        if self.root and not self._asked and (now := time.monotonic()) - self._looked > 1.0:
+        if (
+            self.root
+            and self.preemption.stop_file
+            and not self._asked
+            and (now := time.monotonic()) - self._looked > 1.0
+        ):
             self._looked = now
             self._asked = (self.root / self.preemption.stop_file).exists()
         return self._asked
 
     def seconds_left(self) -> float:
         """Seconds until the kill, as far as is known; many where nothing is."""
-        left = [
-            told + self.preemption.grace - time.monotonic() for n, told in self._told.items() if n == signal.SIGTERM
-        ]
+        grace = duration(self.preemption.grace, "grace")
+        left = [told + grace - time.monotonic() for n, told in self._told.items() if n == signal.SIGTERM]
         if (end := self.preemption.end) is not None:
             left.append(end - time.time())
         return max(0.0, min(left, default=1e9))

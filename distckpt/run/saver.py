@@ -39,7 +39,8 @@ class Saver:
             raise ValueError(f"arena_bytes={arena_bytes!r}: a number of bytes, or None for no limit")
         if when_busy not in {"wait", "skip"}:
             raise ValueError(f"when_busy={when_busy!r}: 'wait' or 'skip'")
-        self._comm, self._when_busy = comm, when_busy
+        self._comm = comm
+        self.when_busy: Literal["wait", "skip"] = when_busy
         self._background = Background(comm.timeout, arena_bytes)
         self._pending: list[PendingSave] = []
         self.blocked = 0.0
@@ -67,13 +68,13 @@ class Saver:
         background = self._background
 
         def captured() -> State:
-            if self._when_busy == "wait":
+            if self.when_busy == "wait":
                 background.wait_for_room()
             return capture()
 
         def flag() -> int:
             failed = any(pending.failed for pending in self._pending)
-            return _FAILED * failed | _BUSY * (self._when_busy == "skip" and background.busy)
+            return _FAILED * failed | _BUSY * (self.when_busy == "skip" and background.busy)
 
         started = time.monotonic()
         planned = plan(self._comm, captured, replace(request, flag=flag))

@@ -64,6 +64,10 @@ class Schedule:
         self._interval = min(MEETING, triggers.seconds / 10)
         self._meets = watch is not None or triggers.seconds < math.inf
 
+    def resumed(self, epoch: int | None) -> None:
+        """Note the epoch that training goes on in."""
+        self._epoch = epoch
+
     def saved(self) -> None:
         """Note that a save begins now."""
         self._saved_at = time.monotonic()

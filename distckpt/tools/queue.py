@@ -16,13 +16,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from distckpt.errors import KeyExists
 from distckpt.queue.cluster import submit
 from distckpt.queue.progress import rows
-from distckpt.queue.runner import GRACE, Runner
+from distckpt.queue.runner import GRACE, Runner, runs_it
 from distckpt.queue.spec import load
 from distckpt.queue.standing import State, signal_run, standing
-from distckpt.store.local import LocalStore
 from distckpt.tools.answer import Answer, table, tell
 
 if TYPE_CHECKING:
@@ -31,6 +29,10 @@ if TYPE_CHECKING:
 
     from distckpt.queue.progress import Row
     from distckpt.queue.spec import Queue
+
+
+_LOOK = 0.2
+"""Seconds between looks at whether all has stopped."""
 
 
 def options(parser: argparse.ArgumentParser) -> None:
@@ -86,30 +88,28 @@ def _status(queue: Queue, given: argparse.Namespace) -> Answer:
 
 
 def _stop(queue: Queue) -> Answer:
-    """Stop the runs; one that runs the queue notices first, and starts none of them again."""
-    try:
-        with LocalStore(queue.folder).locked(queue.lock):
-            pid = 0
-    except KeyExists:
-        pid = int((queue.folder / queue.lock).read_text() or 0)
-    if pid:
-        os.kill(pid, signal.SIGTERM)
-    else:
-        for each in queue.runs:
-            signal_run(standing(each, queue.restarts).events, signal.SIGTERM)
-    deadline = time.monotonic() + GRACE + 10.0
+    """Stop the runs; one that runs the queue is told, and starts none of them again."""
+    told, deadline = set[int | None](), time.monotonic() + GRACE + 10.0
     while time.monotonic() < deadline:
-        left = [r.name for r in queue.runs if standing(r, queue.restarts).state is State.RUNNING]
-        if not left:
+        pid = runs_it(queue)
+        left = [r for r in queue.runs if standing(r, queue.restarts).state is State.RUNNING]
+        if pid is None and not left:
             return Answer(["nothing of the queue runs any more"], {"running": []})
-        time.sleep(0.2)
-    return Answer([f"still running: {', '.join(left)}"], {"running": left}, code=1)
+        if pid and pid not in told:
+            os.kill(pid, signal.SIGTERM)
+        elif pid is None and None not in told:
+            for run in left:
+                signal_run(standing(run, queue.restarts).events, signal.SIGTERM)
+        told.add(pid)
+        time.sleep(_LOOK)
+    names = [run.name for run in left]
+    return Answer([f"still running: {', '.join(names)}"], {"running": names}, code=1)
 
 
 def lines(found: Sequence[Row]) -> list[str]:
     """Rows for people."""
     head = ("run", "state", "step", "epoch", "metric", "best", "a second", "checkpoint", "ETA", "GPU")
-    return table([head, *map(_text, found)])
+    return [*table([head, *map(_text, found)]), *(f"{row.name}: {row.problem}" for row in found if row.problem)]
 
 
 def _text(row: Row) -> tuple[str, ...]:

@@ -17,7 +17,8 @@ import pytest
 from distckpt import cli
 from distckpt.queue import spec
 from distckpt.queue.progress import rows
-from distckpt.queue.standing import State, born, crashes_in_a_row, standing
+from distckpt.queue.runner import Runner, runs_it
+from distckpt.queue.standing import State, born, crashes_in_a_row, identity, standing, started_process
 from distckpt.run.events import note, read
 from distckpt.store.local import LocalStore
 from distckpt.tools.queue import lines
@@ -73,8 +74,19 @@ def kill_everything(queue, file):
     queue.communicate(timeout=20)
 
 
+def commands(folder, runs, head):
+    """A queue's file of commands of the shell. runs: name -> command."""
+    entry = '[[run]]\nname = "{0}"\nroot = "{0}"\ncommand = ["sh", "-c", {1}]\n'
+    (folder / "q.toml").write_text(head + "".join(entry.format(n, json.dumps(c)) for n, c in runs.items()))
+    return folder / "q.toml"
+
+
 def test_runs_in_order_so_many_at_a_time_and_crashed_ones_again(tmp_path):
-    file = made(tmp_path, {"a": (12,), "b": (12, 8), "c": (12,)})
+    made(tmp_path, {"b": (12, 8)})
+    trainer = (tmp_path / "q.toml").read_text().partition("[[run]]")[2]
+    file = commands(tmp_path, {"a": "sleep 1"}, "slots = 2\nbackoff = 0.2\n")
+    text = file.read_text() + f"[[run]]{trainer}"
+    file.write_text(text + commands(tmp_path, {"c": "echo $PPID >> ran"}, "").read_text())
     queue = begun(file)
     most = 0
     deadline = time.monotonic() + 90
@@ -85,16 +97,17 @@ def test_runs_in_order_so_many_at_a_time_and_crashed_ones_again(tmp_path):
     assert queue.returncode == 0, out
     assert states(file) == dict.fromkeys("abc", "finished")
     assert most == 2
-    assert done(tmp_path, "a") == [*range(1, 13)]
     assert done(tmp_path, "b") == [*range(1, 9), *range(6, 13)], "from its last checkpoint"
-    first = {name: (tmp_path / name / "done.txt").stat().st_ctime for name in "abc"}
-    assert first["c"] >= min(first["a"], first["b"])
+    told = [line[line.index("  ") + 2 :] for line in out.splitlines() if "  " in line]
+    begins = [line for line in told if "begins" in line]
+    assert begins == [f"{name}: begins, attempt 1" for name in "abc"]
+    assert told.index("c: begins, attempt 1") > 2, "once another has ended"
     assert "RuntimeError: as it was told to" in (tmp_path / "b" / "logs" / "attempt-0001.log").read_text()
-    for line in ("a: begins, attempt 1", "b: ended with 1: resumable; again in", "b: resumes, attempt 2"):
+    for line in ("b: ended with 1: resumable; again in", "b: resumes, attempt 2"):
         assert line in out
     again = begun(file)
     assert "c: finished" in ended(again)
-    assert [len(done(tmp_path, name)) for name in "abc"] == [12, 15, 12]
+    assert len((tmp_path / "ran").read_text().splitlines()) == 1
 
 
 def _through_kills(tmp_path, names, steps, kills, seed):
@@ -141,6 +154,8 @@ def test_stopped_runs_save_and_go_on(tmp_path, capsys):
     file = made(tmp_path, {"a": (200,), "b": (200,)})
     queue = begun(file)
     until(lambda: len(done(tmp_path, "a")) > 6 and len(done(tmp_path, "b")) > 6, 60)
+    refused = subprocess.run(queue.args, capture_output=True, text=True, timeout=60, check=False)
+    assert (refused.returncode, "another process holds it" in refused.stderr) == (4, True)
     assert cli.main(["queue", str(file), "stop"]) == 0
     assert "nothing of the queue runs any more" in capsys.readouterr().out
     out = ended(queue, 30)
@@ -149,26 +164,20 @@ def test_stopped_runs_save_and_go_on(tmp_path, capsys):
     for name in ("a", "b"):
         commits = [e["step"] for e, _ in read(tmp_path / name) if e["event"] == "committed"]
         assert commits[-1] == done(tmp_path, name)[-1], "not a step is lost"
-    busy = begun(file)
-    until(lambda: "running" in states(file).values(), 30)
-    refused = subprocess.run(busy.args, capture_output=True, text=True, timeout=60, check=False)
-    assert (refused.returncode, "another process holds it" in refused.stderr) == (4, True)
-    busy.send_signal(signal.SIGINT)
-    ended(busy, 60)
 
 
 def test_a_run_that_keeps_crashing_fails_and_others_go_on(tmp_path):
-    file = made(tmp_path, {"bad": (12, -2), "good": (6,)}, "slots = 1\nrestarts = 1\nbackoff = 0.1\n")
+    head = "slots = 1\nrestarts = 1\nbackoff = 0.1\n"
+    file = commands(tmp_path, {"bad": "echo x >> crashed; exit 3", "good": "true"}, head)
+    with file.open("a") as text:
+        text.write('[[run]]\nname = "none"\nroot = "none"\ncommand = ["no-such-program"]\n')
     queue = begun(file)
-    ended(queue)
+    out = ended(queue)
     assert queue.returncode == 1
-    assert states(file) == {"bad": "failed", "good": "finished"}
-    assert done(tmp_path, "bad") == [1, 2, 1, 2]
-    (tmp_path / "none.toml").write_text(
-        'restarts = 0\n[[run]]\nname = "x"\nroot = "x"\ncommand = ["no-such-program"]\n'
-    )
-    assert "x: failed" in ended(begun(tmp_path / "none.toml"))
-    file = made(tmp_path, {"bad": (12,), "good": (6,)})
+    assert states(file) == {"bad": "failed", "good": "finished", "none": "failed"}
+    assert (tmp_path / "crashed").read_text() == "x\nx\n"
+    assert "none: cannot be started" in out
+    file = commands(tmp_path, {"bad": "true", "good": "exit 3"}, head)
     assert "bad: begins, attempt 3" in ended(begun(file, "--retry"))
     assert states(file) == {"bad": "finished", "good": "finished"}
 
@@ -209,9 +218,95 @@ def test_where_a_run_stands(tmp_path):
     assert born(1 << 22) is None
 
 
-def test_crashes_are_counted_since_the_last_checkpoint():
-    crash, commit = {"event": "exited", "code": 1}, {"event": "committed"}
-    assert crashes_in_a_row([crash, crash, commit, crash, {"event": "exited", "code": 75}]) == 1
+CRASH = {"event": "exited", "code": 1}
+
+
+def life(*commits, begins=None):
+    """A launch that goes on from a step, and commits others."""
+    return [{"event": "launched", **({"step": begins} if begins is not None else {})}, *map(commit, commits)]
+
+
+def commit(step):
+    return {"event": "committed", "step": step}
+
+
+@pytest.mark.parametrize(
+    ("events", "crashes"),
+    [
+        ([CRASH, CRASH, *life(3), CRASH, {"event": "exited", "code": 75}], 1),
+        ([*life(3), CRASH, *life(3, begins=3), CRASH, *life(3, begins=3), CRASH], 3),  # each saves the last step again
+        ([*life(3), CRASH, *life(5, 4, begins=3), CRASH], 1),
+        ([*life(9), CRASH, *life(4, begins=3), CRASH], 1),  # taken back by hand
+        ([*life(0), CRASH], 1),
+        ([CRASH, {"event": "exited", "code": -15, "told": True}], 1),
+    ],
+)
+def test_crashes_are_counted_since_a_run_came_further(events, crashes):
+    assert crashes_in_a_row(events) == crashes
+
+
+def test_a_process_that_ended_at_once_does_not_live():
+    events = [{"event": "started", "pid": 1 << 22, "host": os.uname().nodename}]  # nothing was left to know it by
+    assert started_process(events) is None
+
+
+@pytest.mark.parametrize("broken", ["events.jsonl/", "launches/0001.json"])
+def test_a_run_that_cannot_be_looked_at_has_failed_and_others_go_on(tmp_path, broken, capsys):
+    file = made(tmp_path, {"a": (5,), "b": (5,)})
+    note(LocalStore(tmp_path / "b"), "exited", code=0)
+    path = tmp_path / "a" / broken
+    path.parent.mkdir(parents=True)
+    path.mkdir() if broken.endswith("/") else path.write_text("{}")
+    assert cli.main(["queue", str(file), "status"]) == 0
+    shown = capsys.readouterr().out.splitlines()
+    assert [line.split()[1] for line in shown[1:3]] == ["failed", "finished"]
+    assert shown[3].startswith("a: ")
+    assert broken.strip("/") in shown[3]
+    told = []
+    assert Runner(spec.load(file), retry=broken.endswith("/"), say=told.append).run() == {
+        "a": State.FAILED,
+        "b": State.FINISHED,
+    }
+    assert [line.partition(",")[0] for line in told] == ["a: given up"] * broken.endswith("/")
+
+
+def test_what_becomes_of_a_run_must_be_written_down_or_it_is_given_up(tmp_path):
+    """Or it would be started again and again, for nobody would know that it has finished."""
+    file = commands(tmp_path, {"a": "sleep 0.3; rm a/events.jsonl; mkdir a/events.jsonl"}, "slots = 1\n")
+    told = []
+    assert Runner(spec.load(file), say=told.append).run() == {"a": State.FAILED}
+    assert [line.partition(",")[0] for line in told] == ["a: begins", "a: given up"]
+
+
+@pytest.fixture
+def sleeper():
+    with subprocess.Popen(["sleep", "60"], start_new_session=True) as process:
+        yield process
+        process.kill()
+
+
+def test_runs_that_live_keep_their_slots_and_gpus_whatever_waits_before_them(tmp_path, sleeper):
+    file = commands(tmp_path, dict.fromkeys("abcd", "kill $PPID; sleep 9"), "gpus = [4, 5, 6]\n")
+    for name, gpu in (("c", 4), ("b", 6)):
+        note(LocalStore(tmp_path / name), "started", gpus=[gpu], **identity(sleeper.pid))
+    queue = begun(file)
+    until(lambda: (tmp_path / "a").exists(), 30)
+    sleeper.kill()
+    out = ended(queue)
+    assert "a: begins, attempt 1, on GPU 5" in out
+    assert not (tmp_path / "d").exists()
+    assert states(file) == dict.fromkeys("abcd", "waiting")
+    assert "a: ended with -15: waiting" in out, "stopped by the queue, which is no crash"
+
+
+def test_a_queue_that_another_machine_runs_is_stopped_there(tmp_path, sleeper, capsys):
+    file = made(tmp_path, {"a": (5,)})
+    with LocalStore(tmp_path).locked("q.toml.lock"):
+        (tmp_path / "q.toml.lock").write_text(json.dumps({**identity(sleeper.pid), "host": "elsewhere"}))
+        assert cli.main(["queue", str(file), "stop"]) == 4
+        assert f"is run by process {sleeper.pid} on elsewhere: stop it there" in capsys.readouterr().err
+        (tmp_path / "q.toml.lock").write_text(json.dumps({**identity(sleeper.pid), "born": "earlier"}))
+        assert runs_it(spec.load(file)) == 0, "a number that another process has now is not signalled"
 
 
 def test_the_table(tmp_path, monkeypatch):

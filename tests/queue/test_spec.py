@@ -64,6 +64,11 @@ def test_slots(tmp_path, monkeypatch):
         (RUN + "env = 3\n", "env: 3: a table is expected"),
         (RUN + RUN, "two runs have the name 'a'"),
         (RUN + RUN.replace('"a"', '"b"'), "two runs have the root"),
+        (RUN + RUN.replace('"a"', '"b"').replace("runs/a", "x/../runs/a"), "two runs have the root"),
+        ("gpus = []\n" + RUN, r"gpus = \[\]: a whole number"),
+        (RUN + 'env = { "A=B" = 1 }\n', "env: 'A=B': no name or value of a variable"),
+        (RUN + 'env = { A = "\\u0000" }\n', "env: 'A': no name or value"),
+        (RUN.replace("true", "\\u0000"), "a list of words"),
     ],
 )
 def test_what_makes_no_sense_is_named(tmp_path, text, message, monkeypatch):

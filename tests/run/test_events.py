@@ -12,7 +12,7 @@ import torch
 
 from distckpt import Checkpointer, Keep, Progress, TrainState
 from distckpt.errors import StateWarning, StoreError
-from distckpt.run.events import note, read
+from distckpt.run.events import Following, note, read
 from distckpt.run.goodput import Goodput, goodput
 from distckpt.store.local import LocalStore
 from distckpt.store.memory import MemoryStore
@@ -115,6 +115,28 @@ def test_a_torn_line_costs_only_itself(tmp_path):
         file.write(b'\xff\n[1]\n{"time": 1}\n{"time": 1, "event": "unheard of"}\n{"time": 1, "event": "skipped"')
     assert [e["step"] for e in events(tmp_path)] == [1, 2]
     assert events(tmp_path / "nowhere") == []
+
+
+def test_a_metric_called_time_is_a_metric(tmp_path):
+    store = LocalStore(tmp_path)
+    note(store, "committed", step=1, metrics={"time": 2.5})
+    with (tmp_path / "events.jsonl").open("a") as file:
+        file.write('{"time": 12.5, "event": "stag')
+    note(store, "committed", step=2, metrics={"time": 2.5})
+    assert [(e["step"], e["metrics"]) for e in events(tmp_path)] == [(1, {"time": 2.5}), (2, {"time": 2.5})]
+
+
+def test_a_file_that_is_another_now_is_followed_from_its_beginning(tmp_path):
+    store, following = LocalStore(tmp_path), Following(tmp_path)
+    assert following.look() == []
+    for step in (1, 2):
+        note(store, "skipped", step=step)
+        assert [e["step"] for e in following.look()] == [step]
+    (tmp_path / "events.jsonl").unlink()
+    note(store, "skipped", step=3)
+    assert [e["step"] for e in following.look()] == [3]
+    (tmp_path / "events.jsonl").write_text("")
+    assert (following.look(), following.seen) == ([], [])
 
 
 def test_reading_goes_on_where_it_stopped(tmp_path):

@@ -14,6 +14,7 @@ import torch
 
 from distckpt import Checkpointer, TrainState
 from distckpt.errors import StateWarning
+from distckpt.run.background import Background
 from distckpt.run.history import History
 from distckpt.run.preemption import REQUEUE, STOPPED, Preemption, Reason
 from distckpt.store.local import LocalStore
@@ -90,9 +91,46 @@ def test_a_save_that_does_not_fit_is_tried_where_there_is_none(tmp_path):
     assert committed(tmp_path) == [1]
 
 
-def test_a_signal_that_is_none_is_refused():
-    with pytest.raises(ValueError, match="'SIGWINTER' is no signal"):
-        Preemption(signals=("SIGWINTER",))
+def test_the_last_save_is_made_even_where_saves_are_skipped_that_would_have_to_wait(tmp_path, monkeypatch):
+    monkeypatch.setattr(Background, "busy", property(lambda self: self.poll() or bool(self._jobs)))
+    with Checkpointer(tmp_path, preemption=True, when_busy="skip") as c:
+        live = TrainState(model=torch.nn.Linear(1000, 1000), rng=False)
+        c.save(1, live)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert c.step(2, live).saved.committed
+
+
+def test_every_checkpointer_of_a_process_is_told(tmp_path):
+    with Checkpointer(tmp_path / "a", preemption=True) as a, Checkpointer(tmp_path / "b", preemption=True) as b:
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert [c.step(1, state()).exit_code for c in (a, b)] == [REQUEUE, REQUEUE]
+
+
+def test_signals_are_given_back_in_whatever_order_checkpointers_are_closed(tmp_path):
+    before = signal.getsignal(signal.SIGTERM)
+    a, b, c = (Checkpointer(tmp_path / name, preemption=True) for name in "abc")
+    b.close()
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert a.step(1, state()).should_stop
+    a.close()
+    assert c.step(1, state()).should_stop
+    c.close()
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_no_stop_file_is_none(tmp_path):
+    with Checkpointer(tmp_path, preemption=Preemption(stop_file="")) as c:
+        assert not c.step(1, state()).should_stop
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"signals": ("SIGWINTER",)}, "'SIGWINTER' is no signal"), ({"grace": "soon"}, "grace='soon'")],
+)
+def test_what_cannot_be_is_refused_before_it_is_needed(options, message):
+    with pytest.raises(ValueError, match=message):
+        Preemption(**options)
+    assert Preemption(grace="2 min").grace == 120
 
 
 _SECOND = """

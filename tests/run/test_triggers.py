@@ -124,6 +124,18 @@ def test_the_epoch_is_that_of_the_progress(tmp_path):
     assert saved == [4, 8]
 
 
+def test_an_epoch_may_end_with_the_first_step_after_a_resume(tmp_path):
+    progress = Progress()
+    state = TrainState(model=torch.nn.Linear(2, 2), progress=progress, rng=False)
+    with Checkpointer(tmp_path) as c:
+        c.save(1, state)
+    with Checkpointer(tmp_path, every="1 epoch") as c:
+        c.resume(state)
+        progress.epoch = 1
+        assert c.step(2, state).saved
+        assert not c.step(3, state).saved
+
+
 def _cost(root):
     state = TrainState(model=torch.nn.Linear(2, 2), rng=False)
     with Checkpointer(root, every=("1000000 steps", "10 h"), preemption=True) as c:
