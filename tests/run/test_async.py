@@ -186,11 +186,10 @@ def test_the_writer_process_is_small_and_has_no_torch(tmp_path):
 def test_a_signal_to_all_of_a_job_does_not_end_the_writer_not_even_as_it_starts(tmp_path):
     live, _ = state(1)
     with Checkpointer(tmp_path) as c:
-        pending = c.save(1, live)
-        (pid,) = writers()
+        line = c._saver._background.start()
         for number in NOT_OURS:
-            os.kill(pid, number)
-        pending.wait()
+            os.kill(line._process.pid, number)
+        c.save(1, live).wait()
         assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == set()
     assert committed(tmp_path) == [1]
 

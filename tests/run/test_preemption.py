@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import multiprocessing
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -187,27 +189,29 @@ class _Slow(torch.utils.data.Dataset):
         return index
 
 
-def _with_workers(root):
-    """Train in a process group of its own, and signal the whole of it, as torchrun and scancel do."""
+def _with_workers(root, name):
+    """Train in a process group of its own; the whole of it is signalled from outside, as by torchrun and scancel."""
     os.setpgid(0, 0)
     live = state()
     with Checkpointer(root, every=10_000, preemption=True, timeout=20) as c:
-        loader = torch.utils.data.DataLoader(_Slow(), batch_size=4, num_workers=2)
-        for step, _ in enumerate(loader, 1):
+        iterator = iter(torch.utils.data.DataLoader(_Slow(), batch_size=4, num_workers=2))
+        for step, _ in enumerate(iterator, 1):
             if step == 10:
-                os.killpg(0, signal.SIGTERM)
+                tell = f"import os, signal; os.killpg({os.getpid()}, signal.SIG{name})"
+                subprocess.run([sys.executable, "-c", tell], start_new_session=True, check=True)
             report = c.step(step, live)
             if report.should_stop:
-                for _, _ in zip(range(20), loader._iterator or loader, strict=False):
-                    pass  # its workers live
                 break
-        iterator = loader._iterator
-        del iterator, loader
+        time.sleep(2)
+        for _ in range(50):
+            next(iterator)  # of workers that live: they have fetched only a few ahead
+        del iterator
     return step, report.exit_code, len(multiprocessing.active_children())
 
 
-def test_workers_of_a_loader_survive_the_signal_and_end_with_it(tmp_path):
-    ((step, code, children),) = ranks.run(1, _with_workers, str(tmp_path))
+@pytest.mark.parametrize("name", ["TERM", "USR1"])
+def test_workers_of_a_loader_survive_the_signal_and_end_with_it(tmp_path, name):
+    ((step, code, children),) = ranks.run(1, _with_workers, str(tmp_path), name)
     assert (code, children) == (REQUEUE, 0)
     assert committed(tmp_path) == [step]
 
@@ -234,3 +238,32 @@ def test_a_child_that_is_terminated_ends(tmp_path):
     ((code, seconds),) = ranks.run(1, _terminated, str(tmp_path))
     assert code == -signal.SIGTERM
     assert seconds < 60
+
+
+def _busy(root):
+    """Both are told while this process is in the middle of something that runs no handler, as a collective is."""
+    fork = multiprocessing.get_context("fork")
+    with Checkpointer(root, preemption=True) as c:
+        live = state()
+        assert not c.step(1, live).should_stop
+        running = fork.Event()
+        child = fork.Process(target=_sleep, args=(running,))
+        child.start()
+        assert running.wait(20)
+
+        def tell():
+            for pid in (child.pid, os.getpid()):
+                os.kill(pid, signal.SIGTERM)
+
+        threading.Timer(0.2, tell).start()
+        started = time.monotonic()
+        while time.monotonic() - started < 3.0:
+            hashlib.pbkdf2_hmac("sha256", b"", b"", 12_000_000)  # in one piece, some seconds
+        lives = child.is_alive()
+        child.kill()
+        child.join()
+        return lives, c.step(2, live).exit_code
+
+
+def test_a_child_survives_also_while_its_parent_cannot_run_a_handler(tmp_path):
+    assert ranks.run(1, _busy, str(tmp_path)) == [(True, REQUEUE)]
