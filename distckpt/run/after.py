@@ -20,14 +20,17 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
 
+_MOST_NAME = 200
+
+
 @dataclass(frozen=True, slots=True)
 class After:
     """A command that runs after a commit.
 
     command: its words, in which {checkpoint}, {run}, {step} and {directory} stand for the checkpoint's path, the run's,
     its step, and its name. every: "4 h" or "1000 steps" since it last went well; None: after each commit. on: "best"
-    only after commits that `best` points at. timeout: after which it is killed. name: in events (default: the
-    command's first word). folder: that it runs in (default: the one that we are in now).
+    on what `best` points at, once. timeout: after which it is killed. name: in events (default: the command).
+    folder: that it runs in (default: the one that we are in now).
     """
 
     command: tuple[str, ...]
@@ -46,8 +49,7 @@ class After:
         duration(self.timeout, "timeout")
         if Triggers.of(self.every).epochs:
             raise ValueError(f"every={self.every!r}: steps or time; to run once an epoch, save once an epoch")
-        if not self.name:
-            object.__setattr__(self, "name", Path(self.command[0]).name)
+        object.__setattr__(self, "name", (self.name or " ".join(self.command))[:_MOST_NAME])
         if not self.folder:
             object.__setattr__(self, "folder", str(Path.cwd()))
         try:
@@ -90,6 +92,19 @@ def Export(  # noqa: N802  one of the things that an after_commit= lists, beside
 def TrialLoad(*, every: str | int | None = None, on: Literal["commit", "best"] = "best") -> After:  # noqa: N802
     """Read the whole checkpoint back in a new process, against its checksums."""
     return After((sys.executable, "-m", "distckpt.cli", "verify", "{checkpoint}"), every, on, name="trial load")
+
+
+def checked(commands: Iterable[After]) -> tuple[After, ...]:
+    """What `after_commit=` lists. ValueError where it is something else, or two have one name."""
+    found = tuple(commands)
+    if wrong := [one for one in found if not isinstance(one, After)]:
+        raise ValueError(f"after_commit={wrong[0]!r}: After(command), Export(path) or TrialLoad() is expected")
+    names = [after.name for after in found]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise ValueError(
+            f"after_commit: two are called {twice[0]!r}: each is known by its name: give one another name="
+        )
+    return found
 
 
 def start(root: Path, directory: StepDir, commands: tuple[After, ...]) -> None:

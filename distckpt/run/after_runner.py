@@ -1,8 +1,9 @@
-"""The process that runs what `after_commit=` lists, for one commit.
+"""The process that runs what `after_commit=` lists, on the newest checkpoint or the best.
 
 It takes a lease on the checkpoint, so that it stays, and runs what is due, one command after another, at a low
-priority. One such process at a time: a commit that comes while it is busy is passed over, and what was due is due again
-at the next. What became of each is an event (`after`), and by those it is known what is due: a restart changes nothing.
+priority. One such process at a time: it looks again once it is done, so that of commits that come meanwhile the newest
+has its turn. What became of each is an event (`after`), and by those it is known what is due: a restart changes
+nothing.
 """
 
 from __future__ import annotations
@@ -14,21 +15,20 @@ import signal
 import subprocess
 import tempfile
 import time
-from typing import TYPE_CHECKING, Any
 
-from distckpt.errors import KeyExists
-from distckpt.format.layout import StepDir
+from distckpt.errors import KeyExists, KeyMissing, failure_text
+from distckpt.format.layout import COMMIT, StepDir
 from distckpt.run.after import After
-from distckpt.run.events import note, read
+from distckpt.run.events import note, read, record
 from distckpt.run.lease import lease
 from distckpt.run.publish import pointing
 from distckpt.run.triggers import Triggers, duration
+from distckpt.run.writer import NOT_OURS
 from distckpt.store.local import LocalStore
 
-if TYPE_CHECKING:
-    from collections.abc import Mapping
-
 _LOCK = "after.lock"
+_AGAIN = 0.5
+"""Seconds after which it is tried once more, if another process is at it: that may have looked for the last time."""
 _NICE = 10
 _MOST_SAID = 1000
 _NOT_FOUND, _TIME_UP = 127, 124
@@ -40,35 +40,62 @@ _OF_A_RANK = (
 
 
 def main(root: str, directory: str, told: str) -> None:
-    """Run what is due."""
+    """Run what is due after the commit of a checkpoint, and after those that come meanwhile."""
     store, found = LocalStore(root), StepDir.parse(directory)
     assert found is not None
+    for number in NOT_OURS:
+        signal.signal(number, lambda *_: None)  # for the training process; the commands have them as ever
     with contextlib.suppress(OSError):
         os.nice(_NICE)
     commands = [After.from_json(said) for said in json.loads(told)]
     try:
+        if _run_all(commands, store, found):
+            return
+        time.sleep(_AGAIN)
+        if not _run_all(commands, store, found):
+            note(store, "after", step=found.step, skipped="what runs after an earlier commit is not done yet")
+    except Exception as e:  # noqa: BLE001  there is nobody else to tell
+        note(store, "after", step=found.step, skipped=f"it failed: {failure_text(e)}")
+
+
+def _run_all(commands: list[After], store: LocalStore, found: StepDir) -> bool:
+    """Run what is due until nothing is. False where another process is at it."""
+    try:
         with store.locked(_LOCK):
-            for after in commands:
-                if is_due(after, store, found, time.time()):
-                    _run(after, store, found)
+            while any([_ran(after, store, found) for after in commands]):  # noqa: C419  each of them has its turn
+                pass
     except KeyExists:
-        note(store, "after", step=found.step, skipped="what runs after an earlier commit is not done yet")
+        return False
+    return True
+
+
+def _ran(after: After, store: LocalStore, found: StepDir) -> bool:
+    """Run a command if it is due, on the newest checkpoint there is now, or the best."""
+    named = pointing(store)
+    newest = StepDir.parse(named.get("last", "")) or found
+    directory = StepDir.parse(named.get("best", "")) if after.on == "best" else newest
+    if directory is None or not is_due(after, store, directory, time.time()):
+        return False
+    _run(after, store, directory)
+    return True
 
 
 def is_due(after: After, store: LocalStore, directory: StepDir, now: float) -> bool:
-    """Whether a command is to run for a checkpoint now, going by the run's events and its `best`."""
-    if after.on == "best" and pointing(store).get("best") != str(directory):
+    """Whether a command is to run on a checkpoint now, going by the run's events: once, if at all."""
+    try:
+        committed = store.changed(f"{directory}/{COMMIT}")
+    except KeyMissing:
         return False
-    went_well = [e for e, _ in read(store.root) if _went_well(e, after.name)]
+    ran = [e for e, _ in read(store.root) if e["event"] == "after" and e.get("name") == after.name]
+    if any(e["directory"] == str(directory) and e["began"] >= committed for e in ran):
+        return False
+    went_well = [e for e in ran if e["code"] == 0]
     if after.every is None or not went_well:
         return True
     triggers, last = Triggers.of(after.every), went_well[-1]
-    steps = directory.step - int(last["step"])
-    return now - float(last["began"]) >= triggers.seconds or any(steps >= n for n in triggers.steps)
-
-
-def _went_well(event: Mapping[str, Any], name: str) -> bool:
-    return event["event"] == "after" and event.get("name") == name and event.get("code") == 0
+    seconds, steps = now - float(last["began"]), directory.step - int(last["step"])
+    # less than nothing: the clock was set back, or the run was
+    return not 0 <= seconds < triggers.seconds or any(not 0 <= steps < n for n in triggers.steps)
 
 
 def _run(after: After, store: LocalStore, directory: StepDir) -> None:
@@ -77,7 +104,7 @@ def _run(after: After, store: LocalStore, directory: StepDir) -> None:
         code = _code(after.words(store.root, directory), after.folder, seconds, output.fileno())
         output.seek(max(0, output.seek(0, os.SEEK_END) - _MOST_SAID))
         said = output.read().decode(errors="replace").strip()
-    note(
+    record(
         store,
         "after",
         name=after.name,

@@ -19,6 +19,7 @@ from distckpt.errors import (
 )
 from distckpt.garbage import uncollected
 from distckpt.loading.plan import Options
+from distckpt.run.after import checked
 from distckpt.run.choose import Search, load_newest
 from distckpt.run.events import note
 from distckpt.run.history import History
@@ -108,7 +109,7 @@ class Checkpointer:
         self._given = comm is not None
         self._history = History(self._store)
         self._keep = keep
-        self._then = Then(Retention(keep) if keep else None, tuple(after_commit))
+        self._then = Then(Retention(keep) if keep else None, checked(after_commit))
         self._saver = Saver(self._comm, when_busy=when_busy, arena_bytes=arena_bytes)
         looks = self._store.root if isinstance(self._store, LocalStore) and self._comm.rank == 0 else None
         self._watch = Watch(preemption if isinstance(preemption, Preemption) else Preemption(), looks)
@@ -334,7 +335,7 @@ class Checkpointer:
             said = {"seconds": round(report.seconds, 3), "bytes": report.bytes_read}
             self._note("resumed", step=report.step, **said, fell_back_from=report.fell_back_from or None)
             self._prepare(state)
-        self._schedule.resumed(state.epoch)
+        self._schedule.resumed(getattr(state, "epoch", None))
         if report and notes:
             report.notes.append(notes)
         return report

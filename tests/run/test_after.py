@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 import time
@@ -67,11 +66,15 @@ def test_what_goes_wrong_is_told_and_harms_nobody(tmp_path):
     assert found["last"] == (0, "")
 
 
-def test_one_at_a_time_and_the_checkpoint_stays_meanwhile(tmp_path):
-    code = "import os, sys, time\nopen('begun', 'w').close()\nwhile not os.path.exists('go'): time.sleep(0.02)"
-    with Checkpointer(
-        tmp_path, keep=Keep(last=1), after_commit=[After(python(code), name="slow", folder=str(tmp_path))], wait=True
-    ) as c:
+def busy(folder, then="pass"):
+    """A command that waits for the file `go`."""
+    code = f"import os, sys, time\nopen('begun', 'w').close()\nwhile not os.path.exists('go'): time.sleep(0.02)\n{then}"
+    return {"command": python(code), "folder": str(folder)}
+
+
+def test_one_at_a_time_and_then_the_newest_and_the_checkpoint_stays_meanwhile(tmp_path):
+    after = After(**busy(tmp_path), name="slow")
+    with Checkpointer(tmp_path, keep=Keep(last=1), after_commit=[after], wait=True) as c:
         c.save(1, state())
         until(lambda: (tmp_path / "begun").exists())
         assert leased(LocalStore(tmp_path)) == {StepDir(1)}
@@ -81,30 +84,61 @@ def test_one_at_a_time_and_the_checkpoint_stays_meanwhile(tmp_path):
         assert all("not done yet" in e["skipped"] for e in named(tmp_path, "after"))
         assert (tmp_path / "step-00000001" / "commit.json").exists()
         (tmp_path / "go").touch()
-        assert ended(tmp_path, 4)[-1]["step"] == 1
+        assert [e["step"] for e in ended(tmp_path, 5)[3:]] == [1, 4], "the last of a job has its turn"
         c.save(5, state())
-        assert ended(tmp_path, 5)[-1]["step"] == 5
+        assert ended(tmp_path, 6)[-1]["step"] == 5
     assert not (tmp_path / "step-00000001").exists()
-    assert not leased(LocalStore(tmp_path))
+    until(lambda: not leased(LocalStore(tmp_path)))
+
+
+def test_a_best_that_comes_while_another_is_looked_at_has_its_turn_and_each_only_one(tmp_path):
+    commands = [After(**busy(tmp_path, "sys.exit(1)"), on="best", name="slow"), After(python(""), name="each")]
+    with Checkpointer(tmp_path, keep=Keep(last=5, best=("loss", "min", 1)), after_commit=commands, wait=True) as c:
+        c.save(1, state(), {"loss": 2.0})
+        until(lambda: (tmp_path / "begun").exists())
+        c.save(2, state(), {"loss": 1.0})
+        c.save(3, state(), {"loss": 3.0})
+        assert len(ended(tmp_path, 2)) == 2
+        (tmp_path / "go").touch()
+        told = [(e["name"], e["step"]) for e in ended(tmp_path, 5)[2:]]
+        assert told == [("slow", 1), ("each", 3), ("slow", 2)]
+        c.save(4, state(), {"loss": 3.0})
+        assert [(e["name"], e["step"]) for e in ended(tmp_path, 6)[5:]] == [("each", 4)]
+
+
+def test_what_hinders_all_of_it_is_told_and_signals_reach_commands(tmp_path):
+    code = "import signal, sys; sys.exit(sum(signal.getsignal(n) == signal.SIG_IGN for n in (15, 10, 1)))"
+    with Checkpointer(tmp_path, after_commit=[After(python(code))]) as c:
+        c.save(1, state())
+        assert ended(tmp_path, 1)[0]["code"] == 0
+        (tmp_path / "after.lock").unlink()
+        (tmp_path / "after.lock").mkdir()
+        c.save(2, state())
+        assert "it failed: cannot lock" in ended(tmp_path, 2)[1]["skipped"]
 
 
 def test_what_is_due(tmp_path):
     store, now = LocalStore(tmp_path), time.time()
+
+    def due(after, step, now):
+        write_all(store, f"{StepDir(step)}/commit.json", b"")
+        return is_due(after, store, StepDir(step), now)
+
     hourly, by_steps = After(("a",), every="1 h"), After(("b",), every="100 steps")
-    best = After(("c",), on="best")
-    assert is_due(hourly, store, StepDir(1), now)
-    assert is_due(by_steps, store, StepDir(1), now)
-    assert not is_due(best, store, StepDir(1), now)
+    assert due(hourly, 1, now)
+    assert due(by_steps, 1, now)
+    assert not is_due(hourly, store, StepDir(2), now), "it has gone meanwhile"
     for name in ("a", "b"):
-        note(store, "after", name=name, step=50, code=0, began=now)
-    note(store, "after", name="a", step=60, code=1, began=now + 3000)  # went wrong: due as if it had not been
-    assert not is_due(hourly, store, StepDir(1000), now + 3599)
-    assert is_due(hourly, store, StepDir(51), now + 3600)
-    assert not is_due(by_steps, store, StepDir(149), now + 1e6)
-    assert is_due(by_steps, store, StepDir(150), now)
-    write_all(store, "best.json", json.dumps({"checkpoint": "step-00000009", "step": 9}).encode())
-    assert is_due(best, store, StepDir(9), now)
-    assert not is_due(best, store, StepDir(10), now)
+        note(store, "after", name=name, step=50, directory="step-00000050", code=0, began=now)
+    went_wrong = {"step": 60, "directory": "step-00000060", "code": 1, "began": now + 3000}
+    note(store, "after", name="a", **went_wrong)  # due as if it had not been, but on this one
+    assert not due(hourly, 60, now + 3600)
+    assert not due(hourly, 1000, now + 3599)
+    assert due(hourly, 51, now + 3600)
+    assert due(hourly, 51, now - 1), "the clock was set back"
+    assert not due(by_steps, 149, now + 1e6)
+    assert due(by_steps, 150, now)
+    assert due(by_steps, 49, now), "the run was taken back"
 
 
 def test_an_export_and_a_trial_load_of_the_best(tmp_path):
@@ -138,3 +172,21 @@ def test_an_export_and_a_trial_load_of_the_best(tmp_path):
 def test_a_command_that_makes_no_sense(options, message):
     with pytest.raises(ValueError, match=message):
         After(**options)
+
+
+@pytest.mark.parametrize(
+    ("commands", "message"),
+    [
+        ([print], "after_commit=<built-in function print>: After"),
+        ([After(("python", "a.py")), After(("python", "a.py"), every=3)], "two are called 'python a.py'"),
+    ],
+)
+def test_commands_that_cannot_be_told_apart_are_refused(tmp_path, commands, message):
+    with pytest.raises(ValueError, match=message):
+        Checkpointer(tmp_path, after_commit=commands)
+
+
+def test_two_programs_of_one_interpreter_are_two(tmp_path):
+    names = [After(("python", script)).name for script in ("a.py", "b.py")]
+    assert names == ["python a.py", "python b.py"]
+    assert len(After(("python", "-c", "x" * 10_000)).name) == 200, "an event holds it as a whole"
