@@ -37,7 +37,7 @@ from launch.gpt import GPT, Shape
 from launch.text import StdlibText
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
 WARM_UP = 10
 """Steps in which the learning rate rises to its peak."""
@@ -50,7 +50,12 @@ def _trigger(text: str) -> int | str:
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    return arguments(__doc__).parse_args(argv)
+
+
+def arguments(description: str | None) -> argparse.ArgumentParser:
+    """Those of a training program."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--root", type=Path, required=True, help="directory of the run's checkpoints")
     parser.add_argument("--steps", type=int, default=50, help="optimizer steps of the whole run")
     parser.add_argument(
@@ -67,7 +72,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--losses", type=Path, help="file to which a JSON line is added after each step")
     parser.add_argument("--threads", type=int, default=1, help="threads that each rank computes with")
-    return parser.parse_args(argv)
+    parser.add_argument("--workers", type=int, default=0, help="processes that each rank loads samples with")
+    return parser
 
 
 def seed_generators(seed: int) -> None:
@@ -187,14 +193,6 @@ def train(args: argparse.Namespace) -> int:
 
     # 1. A sampler that counts what was consumed, so that no sample is seen twice or skipped.
     sampler = ElasticSampler(text, global_batch=args.global_batch, seed=args.seed)
-    loader = DataLoader(
-        text,
-        batch_size=args.global_batch // dist.get_world_size(),
-        sampler=sampler,
-        # A loader draws a seed for its workers each time it is iterated: without a generator of its own it would draw
-        # from the default one, once more after a resume than in a run that went through, and dropout would differ.
-        generator=torch.Generator(),
-    )
     # 2. Everything that decides what the next step computes.
     progress = Progress()
     state = TrainState(
@@ -206,6 +204,38 @@ def train(args: argparse.Namespace) -> int:
         config={"shape": asdict(shape), "text": text.digest, "global_batch": args.global_batch, "steps": args.steps},
         rng=True,
     )
+
+    def step(batch: Tensor) -> tuple[float, float]:
+        lr = float(schedule.get_last_lr()[0])
+        loss = train_step(model, optimizer, batch, args.micro_batch)
+        schedule.step()
+        return loss, lr
+
+    return fit(args, text, sampler=sampler, progress=progress, state=state, step=step)
+
+
+def fit(
+    args: argparse.Namespace,
+    text: StdlibText,
+    *,
+    sampler: ElasticSampler,
+    progress: Progress,
+    state: TrainState,
+    step: Callable[[Tensor], tuple[float, float]],
+) -> int:
+    """Resume, and step to the end or until told to stop. `step` trains on a batch, and returns loss and learning rate.
+
+    Returns the exit code.
+    """
+    loader = DataLoader(
+        text,
+        batch_size=args.global_batch // dist.get_world_size(),
+        sampler=sampler,
+        num_workers=args.workers,
+        # A loader draws a seed for its workers each time it is iterated: without a generator of its own it would draw
+        # from the default one, once more after a resume than in a run that went through, and dropout would differ.
+        generator=torch.Generator(),
+    )
     # 3. Resume before the loader is iterated: its iterator keeps the position it was made with.
     stop = StepReport()
     with Checkpointer(args.root, every=tuple(args.every), preemption=True, timeout=60) as checkpointer:
@@ -214,9 +244,7 @@ def train(args: argparse.Namespace) -> int:
             log.say(str(report) if report else f"a fresh start in {args.root}")
             while progress.global_step < args.steps and not stop.should_stop:
                 for batch in loader:  # the rest of this epoch
-                    lr = float(schedule.get_last_lr()[0])
-                    loss = train_step(model, optimizer, batch, args.micro_batch)
-                    schedule.step()
+                    loss, lr = step(batch)
                     # 4. Say what the step consumed.
                     sampler.advance()
                     progress.advance(args.global_batch)
@@ -238,10 +266,10 @@ def main() -> None:
     # a collective whose peer has died must end: a minute, not the half hour that is torch's default
     dist.init_process_group("gloo", timeout=timedelta(seconds=60))
     try:
-        code, rank = train(args), dist.get_rank()
+        code = train(args)
     finally:
         dist.destroy_process_group()
-    leave(code, rank)
+    leave(code)
 
 
 if __name__ == "__main__":

@@ -81,14 +81,14 @@ class Preemption:
         return self.deadline if self.deadline is not None else float(told) if told.isdigit() else None
 
 
-def leave(exit_code: int, rank: int) -> None:
+def leave(exit_code: int) -> None:
     """End the program with an exit code that reaches the script that started the job. Returns under torchrun.
 
-    torchrun takes any code but 0 for a crash, and does not pass it on. So rank 0 leaves it in the file that
-    DISTCKPT_EXIT_FILE names (launch/ reads it there), and the process ends as if all were well.
+    torchrun takes any code but 0 for a crash, and does not pass it on. So one rank of each node leaves it in the file
+    that DISTCKPT_EXIT_FILE names (launch/ reads it there), and the process ends as if all were well.
     """
     told = os.environ.get("DISTCKPT_EXIT_FILE")
-    if told and rank == 0:
+    if told and os.environ.get("LOCAL_RANK", "0") == "0":
         path = Path(told).absolute()
         write_all(LocalStore(path.parent), path.name, str(exit_code).encode())
     if "TORCHELASTIC_RUN_ID" not in os.environ:

@@ -12,15 +12,12 @@ export LAUNCH GRACE=${GRACE:-110}
 # of the array task: the number of its last task is also that of the whole array
 job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
 readonly job=${job:-$SLURM_JOB_ID} life=${SLURM_RESTART_COUNT:-0}
-# on a file system that every node sees: the first rank leaves its exit code here, which torchrun does not pass on
-export DISTCKPT_EXIT_FILE="$SLURM_SUBMIT_DIR/exit-$job.$life"
 readonly REQUEUE=75
 readonly MOST_LIVES=${MOST_LIVES:-1000}
 
 run_and_requeue() {
     echo "$(date --iso-8601=seconds) attempt $life on $SLURM_JOB_NODELIST: $*"
-    forward "$@" # srun passes a signal to every task: torchrun, and through it the training
-    rm -f "$DISTCKPT_EXIT_FILE"
+    forward env REACHED=1 "$@" # srun passes a signal on to every process of the step
     echo "$(date --iso-8601=seconds) ended with $code"
     # a job that was cancelled no longer runs, and stays cancelled: scontrol would queue even that again
     if [[ $code == "$REQUEUE" && $life -lt $MOST_LIVES && $(squeue -h -j "$job" -o %T) == RUNNING ]]; then

@@ -14,8 +14,12 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
+from distckpt import Checkpointer, TrainState
 from distckpt.run.preemption import REQUEUE
+from launch.gpt import GPT, Shape
 from tests.launch.counting import check_each_once
 
 ROOT = Path(__file__).parent.parent.parent
@@ -194,5 +198,38 @@ def test_a_group_shrinks_when_a_node_is_lost_and_grows_when_it_is_back(tmp_path)
         last = run.rows()[-1]["step"]
         assert last in run.committed()
         check_each_once(run.losses, last // EPOCH * EPOCH, samples=SAMPLES, global_batch=BATCH)
+    finally:
+        run.kill()
+
+
+def _export(run, to):
+    """Export the newest checkpoint's weights, as its user would; returns what is in the file."""
+    command = [sys.executable, "-m", "distckpt.reshard", run.root, to, "--to", "safetensors", "--only", "model"]
+    subprocess.run(command, cwd=ROOT, check=True, timeout=60, capture_output=True)
+    return {name: tensor for file in to.glob("*.safetensors") for name, tensor in load_file(file).items()}
+
+
+@pytest.mark.full
+@pytest.mark.timeout(300)
+def test_sharded_saves_by_time_full_exports_now_and_then_and_another_number_of_ranks(tmp_path):
+    run = Run(tmp_path, steps=25 * EPOCH, every="2 s")
+    try:
+        first = run.start()
+        run.until(lambda: len(run.committed()) >= 2, "two saves by time")
+        assert _export(run, tmp_path / "early")  # while it trains
+        first.send_signal(signal.SIGTERM)
+        run.end(first, REQUEUE)
+        second = run.start(NPROC="3")
+        run.end(second, 0)
+        assert {row["world"] for row in run.rows()} == {2, 3}
+        check(run)
+        model = GPT(Shape(width=48, layers=1, seq=SEQ))
+        with Checkpointer(run.root) as checkpointer:
+            checkpointer.load(TrainState(model=model, rng=False), only=("model",))
+        weights = model.state_dict()
+        exported = _export(run, tmp_path / "last")
+        assert set(exported) <= set(weights)
+        assert {tensor.data_ptr() for tensor in weights.values()} == {weights[name].data_ptr() for name in exported}
+        assert all(torch.equal(weights[name], tensor) for name, tensor in exported.items())
     finally:
         run.kill()

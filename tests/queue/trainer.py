@@ -41,7 +41,7 @@ def main(root: str, steps: int, crash_at: int) -> None:
             code = checkpointer.step(progress.global_step, state, {"loss": loss.item()}).exit_code
         if not code:
             checkpointer.save(steps, state, wait=True)
-    leave(code, 0)
+    leave(code)
 
 
 if __name__ == "__main__":
