@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 
 from distckpt.format.layout import StepDir
 from distckpt.run.history import History
@@ -101,6 +102,8 @@ class Submitted:
 
 
 def _reference(*args):
+    if not dist.is_initialized():
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     return train_fsdp.train(train_fsdp.parse(args))
 
 
