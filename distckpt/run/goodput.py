@@ -30,8 +30,8 @@ class Goodput:
 
     @property
     def share(self) -> float | None:
-        """Share of the wall time that was training; None where none has passed."""
-        return self.training / self.wall if self.wall > 0 else None
+        """Share of the wall time that was training; None where none has passed. At most 1, whatever clocks did."""
+        return min(1.0, self.training / self.wall) if self.wall > 0 else None
 
 
 @dataclass(slots=True)

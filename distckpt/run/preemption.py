@@ -115,8 +115,7 @@ class Watch:
             warnings.warn("preemption: signals can be watched from the main thread only", StateWarning, stacklevel=4)
             return
         shield.install([int(getattr(signal, name)) for name in self.preemption.signals])
-        for name in self.preemption.signals:
-            number = int(getattr(signal, name))
+        for number in {int(getattr(signal, name)) for name in self.preemption.signals}:
             self._before[number] = signal.signal(number, self._handle)
 
     def close(self) -> None:

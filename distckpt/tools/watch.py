@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from distckpt.errors import KeyMissing, NotACheckpoint
 from distckpt.format.layout import EVENTS, beat_file
-from distckpt.run.events import read
+from distckpt.run.events import Following
 from distckpt.run.goodput import goodput
 from distckpt.store.local import LocalStore, local_path
 from distckpt.tools.answer import Answer, tell
@@ -46,32 +46,26 @@ def run(given: argparse.Namespace) -> Answer:
         raise NotACheckpoint(f"{root}: is a file, not a run's directory")
     with ExitStack() as stack:
         sinks = opened(stack, root.name, given.prometheus, given.tensorboard, otel=given.otel)
-        seen: list[dict[str, Any]] = []
-        end = _take(root, 0, seen, sinks)
-        if given.once:
-            return _summary(root, seen)
-        shown = 0
+        following = Following(root)
         while True:
-            for event in seen[shown:]:
+            new = following.look()
+            _tell(sinks, root, new, following.seen)
+            if given.once:
+                return _summary(root, following.seen)
+            for event in new:
                 tell(json.dumps(event) if given.json else line(event))
-            shown = len(seen)
             time.sleep(given.interval)
-            end = _take(root, end, seen, sinks)
 
 
-def _take(root: Path, start: int, seen: list[dict[str, Any]], sinks: Sequence[Sink]) -> int:
-    """Hand new events to all sinks; returns where they end."""
-    before = len(seen)
-    for event, end in read(root, start):
-        seen.append(event)
-        start = end
-        for sink in sinks:
+def _tell(sinks: Sequence[Sink], root: Path, new: Sequence[dict[str, Any]], seen: Sequence[dict[str, Any]]) -> None:
+    """Hand new events to all sinks, and what all come to."""
+    if not sinks or not (new or not seen):
+        return
+    values = figures(seen, alive_at(root, seen))
+    for sink in sinks:
+        for event in new:
             sink.take(event)
-    if len(seen) > before or not before:
-        values = figures(seen, alive_at(root, seen))
-        for sink in sinks:
-            sink.show(values)
-    return start
+        sink.show(values)
 
 
 def alive_at(root: Path, events: Sequence[Mapping[str, Any]]) -> float | None:

@@ -202,3 +202,8 @@ def test_goodput_of_a_run_that_began_again_from_nothing_counts_nothing_of_before
 def test_goodput_of_nothing():
     assert goodput([]) == Goodput()
     assert Goodput().share is None
+
+
+def test_goodput_through_a_clock_that_was_set_back():
+    first = [said("launched", 5000.0, 1), said("staged", 9000.0, 1, step=1)]
+    assert goodput([*first, said("launched", 5100.0, 2, step=1)]).share == 1.0

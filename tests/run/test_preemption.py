@@ -110,7 +110,8 @@ def test_every_checkpointer_of_a_process_is_told(tmp_path):
 
 def test_signals_are_given_back_in_whatever_order_checkpointers_are_closed(tmp_path):
     before = signal.getsignal(signal.SIGTERM)
-    a, b, c = (Checkpointer(tmp_path / name, preemption=True) for name in "abc")
+    twice = Preemption(signals=("SIGTERM", "SIGTERM"))
+    a, b, c = (Checkpointer(tmp_path / name, preemption=twice) for name in "abc")
     b.close()
     os.kill(os.getpid(), signal.SIGTERM)
     assert a.step(1, state()).should_stop

@@ -60,6 +60,9 @@ def test_it_follows(run):
             assert "committed  step=10 bytes=1.0 kB seconds=1.0 metrics={'loss': 0.5, 'note': 'x'}" in first[2]
             note(LocalStore(run), "skipped", step=30, why="because")
             assert watch.stdout.readline().endswith("skipped    step=30 why=because\n")
+            (run / "events.jsonl").unlink()
+            note(LocalStore(run), "skipped", step=1, why="it began again")
+            assert watch.stdout.readline().endswith("skipped    step=1 why=it began again\n")
             watch.send_signal(2)
             assert watch.wait(20) == 130
         finally:
