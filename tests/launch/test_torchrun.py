@@ -189,12 +189,10 @@ def test_a_group_shrinks_when_a_node_is_lost_and_grows_when_it_is_back(tmp_path)
         alone = run.until_step(lost + 20, world=1)
         three = run.start("elastic.sh", head, "test", log="log-3", **options)
         run.until_step(alone + 20, world=2)
-        three.send_signal(signal.SIGTERM)  # a node that is told to leave; the other goes on
-        run.end(three, REQUEUE)
-        told = run.rows()[-1]["step"]
-        run.until_step(told + 20, world=1)
-        one.send_signal(signal.SIGTERM)
-        run.end(one, REQUEUE)
+        for process in (one, three):
+            process.send_signal(signal.SIGTERM)
+        for process in (one, three):
+            run.end(process, REQUEUE)
         last = run.rows()[-1]["step"]
         assert last in run.committed()
         check_each_once(run.losses, last // EPOCH * EPOCH, samples=SAMPLES, global_batch=BATCH)
