@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from benchmarks.report import Ratio, Report, Table
+from benchmarks.report import Report, Table
+from benchmarks.rounds import Ratio
 from distckpt import Checkpointer, Progress, TrainState
 
 if TYPE_CHECKING:

@@ -52,11 +52,12 @@ class Job:
 class Background:
     """The writer process of this rank. Started when first needed, and again if it has died.
 
-    timeout: seconds that any wait for it lasts at most. limit: most bytes of an arena.
+    timeout: seconds that any wait for it lasts at most. limit: most bytes of an arena. hold: see Checkpointer,
+    in seconds.
     """
 
-    def __init__(self, timeout: float, limit: int | None = None) -> None:
-        self._timeout = timeout
+    def __init__(self, timeout: float, limit: int | None = None, hold: float = 0.0) -> None:
+        self._timeout, self._hold = timeout, hold
         self.limit = limit
         self._arenas: dict[int, Arena] = {}
         self._known: set[int] = set()
@@ -73,7 +74,7 @@ class Background:
     def start(self) -> Line:
         """Start the process unless it runs. It is not waited for. StoreError."""
         if not self._line:
-            self._line, self._known = Line(self._timeout), set()
+            self._line, self._known = Line(self._timeout, self._hold), set()
             self._forgotten = weakref.finalize(self, self._line.forgotten).detach
         return self._line
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
+from contextlib import nullcontext
 from dataclasses import dataclass
 from operator import index
 from typing import TYPE_CHECKING, Any, Literal, overload
@@ -22,6 +23,7 @@ from distckpt.loading.plan import Options
 from distckpt.run.after import checked
 from distckpt.run.choose import Search, load_newest
 from distckpt.run.events import note
+from distckpt.run.held import held
 from distckpt.run.history import History
 from distckpt.run.job import Job
 from distckpt.run.preemption import Preemption, Reason, Watch
@@ -85,8 +87,10 @@ class Checkpointer:
     one of them, or "skip" itself. arena_bytes: most host memory that one save may be staged in on this rank; a larger
     one is written by the call itself (None: no limit). keep: what stays (None: everything); the rest is removed after
     each commit, off the training path. after_commit: commands that run on what was committed, off the training path:
-    `After(("python", "evaluate.py", "{checkpoint}"))`, `Export(...)`, `TrialLoad()` (run/after.py). timeout: seconds
-    that any wait for others lasts at most. What happens is noted in the run's events.jsonl (docs/events.md).
+    `After(("python", "evaluate.py", "{checkpoint}"))`, `Export(...)`, `TrialLoad()` (run/after.py). hold: how long
+    ("2 min") this rank's writer holds in memory what it staged last if this process is killed, so that a job which is
+    started again on this machine reads it from there. timeout: seconds that any wait for others lasts at most. What
+    happens is noted in the run's events.jsonl (docs/events.md).
     """
 
     def __init__(
@@ -100,6 +104,7 @@ class Checkpointer:
         arena_bytes: int | None = None,
         keep: Keep | None = None,
         after_commit: Iterable[After] = (),
+        hold: str | float | None = None,
         timeout: float = 600.0,
         comm: Comm | None = None,
     ) -> None:
@@ -109,8 +114,9 @@ class Checkpointer:
         self._given = comm is not None
         self._history = History(self._store)
         self._keep = keep
+        self._hold = duration(hold, "hold") if hold is not None else 0.0
         self._then = Then(Retention(keep) if keep else None, checked(after_commit))
-        self._saver = Saver(self._comm, when_busy=when_busy, arena_bytes=arena_bytes)
+        self._saver = Saver(self._comm, when_busy=when_busy, arena_bytes=arena_bytes, hold=self._hold)
         looks = self._store.root if isinstance(self._store, LocalStore) and self._comm.rank == 0 else None
         self._watch = Watch(preemption if isinstance(preemption, Preemption) else Preemption(), looks)
         self._schedule = Schedule(self._comm, triggers, self._watch if preemption else None)
@@ -326,7 +332,10 @@ class Checkpointer:
         )
         notes = self._job.settle()
         search = Search(self._comm, self._history, step)
-        report, _ = load_newest(search, state, options, then=self._job.open) or (None, None)
+        with held(self._store) if self._hold and isinstance(self._store, LocalStore) else nullcontext(0) as files:
+            report, _ = load_newest(search, state, options, then=self._job.open) or (None, None)
+        if report and files:
+            report.notes.append(f"{files} data file(s) of this machine were held in memory")
         if report is None:
             if root := foreign_root(self._comm, self._store):
                 report = load_source(self._comm, root, state, options, names=names)

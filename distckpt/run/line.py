@@ -36,10 +36,11 @@ _LAST_WORDS = 2000
 class Line:
     """Starts the process, and does not wait for it. StoreError where the system will not start it.
 
-    timeout: seconds that any wait lasts at most. `ended`: how the process ended, for a message, once it has.
+    timeout: seconds that any wait lasts at most. hold: see Checkpointer, in seconds. `ended`: how the process ended,
+    for a message, once it has.
     """
 
-    def __init__(self, timeout: float) -> None:
+    def __init__(self, timeout: float, hold: float = 0.0) -> None:
         self._timeout, self._owner = timeout, os.getpid()
         self.ended, self._killed = "", False
         try:
@@ -47,7 +48,9 @@ class Line:
             try:
                 self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
                 with theirs:
-                    self._process = _started([str(theirs.fileno()), str(self._owner), str(timeout)], self._words)
+                    self._process = _started(
+                        [str(theirs.fileno()), str(self._owner), str(timeout), str(hold)], self._words
+                    )
             except BaseException:
                 os.close(self._words)
                 raise
@@ -87,6 +90,7 @@ class Line:
 
     def finish(self) -> None:
         """Tell the process that nothing more comes, and wait until it has done what it was given; then it is killed."""
+        self.send({"do": "end"})
         with contextlib.suppress(OSError):  # it has ended by itself
             self._socket.shutdown(socket.SHUT_WR)
         self._end(self._timeout)

@@ -30,10 +30,15 @@ _FAILED, _BUSY = 1, 2
 
 
 class Saver:
-    """when_busy, arena_bytes: as in Checkpointer. To a store that is no directory, every save is waited for."""
+    """when_busy, arena_bytes, hold: as in Checkpointer. To a store that is no directory, every save is waited for."""
 
     def __init__(
-        self, comm: Comm, *, when_busy: Literal["wait", "skip"] = "wait", arena_bytes: int | None = None
+        self,
+        comm: Comm,
+        *,
+        when_busy: Literal["wait", "skip"] = "wait",
+        arena_bytes: int | None = None,
+        hold: float = 0.0,
     ) -> None:
         if arena_bytes is not None and (type(arena_bytes) is not int or arena_bytes < 0):
             raise ValueError(f"arena_bytes={arena_bytes!r}: a number of bytes, or None for no limit")
@@ -41,7 +46,7 @@ class Saver:
             raise ValueError(f"when_busy={when_busy!r}: 'wait' or 'skip'")
         self._comm = comm
         self.when_busy: Literal["wait", "skip"] = when_busy
-        self._background = Background(comm.timeout, arena_bytes)
+        self._background = Background(comm.timeout, arena_bytes, hold)
         self._pending: list[PendingSave] = []
         self.blocked = 0.0
         """Seconds that the latest save kept training waiting."""

@@ -11,6 +11,7 @@ and then ends. It imports neither torch nor numpy. It is told by messages on a s
             committed), or {job, error: [class, message]}
     commit  {job}: the training process has written its part itself (rank 0). forget {job}: so it has (other ranks)
     give-up {job, error}: the training process failed to stage it
+    end     {}: nothing more comes, for all is well: nothing is to be held (see run/held.py)
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from distckpt.errors import DistckptError, RanksMissing, StoreError, failure_tex
 from distckpt.format import manifest
 from distckpt.format.layout import StepDir
 from distckpt.loading.open import Checkpoint
+from distckpt.run.held import hold
 from distckpt.run.history import History
 from distckpt.run.publish import Then, publish
 from distckpt.saving.arena import Arena
@@ -55,13 +57,16 @@ _NICE = 5
 
 def main(arguments: list[str]) -> None:
     """Serve until the training process closes the socket or is gone, and then finish."""
-    descriptor, trainer, timeout = arguments
+    descriptor, trainer, timeout, seconds = arguments
     for number in NOT_OURS:
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, NOT_OURS)  # it was started with them blocked
     os.nice(_NICE)
     with socket.socket(fileno=int(descriptor)) as line:
-        _Writer(line, int(trainer), float(timeout)).serve()
+        writer = _Writer(line, int(trainer), float(timeout))
+        writer.serve()
+    if writer.newest and not writer.told_to_end:
+        hold(*writer.newest, float(seconds))
 
 
 class _Begun(NamedTuple):
@@ -84,6 +89,9 @@ class _Writer:
         self._arenas: dict[int, Arena] = {}
         self._begun: dict[int, _Begun] = {}
         self._trainer = trainer
+        self.told_to_end = False
+        self.newest: tuple[Path, str, Arena, int] | None = None
+        """Run and key of the data file that was written last, and where in memory its first so many bytes lie."""
 
     def serve(self) -> None:
         """Do what messages say, one after another."""
@@ -91,6 +99,7 @@ class _Writer:
             match message["do"]:
                 case "arena":
                     if old := self._arenas.pop(message["arena"], None):
+                        self.newest = None if self.newest and self.newest[2] is old else self.newest
                         old.close()
                     self._arenas[message["arena"]] = Arena(message["nbytes"], descriptors[0])
                 case "begin":
@@ -101,6 +110,8 @@ class _Writer:
                     self._answer(message["job"], self._done(self._commit, self._begun.pop(message["job"])))
                 case "forget":
                     del self._begun[message["job"]]
+                case "end":
+                    self.told_to_end = True
                 case "give-up":
                     kind, text = message["error"]
                     self._refuse(self._begun.pop(message["job"]), RanksMissing(f"{kind}: {text}"))
@@ -167,6 +178,9 @@ class _Writer:
         header = view[: message["header"]]
         content = Summed(header, [view[: message["covered"]]])
         draft = write_part(begun.store, part, content, len(header), message["size"])
+        assert isinstance(begun.store, LocalStore)
+        key = part.attempt.key(part.name)
+        self.newest = begun.store.root, key, self._arenas[message["arena"]], message["covered"]
         if part.rank == 0:
             self._commit(begun, draft)
 
