@@ -215,7 +215,7 @@ class TorchComm:
 
         mine = torch.frombuffer(bytearray(payload), dtype=torch.uint8)
         replies = torch.empty(self.world_size * len(mine), dtype=torch.uint8)
-        self._do(what, lambda: self._wait(dist.all_gather_into_tensor(replies, mine, group=self._group, async_op=True)))
+        self._do(what, lambda: self._wait(dist.all_gather_single(replies, mine, group=self._group, async_op=True)))
         data = replies.numpy().tobytes()
         return [data[i : i + len(mine)] for i in range(0, len(data), len(mine))]
 

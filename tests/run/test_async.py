@@ -222,7 +222,7 @@ def test_the_writer_outlives_a_trainer_finishes_what_was_staged_and_ends(tmp_pat
             trainer.kill()
         trainer.wait(30)
         until(lambda: committed(tmp_path) == [1, 2])
-        until(lambda: not [p for p in Path("/proc").glob("[0-9]*/cmdline") if str(tmp_path) in _told(p)])
+        until(lambda: not [p for p in Path("/proc").glob("[0-9]*/cmdline") if f"\0{trainer.pid}\0" in _told(p)])
         if end == "fork":
             os.killpg(trainer.pid, signal.SIGKILL)
     assert not list(tmp_path.rglob(".tmp-*"))
