@@ -7,7 +7,7 @@ touched: a save in flight has no commit yet.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from distckpt.errors import Corrupt, DistckptError
 from distckpt.format.layout import ACK, COMMIT, StepDir
@@ -24,6 +24,10 @@ if TYPE_CHECKING:
     from distckpt.run.history import Found, History
     from distckpt.run.keep import Decision, Keep
     from distckpt.store.base import Store
+
+
+_COUNT_EPOCHS = ("trainer_state", "sampler_state")
+"""Objects of a TrainState that may have an `epoch`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,17 +79,26 @@ def is_number(value: object) -> bool:
 
 
 def _epoch(checkpoint: Checkpoint) -> int | None:
-    """Epoch that the metrics name, else the Progress of the training program; None where neither does."""
+    """Epoch that the metrics name, else the furthest of the training program's Progress and sampler; None: neither."""
     said = checkpoint.manifest.metrics.get("epoch")
-    if said is None and "trainer_state" in checkpoint.manifest.objects:
-        try:
-            progress = checkpoint.object("trainer_state")
-        except Corrupt:
-            return None  # a load says so; here it is only not known
-        said = progress.get("epoch") if isinstance(progress, dict) else None
-    if isinstance(said, float) and said.is_integer():
-        said = int(said)
-    return said if type(said) is int and said >= 0 else None
+    if said is None:
+        return max(filter(_is_count, (_counted(checkpoint, name) for name in _COUNT_EPOCHS)), default=None)
+    said = int(said) if isinstance(said, float) and said.is_integer() else said
+    return said if _is_count(said) else None
+
+
+def _counted(checkpoint: Checkpoint, name: str) -> Any:
+    if name not in checkpoint.manifest.objects:
+        return None
+    try:
+        state = checkpoint.object(name)
+    except Corrupt:
+        return None  # a load says so; here it is only not known
+    return state.get("epoch") if isinstance(state, dict) else None
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and value >= 0
 
 
 def decided(history: History, checkpoints: list[Listed], keep: Keep, step: int | None = None) -> Decision:

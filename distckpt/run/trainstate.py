@@ -142,8 +142,8 @@ class TrainState:
 
     @property
     def epoch(self) -> int | None:
-        """Epoch that `progress`, or else `sampler`, is in; None where neither counts them."""
-        return next((int(value.epoch) for value in self._count_epochs), None)
+        """Epoch that `progress` or `sampler` is in, whichever is further; None where neither counts them."""
+        return max((int(value.epoch) for value in self._count_epochs), default=None)
 
     @property
     def samples(self) -> int | None:

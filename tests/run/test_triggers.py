@@ -8,7 +8,7 @@ import time
 import pytest
 import torch
 
-from distckpt import Checkpointer, Progress, TrainState
+from distckpt import Checkpointer, ElasticSampler, Keep, Progress, TrainState
 from distckpt.errors import Mismatch, RankFailed
 from distckpt.run.triggers import Triggers, best_interval, duration
 from tests import ranks
@@ -122,6 +122,19 @@ def test_the_epoch_is_that_of_the_progress(tmp_path):
                 saved.append(step)
         assert c.suggested_interval("24 h") > 0
     assert saved == [4, 8]
+
+
+def test_the_epoch_may_be_that_of_the_sampler_alone(tmp_path):
+    """As where nobody sets that of the Progress, which stays 0."""
+    sampler = ElasticSampler(range(4), global_batch=2)
+    state = TrainState(model=torch.nn.Linear(2, 2), progress=Progress(), sampler=sampler, rng=False)
+    saved = []
+    with Checkpointer(tmp_path, every="1 epoch", keep=Keep(last=1, per_epoch=True)) as c:
+        for step in range(1, 9):
+            sampler.advance()
+            if c.step(step, state).saved:
+                saved.append(step)
+    assert saved == c.steps() == [2, 4, 6, 8]
 
 
 def test_an_epoch_may_end_with_the_first_step_after_a_resume(tmp_path):
