@@ -181,9 +181,7 @@ def test_a_cancelled_job_has_saved_stays_cancelled_and_goes_on_where_it_is_submi
 @pytest.mark.full
 @pytest.mark.timeout(900)
 def test_a_job_longer_than_its_time_finishes_in_several_lives(cluster, tmp_path):
-    job = Submitted(
-        cluster, tmp_path, steps=1500, options=("--time=1", "--signal=B:USR1@40"), training=("--every=100",)
-    )
+    job = Submitted(cluster, tmp_path, steps=500, options=("--time=1", "--signal=B:USR1@40"), training=("--every=100",))
     job.until(lambda: job.cluster.state(job.number) == "COMPLETED", "its end", seconds=800)
     assert "SIGUSR1" in job.said()
     check_equal(job, tmp_path)
