@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,7 +55,7 @@ class Queue:
     @property
     def lock(self) -> str:
         """File in the folder that whoever runs the queue holds, and writes its process's number to."""
-        return f"{self.file.name}.lock"
+        return re.sub(r"\A[.+-]|[^A-Za-z0-9_.+-]", "_", self.file.name) + ".lock"
 
     @property
     def folder(self) -> Path:
@@ -79,6 +80,8 @@ def _queue(file: Path, said: dict[str, Any]) -> Queue:
     _refuse_unknown("the queue", said, _QUEUE)
     slots = _slots(said)
     env = _texts("env", said.get("env", {}))
+    if isinstance(said.get("run"), dict):
+        raise ValueError("[run]: a list is expected: write [[run]], once for each run")  # noqa: TRY004  likewise
     entries = _typed("run", said.get("run", []), list)
     runs = tuple(_run(number, entry, file.parent, env) for number, entry in enumerate(entries, 1))
     if not runs:

@@ -73,12 +73,9 @@ class Preemption:
             if not isinstance(getattr(signal, name, None), signal.Signals):
                 raise ValueError(f"signals={self.signals!r}: {name!r} is no signal here")  # noqa: TRY004
         object.__setattr__(self, "grace", duration(self.grace, "grace"))
-
-    @property
-    def end(self) -> float | None:
-        """Deadline, in seconds since the epoch."""
         told = os.environ.get("SLURM_JOB_END_TIME", "")
-        return self.deadline if self.deadline is not None else float(told) if told.isdigit() else None
+        if self.deadline is None and told.isdigit() and float(told) > time.time():  # else it is of a job that has ended
+            object.__setattr__(self, "deadline", float(told))
 
 
 def leave(exit_code: int) -> None:
@@ -153,7 +150,7 @@ class Watch:
             return Reason.ASKED
         if self._told:
             return Reason.SIGNAL
-        end = self.preemption.end
+        end = self.preemption.deadline
         late = end is not None and time.time() > end - self.preemption.margin - 2 * save_seconds
         return Reason.DEADLINE if late else Reason.NONE
 
@@ -173,6 +170,6 @@ class Watch:
         """Seconds until the kill, as far as is known; many where nothing is."""
         grace = duration(self.preemption.grace, "grace")
         left = [told + grace - time.monotonic() for n, told in self._told.items() if n == signal.SIGTERM]
-        if (end := self.preemption.end) is not None:
+        if (end := self.preemption.deadline) is not None:
             left.append(end - time.time())
         return max(0.0, min(left, default=1e9))

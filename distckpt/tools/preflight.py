@@ -161,7 +161,7 @@ def _cost(root: Path, home: Path, nbytes: int | None, keep: int, rate: float) ->
 def _stopping() -> Iterator[Check]:
     """How the job will be told to stop."""
     job = os.environ.get("SLURM_JOB_ID")
-    end = Preemption().end
+    end = Preemption().deadline
     if job is None:
         yield (
             "signals",

@@ -8,6 +8,7 @@ submit   the same as a SLURM array
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import sys
@@ -80,8 +81,9 @@ def _run(queue: Queue, given: argparse.Namespace) -> Answer:
 
 def _status(queue: Queue, given: argparse.Namespace) -> Answer:
     while given.every:
-        shown = "\n".join(lines(rows(queue)))
-        tell(f"\033[H\033[2J{shown}" if sys.stdout.isatty() else f"{shown}\n")
+        found = rows(queue)
+        shown = json.dumps([asdict(row) for row in found]) if given.json else "\n".join(lines(found))
+        tell(f"\033[H\033[2J{shown}" if sys.stdout.isatty() and not given.json else f"{shown}\n")
         time.sleep(given.every)
     found = rows(queue)
     return Answer(lines(found), [asdict(row) for row in found])

@@ -168,7 +168,8 @@ def test_stopped_runs_save_and_go_on(tmp_path, capsys):
 
 def test_a_run_that_keeps_crashing_fails_and_others_go_on(tmp_path):
     head = "slots = 1\nrestarts = 1\nbackoff = 0.1\n"
-    file = commands(tmp_path, {"bad": "echo x >> crashed; exit 3", "good": "true"}, head)
+    often = "echo x >> often; [ $(wc -l < often) = 3 ] || exit 75"  # as one that the system stops
+    file = commands(tmp_path, {"bad": "echo x >> crashed; exit 3", "good": often}, head)
     with file.open("a") as text:
         text.write('[[run]]\nname = "none"\nroot = "none"\ncommand = ["no-such-program"]\n')
     queue = begun(file)
@@ -297,6 +298,12 @@ def test_runs_that_live_keep_their_slots_and_gpus_whatever_waits_before_them(tmp
     assert not (tmp_path / "d").exists()
     assert states(file) == dict.fromkeys("abcd", "waiting")
     assert "a: ended with -15: waiting" in out, "stopped by the queue, which is no crash"
+
+
+@pytest.mark.parametrize("name", ["my queue (1).toml", ".очередь", "+"])
+def test_a_queues_file_may_have_any_name(tmp_path, name):
+    file = commands(tmp_path, {"a": "true"}, "").rename(tmp_path / name)
+    assert Runner(spec.load(file), say=lambda _: None).run() == {"a": State.FINISHED}
 
 
 def test_a_queue_that_another_machine_runs_is_stopped_there(tmp_path, sleeper, capsys):

@@ -52,6 +52,7 @@ def test_slots(tmp_path, monkeypatch):
         ("restarts = true\n" + RUN, "restarts = True"),
         ('backoff = "soon"\n' + RUN, "backoff='soon'"),
         ("run = 3", "run: 3: a list is expected"),
+        (RUN.replace("[[run]]", "[run]"), r"write \[\[run\]\], once for each run"),
         ("run = [3]", "run 1: 3: a table is expected"),
         (RUN.replace("root", "rot"), "run 'a': 'rot' is unknown"),
         ('[[run]]\nname = "a"\n', "run 'a': command, root is missing"),

@@ -65,7 +65,7 @@ def test_a_stop_file_stops_and_is_not_to_be_requeued(tmp_path):
     assert committed(tmp_path) == [2]
 
 
-@pytest.mark.parametrize(("left", "stops"), [(15, True), (3600, False)])
+@pytest.mark.parametrize(("left", "stops"), [(15, True), (3600, False), (-5, False)])
 def test_the_end_of_the_jobs_time(tmp_path, monkeypatch, left, stops):
     monkeypatch.setenv("SLURM_JOB_END_TIME", str(int(time.time()) + left))
     with Checkpointer(tmp_path, preemption=True) as c:
