@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import subprocess
+import zlib
 from typing import TYPE_CHECKING
 
 from distckpt.errors import NotACheckpoint, StoreError
@@ -37,8 +38,10 @@ def submit(queue: Queue, script: Path, options: Sequence[str]) -> str:
         raise NotACheckpoint(f"{queue.file}: every run is finished: there is nothing to submit")
     if not script.is_file():
         raise StoreError(f"{script}: no such batch script: give --script launch/slurm/array.sbatch")
-    listed = queue.file.with_suffix(".commands")
-    listed.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    text = "\n".join(lines) + "\n"
+    # a file for each content: tasks of an array submitted before read theirs when they start
+    listed = queue.file.with_suffix(f".{zlib.crc32(text.encode()):08x}.commands")
+    listed.write_text(text, encoding="utf-8")
     array = f"--array=1-{len(lines)}%{len(queue.gpu_of)}"
     command = ["sbatch", array, f"--chdir={queue.folder}", *options, str(script), str(listed)]
     try:

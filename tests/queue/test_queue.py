@@ -369,3 +369,7 @@ def test_an_array_of_what_is_not_finished(tmp_path, monkeypatch, capsys):
     told = Path("told").read_text().split()
     assert told[:3] == ["--array=1-1%2", f"--chdir={tmp_path}", "--time=1:00"]
     assert Path(told[-1]).read_text().endswith("tests.queue.trainer 'b c' 5\n")
+    note(LocalStore(tmp_path / "a"), "started")
+    assert cli.main(["queue", str(file), "submit", "--script", "array.sbatch"]) == 0
+    assert len(Path(told[-1]).read_text().splitlines()) == 1, "what is submitted stays, whatever is submitted after it"
+    assert len(Path(Path("told").read_text().split()[-1]).read_text().splitlines()) == 2
