@@ -24,7 +24,7 @@ from benchmarks.meter import descendants
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-PATIENCE = timedelta(minutes=15)
+PATIENCE = timedelta(hours=1)
 """Longest wait of one rank for another."""
 
 
