@@ -22,7 +22,7 @@ from benchmarks.meter import seconds
 from benchmarks.report import Report, Table
 from benchmarks.rounds import Ratio
 from benchmarks.simulated import MODELS, PARALLELISMS, TP, Sharding, index_of
-from distckpt.comm import ThreadComm
+from distckpt.comm_threads import ThreadComm
 from distckpt.format import manifest
 from distckpt.format.layout import StepDir
 from distckpt.format.partition import regions_of

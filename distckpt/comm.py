@@ -11,11 +11,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import queue
-import threading
 import time
 import warnings
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
 
 from distckpt.errors import DistckptError, OutOfStep, RankFailed, RanksMissing, StateWarning, by_name
@@ -96,12 +93,13 @@ def failure_of(what: str, causes: dict[int, tuple[str, str]], world_size: int) -
     ranks_of: dict[str, list[int]] = {}
     for rank, (kind, text) in sorted(causes.items()):
         ranks_of.setdefault(text if by_name(kind) is not RankFailed else f"{kind}: {text}", []).append(rank)
-    lines = [f"{_ranks(ranks, world_size)}: {text}" for text, ranks in ranks_of.items()]
+    lines = [f"{ranks_text(ranks, world_size)}: {text}" for text, ranks in ranks_of.items()]
     error = kinds.pop() if len(kinds) == 1 else RankFailed
     return error(f"{what} failed on " + ("; on ".join(lines)))
 
 
-def _ranks(ranks: Sequence[int], world_size: int) -> str:
+def ranks_text(ranks: Sequence[int], world_size: int) -> str:
+    """Ranks as a message names them."""
     if len(ranks) == world_size:
         return "every rank"
     shown = ", ".join(map(str, ranks[:16])) + (f" and {len(ranks) - 16} more" if len(ranks) > 16 else "")
@@ -138,7 +136,7 @@ def _meet(comm: Comm, what: str, body: bytes) -> list[bytes]:
     at: dict[str, list[int]] = {}
     for rank, text in enumerate(comm.all_gather("telling where each rank is", said.ljust(MESSAGE, b"\0"))):
         at.setdefault(text.rstrip(b"\0").decode(errors="replace"), []).append(rank)
-    told = "; ".join(f"{_ranks(ranks, comm.world_size)}: {text}" for text, ranks in at.items())
+    told = "; ".join(f"{ranks_text(ranks, comm.world_size)}: {text}" for text, ranks in at.items())
     raise OutOfStep(
         f"ranks are not at the same point ({told}): every rank must call the same methods of Checkpointer, with the "
         "same options, in the same order; restart the job if one of them was interrupted in the middle of a call"
@@ -287,7 +285,7 @@ class TorchComm:
             return f"the rendezvous store, which lives on rank 0 or in the launcher, is gone ({e})"
         if not missing:
             return "every rank answered in the end, but the collective broke; the network may be at fault"
-        return f"{_ranks(missing, self.world_size)} did not answer: dead, or busy with something else"
+        return f"{ranks_text(missing, self.world_size)} did not answer: dead, or busy with something else"
 
     def close(self) -> None:
         """See Comm.close. A broken group is left to the process's end: destroying it could wait for the dead."""
@@ -296,84 +294,6 @@ class TorchComm:
         if not (self._broken or self._closed) and dist.is_initialized():
             dist.destroy_process_group(self._group)
         self._closed = True
-
-
-@dataclass
-class _Round:
-    """One collective among threads."""
-
-    what: str
-    payloads: dict[int, bytes] = field(default_factory=dict)
-    done: threading.Event = field(default_factory=threading.Event)
-
-
-class ThreadComm:
-    """Ranks as threads of one process, for tests of logic."""
-
-    def __init__(self, rank: int, rounds: ThreadRounds, timeout: float) -> None:
-        self.rank, self.world_size, self.timeout = rank, rounds.world_size, timeout
-        self._rounds, self._number = rounds, 0
-
-    @staticmethod
-    def group(world_size: int, timeout: float = 10.0) -> list[ThreadComm]:
-        """Comms of `world_size` ranks, one for each thread."""
-        rounds = ThreadRounds(world_size)
-        return [ThreadComm(rank, rounds, timeout) for rank in range(world_size)]
-
-    def all_gather(self, what: str, payload: bytes) -> list[bytes]:
-        """See Comm.all_gather."""
-        self._number += 1
-        now = self._rounds.join(self._number, what, self.rank, payload)
-        if not now.done.wait(self.timeout):
-            missing = [r for r in range(self.world_size) if r not in now.payloads]
-            raise RanksMissing(f"{what}: {_ranks(missing, self.world_size)} did not answer within {self.timeout:g} s")
-        return [now.payloads[r] for r in range(self.world_size)]
-
-    def broadcast(self, what: str, buffer: memoryview, source: int) -> None:
-        """See Comm.broadcast."""
-        buffer[:] = self.all_gather(what, bytes(buffer))[source]
-
-    def swap(self, what: str, outgoing: Mapping[int, memoryview], incoming: Mapping[int, memoryview]) -> None:
-        """See Comm.swap."""
-        for rank, data in outgoing.items():
-            self._rounds.mailbox(self.rank, rank).put(bytes(data))
-        for rank, buffer in incoming.items():
-            buffer[:] = self._received(what, rank)
-
-    def _received(self, what: str, source: int) -> bytes:
-        try:
-            return self._rounds.mailbox(source, self.rank).get(timeout=self.timeout)
-        except queue.Empty:
-            raise RanksMissing(f"{what}: rank {source} sent nothing within {self.timeout:g} s") from None
-
-    def close(self) -> None:
-        """See Comm.close."""
-
-
-class ThreadRounds:
-    """What the threads of one ThreadComm group share. A round in which they ask for different things is an error."""
-
-    def __init__(self, world_size: int) -> None:
-        self.world_size = world_size
-        self._rounds: dict[int, _Round] = {}
-        self._mailboxes: dict[tuple[int, int], queue.Queue[bytes]] = {}
-        self._lock = threading.Lock()
-
-    def mailbox(self, source: int, to: int) -> queue.Queue[bytes]:
-        """What one rank has sent to another."""
-        with self._lock:
-            return self._mailboxes.setdefault((source, to), queue.Queue())
-
-    def join(self, number: int, what: str, rank: int, payload: bytes) -> _Round:
-        """Give a rank's payload to its n-th round."""
-        with self._lock:
-            now = self._rounds.setdefault(number, _Round(what))
-            if now.what != what or any(len(p) != len(payload) for p in now.payloads.values()):
-                raise RuntimeError(f"rank {rank} is at {what!r} ({len(payload)} bytes), others at {now.what!r}")
-            now.payloads[rank] = payload
-            if len(now.payloads) == self.world_size:
-                now.done.set()
-            return now
 
 
 class Place(NamedTuple):

@@ -10,7 +10,8 @@ import time
 import pytest
 
 from distckpt import comm
-from distckpt.comm import MAX_PAYLOAD, ThreadComm, exchange, together
+from distckpt.comm import MAX_PAYLOAD, exchange, together
+from distckpt.comm_threads import ThreadComm
 from distckpt.errors import Corrupt, RankFailed, RanksMissing
 from tests import ranks
 from tests.saving.test_agree import on_threads

@@ -15,7 +15,7 @@ PACKAGE = Path(__file__).parent.parent / "distckpt"
 LAYERS = [
     {"errors", "latest", "garbage", "system", "units"},
     {"format", "store"},
-    {"comm"},
+    {"comm", "comm_threads"},
     {"state", "statedict"},
     {"adapters"},
     {"saving", "loading"},

@@ -12,17 +12,16 @@ import json
 import secrets
 import struct
 from dataclasses import dataclass, field
-from functools import lru_cache
 from math import prod
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from distckpt.comm import exchange, together
 from distckpt.errors import Mismatch, Unsupported
-from distckpt.format import partition
 from distckpt.format.box import Run
 from distckpt.format.checksum import DIGEST_SIZE, crc_of, digest
-from distckpt.format.partition import Copies, FlatEven, Grid, Pieces, Split
+from distckpt.format.partition import Copies, FlatEven, Grid, Split
 from distckpt.latest import Latest
+from distckpt.saving.description import described, dump, layout_from_json
 from distckpt.saving.objects import encoded, of_rank, share
 from distckpt.state import Everywhere, Layout, Listed, RankObject, State, as_bytes
 
@@ -107,9 +106,9 @@ def agree(
     def describe() -> bytes:
         nonlocal own
         state = capture()
-        own = _Own(state, _described(state), encoded(state), _contents(state) if comm.world_size > 1 else {})
-        shared = _dump({k: digest(v) for k, v in own.encoded.items() if k not in of_rank(state)})
-        digests = b"".join(bytes.fromhex(digest(part)) for part in (own.described, shared, _dump(own.contents)))
+        own = _Own(state, described(state), encoded(state), _contents(state) if comm.world_size > 1 else {})
+        shared = dump({k: digest(v) for k, v in own.encoded.items() if k not in of_rank(state)})
+        digests = b"".join(bytes.fromhex(digest(part)) for part in (own.described, shared, dump(own.contents)))
         first = comm.rank == 0  # it alone names the attempt: what the others say is the same, as a rule
         nonce, chosen = (secrets.token_bytes(_NONCE), generation()) if first else (bytes(_NONCE), 0)
         return nonce + digests + _PLACE.pack(step, chosen, flag())
@@ -120,9 +119,7 @@ def agree(
     different = {reply[_NONCE:] for reply in set(replies)}  # few, however many ranks there are
     same = [len({said[a - _NONCE : b - _NONCE] for said in different}) == 1 for a, b in cuts]
     if len({said[-_PLACE.size :][:8] for said in different}) > 1:
-        places = [_PLACE.unpack(reply[-_PLACE.size :]) for reply in replies]
-        told = ", ".join(f"rank {rank}: {at}" for rank, (at, *_) in enumerate(places[:16]))
-        raise Mismatch(f"ranks save different steps ({told}): call save on every rank at the same step")
+        raise _other_steps(replies)
     (_, chosen, _) = _PLACE.unpack(replies[0][-_PLACE.size :])
     agreement = Agreement(replies[0][:_NONCE].hex(), {}, {}, generation=chosen)
     agreement.flags = [reply[-1] for reply in replies] if any(said[-1] for said in different) else []
@@ -149,35 +146,13 @@ def agree(
     return own.state, agreement
 
 
+def _other_steps(replies: Sequence[bytes]) -> Mismatch:
+    places = [_PLACE.unpack(reply[-_PLACE.size :]) for reply in replies[:16]]
+    told = ", ".join(f"rank {rank}: {at}" for rank, (at, *_) in enumerate(places))
+    return Mismatch(f"ranks save different steps ({told}): call save on every rank at the same step")
+
+
 # -- descriptions ----------------------------------------------------------------------------------------------
-
-
-def _dump(value: Any) -> bytes:
-    return json.dumps(value, sort_keys=True, separators=(",", ":")).encode()
-
-
-def _described(state: State) -> bytes:
-    """JSON of what this rank holds; equal on ranks that hold alike."""
-    quoted = json.encoder.encode_basestring_ascii
-    tensors = ",".join(
-        f'{quoted(fqn)}:[{list(t.shape)},"{t.dtype}",{_layout_text(t.layout)},{"true" if t.trusted else "false"}]'
-        for fqn, t in sorted(state.tensors.items())
-    )
-    objects = {n: v.on_reshard if isinstance(v, RankObject) else None for n, v in state.objects.items()}
-    rest = _dump({"aliases": state.aliases, "objects": objects})
-    return rest[:-1] + b',"tensors":{' + tensors.encode() + b"}}"
-
-
-def _layout_text(layout: Layout | Everywhere | Listed) -> str:
-    if isinstance(layout, Layout):
-        return _regular_text(layout)
-    return _dump(layout.pieces.to_json()).decode() if isinstance(layout, Listed) else "null"
-
-
-@lru_cache(maxsize=1 << 14)
-def _regular_text(layout: Layout) -> str:
-    """JSON of a layout: a model has few, each for many tensors."""
-    return _dump([layout.held.to_json(), [[s.count, s.stride] for s in layout.replicas]]).decode()
 
 
 def _uniform(state: State, world_size: int) -> _Merged:
@@ -193,19 +168,6 @@ def _uniform(state: State, world_size: int) -> _Merged:
     }
     policies = {n: v.on_reshard for n, v in state.objects.items() if isinstance(v, RankObject)}
     return _Merged(tensors, dict(state.aliases), policies)
-
-
-def _layout_from_json(data: Any, shape: Shape, first: int, steps: Split | None) -> Layout | Listed:
-    """Layout of a tensor that a group of ranks describes: its first rank, and its ranks as a stride if they are one."""
-    if data is None:
-        return Layout(Grid(shape, ((),) * len(shape), first), (steps,) if steps and steps.count > 1 else ())
-    if isinstance(data, dict):
-        pieces = partition.from_json(data, shape)
-        assert isinstance(pieces, Pieces)
-        return Listed(pieces)
-    held = partition.from_json(data[0], shape)
-    assert isinstance(held, (Grid, FlatEven))
-    return Layout(held, tuple(Split(*s) for s in data[1]))
 
 
 def _steps(ranks: Sequence[int]) -> Split | None:
@@ -242,9 +204,9 @@ def _merged(distinct: _Distinct) -> _Merged:
         if not versions:
             continue
         shape, dtype, layout, _ = versions[0][1]
-        if len({_dump(_placeless(said)) for _, said in versions}) > 1:
+        if len({dump(_placeless(said)) for _, said in versions}) > 1:
             told = "; ".join(
-                f"rank {ranks[0]}: {said[1]}{said[0]} {_dump(said[2]).decode()}" for ranks, said in versions[:4]
+                f"rank {ranks[0]}: {said[1]}{said[0]} {dump(said[2]).decode()}" for ranks, said in versions[:4]
             )
             problems.append(f"{fqn}: ranks describe it differently ({told[:600]})")
             continue
@@ -253,7 +215,7 @@ def _merged(distinct: _Distinct) -> _Merged:
             groups[key] = sorted(r for holding, _ in versions for r in holding)
             steps[key] = _steps(groups[key])
         ranks = groups[key]
-        layouts = [_layout_from_json(said[2], tuple(shape), ranks[0], steps[key]) for _, said in versions]
+        layouts = [layout_from_json(said[2], tuple(shape), ranks[0], steps[key]) for _, said in versions]
         if len(ranks) < world_size:
             layouts = [_held(found, frozenset(ranks)) for found in layouts]
         tensors[fqn] = Agreed(tuple(shape), dtype, min(layouts, key=_first_rank) if layout else layouts[0])
@@ -276,7 +238,7 @@ def _opinions(said_by: list[tuple[list[int], list[Any]]], world_size: int) -> li
         for ranks, said in said_by
         if said[2] is None
         or not prod(said[0])  # without elements nobody holds a part of it, and all have it
-        or not _ranks_of(_layout_from_json(said[2], tuple(said[0]), ranks[0], None)).isdisjoint(ranks)
+        or not _ranks_of(layout_from_json(said[2], tuple(said[0]), ranks[0], None)).isdisjoint(ranks)
     ]
 
 
@@ -361,7 +323,7 @@ def _contents(state: State) -> dict[str, int]:
 
 
 def _tell_copies(comm: Comm, agreement: Agreement, own: _Own, distinct: _Distinct) -> None:
-    told = [json.loads(reply) for reply in exchange(comm, "comparing buffers", _dump(own.contents))]
+    told = [json.loads(reply) for reply in exchange(comm, "comparing buffers", dump(own.contents))]
     values: dict[str, set[int]] = {}
     for said in told:
         for fqn, value in said.items():
@@ -388,7 +350,7 @@ def _check_replicas(comm: Comm, state: State) -> None:
     }
     seen: dict[str, tuple[int, int]] = {}
     problems: list[str] = []
-    for rank, reply in enumerate(exchange(comm, "comparing replicas", _dump(mine))):
+    for rank, reply in enumerate(exchange(comm, "comparing replicas", dump(mine))):
         for region, value in json.loads(reply).items():
             first, known = seen.setdefault(region, (rank, value))
             if known != value:

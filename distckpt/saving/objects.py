@@ -40,7 +40,7 @@ def share(
     What ranks cannot agree on each keeps: it is entered in `policies`, with a note.
     """
     shared = {n: v for n, v in mine.items() if n not in policies}
-    digests = _dump({name: digest(v) for name, v in shared.items()})
+    digests = dump({name: digest(v) for name, v in shared.items()})
     told = [json.loads(reply) for reply in exchange(comm, "comparing objects", digests)]
     differing = sorted(name for name in set().union(*told) if len({said.get(name) for said in told}) > 1)
     joined, contradicted = _joined(comm, state, mine, differing)
@@ -56,7 +56,7 @@ def _joined(
 ) -> tuple[dict[str, bytes], dict[str, str]]:
     """(objects of which each rank knows a part, put together; the policies of those on which ranks disagree)."""
     known = {n: v for n, v in state.objects.items() if n in names and isinstance(v, JoinedObject)}
-    parts = _dump({n: [v.joins, v.on_reshard, json.loads(mine[n])] for n, v in known.items()})
+    parts = dump({n: [v.joins, v.on_reshard, json.loads(mine[n])] for n, v in known.items()})
     found: dict[str, Any] = {}
     contradicted = dict[str, str]()
     for reply in exchange(comm, "joining objects", parts):
@@ -67,7 +67,3 @@ def _joined(
                 contradicted[name] = policy
     whole = {n: json.dumps(v, separators=(",", ":")).encode() for n, v in found.items() if n not in contradicted}
     return whole, contradicted
-
-
-def _dump(value: Any) -> bytes:
-    return json.dumps(value, sort_keys=True, separators=(",", ":")).encode()

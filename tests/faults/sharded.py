@@ -6,7 +6,7 @@ import threading
 
 import torch
 
-from distckpt.comm import ThreadComm
+from distckpt.comm_threads import ThreadComm
 from distckpt.errors import Mismatch
 from distckpt.format.partition import Grid, Split
 from distckpt.state import Everywhere, GlobalTensor, Layout, RankObject, Shard, State

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 
 import distckpt
 from distckpt.adapters.tensors import kind_of
-from distckpt.comm import ThreadComm
+from distckpt.comm_threads import ThreadComm
 from distckpt.errors import Corrupt, Mismatch, NotACheckpoint, RunConflict, StateWarning, StoreError, Unsupported
 from distckpt.statedict import canonical
 from distckpt.store.local import LocalStore

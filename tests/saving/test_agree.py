@@ -13,7 +13,7 @@ from torch import nn
 
 from benchmarks.simulated import MODELS, fsdp, index_of
 from distckpt import Checkpointer, TrainState
-from distckpt.comm import ThreadComm
+from distckpt.comm_threads import ThreadComm
 from distckpt.errors import Mismatch
 from distckpt.format import manifest
 from distckpt.format.partition import Copies, Grid, Split
