@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from distckpt.comm import exchange
 from distckpt.format import objects
 from distckpt.format.checksum import digest
+from distckpt.saving.description import dump
 from distckpt.state import JoinedObject, RankObject, State
 
 if TYPE_CHECKING:
