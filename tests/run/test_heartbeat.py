@@ -18,9 +18,10 @@ import torch
 from distckpt import Checkpointer, TrainState
 from distckpt.errors import RunConflict
 from distckpt.run import heartbeat
-from distckpt.run.heartbeat import Heartbeat, refuse_living
+from distckpt.run.heartbeat import Heartbeat, refuse_living, seen_alive
 from distckpt.run.launches import open_launch
 from distckpt.store.base import read_all
+from distckpt.store.local import LocalStore
 from distckpt.store.memory import MemoryStore
 
 _JOB = """
@@ -111,6 +112,17 @@ def test_the_beat_counts_and_says_when_it_ends(monkeypatch):
         time.sleep(0.01)
     beat.stop()
     assert (first["ended"], said()["ended"]) == (False, True)
+
+
+def test_a_beat_of_the_future_is_no_sign_of_life(tmp_path):
+    store = LocalStore(tmp_path)
+    beat = Heartbeat(store)
+    beat.start(open_launch(store, None, 1, "now"))
+    assert seen_alive(store)
+    later = time.time() + 3600  # the clock was set back since
+    os.utime(tmp_path / "launches" / "0001.beat.json", (later, later))
+    assert not seen_alive(store)
+    beat.stop()
 
 
 @pytest.mark.parametrize("content", [b"", b"{}", b"[1]", b'{"count": "x"}', b"\xff"])
