@@ -62,7 +62,7 @@ class Agreement:
     flags: list[int] = field(default_factory=list)
     """Of all ranks, by rank; empty where all are 0."""
     key: bytes = b""
-    """Same key, same tensors, aliases and policies. Empty where they were put together from what ranks exchanged."""
+    """Same key, same tensors, aliases and policies. Empty where ranks hold unequal copies."""
     notes: list[str] = field(default_factory=list)
 
 
@@ -123,14 +123,16 @@ def agree(
     (_, chosen, _) = _PLACE.unpack(replies[0][-_PLACE.size :])
     agreement = Agreement(replies[0][:_NONCE].hex(), {}, {}, generation=chosen)
     agreement.flags = [reply[-1] for reply in replies] if any(said[-1] for said in different) else []
+    cut = slice(*cuts[0])
     distinct: _Distinct = []
     if same[0]:
-        key = replies[0][cuts[0][0] : cuts[0][1]] + comm.world_size.to_bytes(4, "little")
+        key = replies[0][cut] + comm.world_size.to_bytes(4, "little")
         merged = _MERGED.get(key, lambda: _uniform(own.state, comm.world_size))
-        agreement.key = key if same[2] else b""
     else:
-        distinct = _distinct(comm, replies, cuts[0], own.described)
-        merged = _merged(distinct)
+        distinct = _distinct(comm, replies, cut, own.described)
+        key = digest(b"".join(reply[cut] for reply in replies)).encode()
+        merged = _MERGED.get(key, lambda: _merged(distinct))
+    agreement.key = key if same[2] else b""
     agreement.tensors = dict(merged.tensors)  # its own: what ranks hold unequal copies of is changed below
     agreement.aliases, agreement.policies = merged.aliases, merged.policies
     if same[1]:
@@ -176,11 +178,11 @@ def _steps(ranks: Sequence[int]) -> Split | None:
     return Split(len(ranks), stride) if list(ranks) == [ranks[0] + i * stride for i in range(len(ranks))] else None
 
 
-def _distinct(comm: Comm, replies: Sequence[bytes], cut: tuple[int, int], mine: bytes) -> _Distinct:
+def _distinct(comm: Comm, replies: Sequence[bytes], cut: slice, mine: bytes) -> _Distinct:
     """(ranks, description) of each distinct description; the first rank that has one sends it."""
     ranks: dict[bytes, list[int]] = {}
     for rank, reply in enumerate(replies):
-        ranks.setdefault(reply[cut[0] : cut[1]], []).append(rank)
+        ranks.setdefault(reply[cut], []).append(rank)
     speaks = any(comm.rank == holders[0] for holders in ranks.values())
     sent = exchange(comm, "exchanging distinct descriptions", mine if speaks else b"")
     return [(holders, json.loads(sent[holders[0]])) for holders in ranks.values()]

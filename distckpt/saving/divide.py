@@ -62,7 +62,7 @@ def _divide(tensor: Agreed, layout: Layout, loads: dict[tuple[Split, ...], list[
             splits = [list(s) for s in held.splits]
             splits[cut] += replicas
             return Grid(held.shape, tuple(map(tuple, splits)), held.first)
-    heap = loads.setdefault(replicas, [(0, i) for i in range(count)])
+    heap = loads.get(replicas) or loads.setdefault(replicas, [(0, i) for i in range(count)])
     load, replica = heapq.heappop(heap)
     heapq.heappush(heap, (load + nbytes, replica))
     return replace(held, first=held.first + _rank_offset(replicas, replica))

@@ -16,10 +16,11 @@ from distckpt import Checkpointer, TrainState
 from distckpt.comm_threads import ThreadComm
 from distckpt.errors import Mismatch
 from distckpt.format import manifest
+from distckpt.format.box import Box
 from distckpt.format.partition import Copies, Grid, Split
-from distckpt.saving.agree import Agreed
+from distckpt.saving.agree import Agreed, agree
 from distckpt.saving.divide import divide
-from distckpt.state import Layout
+from distckpt.state import Everywhere, GlobalTensor, Layout, Shard, State
 from distckpt.store.memory import MemoryStore
 from tests import layouts, ranks
 
@@ -223,6 +224,24 @@ def test_ranks_that_contradict_each_other_are_refused_with_the_fqn():
     with pytest.raises(Mismatch, match=r"model.weight: ranks describe it differently"):
         on_threads(ThreadComm.group(2), save)
     assert [e.name for e in store.list("")] == ["launches"]
+
+
+def test_what_ranks_hold_apart_may_change_from_save_to_save():
+    """What was put together for one save is not taken for the next, unless every rank still holds the same."""
+    seen = {}
+
+    def work(comm):
+        for sizes in ((2, 3), (2, 4), (5, 4), (2, 3)):
+            weight = torch.zeros(sizes[comm.rank])
+            held = GlobalTensor(
+                tuple(weight.shape), "float32", Everywhere(), (Shard(Box((0,), (len(weight),)), weight),)
+            )
+            state = State(tensors={f"stage{comm.rank}.w": held})
+            _, agreed = agree(comm, lambda state=state: state, step=1, generation=lambda: 1)
+            seen[comm.rank, sizes] = {fqn: tensor.shape for fqn, tensor in agreed.tensors.items()}
+
+    on_threads(ThreadComm.group(2), work)
+    assert all(shapes == {f"stage{i}.w": (n,) for i, n in enumerate(sizes)} for (_, sizes), shapes in seen.items())
 
 
 def test_ranks_that_save_different_steps_are_told_so_at_once():
