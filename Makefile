@@ -4,7 +4,7 @@ BIN := .venv/bin
 JOBS ?= 2
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test test-all check format bench venv clean
+.PHONY: demo test test-all torture check format bench venv clean
 
 venv: .venv/installed
 
@@ -23,6 +23,10 @@ test: venv
 
 test-all: venv
 	$(BIN)/pytest -n $(JOBS) --dist worksteal
+
+# The long campaigns: kills, flipped bits, a real SLURM cluster, torchrun, a marathon of six models through reboots.
+torture: venv
+	$(BIN)/pytest -n $(JOBS) --dist worksteal -m full tests/faults tests/run tests/queue tests/launch
 
 check: venv
 	$(BIN)/ruff format --check .
