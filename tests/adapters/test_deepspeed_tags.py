@@ -312,7 +312,9 @@ def test_a_script_runs_unchanged_under_the_launcher(tmp_path, switch):
     for expected, what in (("step2", ["train.py"]), ("step4", ["-m", "train"])):
         deepspeeds.run(2, _launch, str(tmp_path), switch, *what)
         until(lambda expected=expected: _text(tmp_path / "here" / "latest") == expected)
-    assert json.loads((tmp_path / "here/step4/last.json").read_text())["checkpoint"] == "step-00000000"
+    pointer = tmp_path / "here/step4/last.json"
+    until(pointer.exists)  # the writer's last, after `latest`
+    assert json.loads(pointer.read_text())["checkpoint"] == "step-00000000"
     assert not [*(tmp_path / "here").rglob("*.pt")]
     assert ranks.run(1, _load_alone, str(tmp_path)) == [4]
 
