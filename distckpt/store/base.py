@@ -7,7 +7,7 @@ Every verb may block; every error is a StoreError. All verbs may be called from 
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from distckpt.errors import StoreError
 
@@ -24,8 +24,22 @@ class Entry(NamedTuple):
     size: int | None
 
 
+class Pace(NamedTuple):
+    """How a store is best read. gap: bytes that cost less to read than to skip; in_flight: reads at once."""
+
+    gap: int = 0
+    in_flight: int = 4
+
+
 class Store(Protocol):
-    """Bytes by key."""
+    """Bytes by key. pace: how it is best read."""
+
+    pace: Pace
+
+    @property
+    def address(self) -> dict[str, Any] | None:
+        """What another process opens it by (`store.open.reopened`), as JSON; None: it lies in this one alone."""
+        ...
 
     def list(self, prefix: str) -> list[Entry]:
         """Entries directly below `prefix` ("" is the root), sorted by name; empty where there is nothing.

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from distckpt.errors import KeyExists, KeyMissing, KeyTruncated, StoreError, Unsupported
-from distckpt.store.base import Entry, check, read_all
+from distckpt.store.base import Entry, Pace, check, read_all
 from distckpt.store.pieces import LARGE, after, write_pieces
 
 if TYPE_CHECKING:
@@ -53,6 +53,8 @@ Temporary = list[tuple[str, float, int]]
 class LocalStore:
     """Keys below `root`, a directory that is made when first written to."""
 
+    pace = Pace()
+
     def __init__(self, root: str | os.PathLike[str]) -> None:
         self.root = local_path(root)
         self.held: dict[str, memoryview] = {}
@@ -60,6 +62,11 @@ class LocalStore:
 
     def __repr__(self) -> str:
         return f"LocalStore({str(self.root)!r})"
+
+    @property
+    def address(self) -> dict[str, str]:
+        """See Store.address."""
+        return {"root": str(self.root)}
 
     def list(self, prefix: str) -> list[Entry]:
         """See Store.list."""

@@ -6,7 +6,7 @@ import threading
 from typing import TYPE_CHECKING
 
 from distckpt.errors import KeyExists, KeyMissing, KeyTruncated, StoreError
-from distckpt.store.base import Entry, check
+from distckpt.store.base import Entry, Pace, check
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -14,6 +14,9 @@ if TYPE_CHECKING:
 
 class MemoryStore:
     """Keys and their bytes in a dict."""
+
+    pace = Pace()
+    address = None
 
     def __init__(self) -> None:
         self._data: dict[str, bytes] = {}

@@ -1,0 +1,64 @@
+"""A store for what a user names one by: a path, a URI, or the store itself."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import unquote, urlsplit
+
+from distckpt.errors import Unsupported
+from distckpt.store.local import LocalStore
+from distckpt.store.memory import MemoryStore
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from distckpt.store.base import Store
+
+_memories: dict[str, MemoryStore] = {}
+"""Those of this process, by URI."""
+
+
+def open_store(where: str | os.PathLike[str] | Store) -> Store:
+    """Return the store that a user names. Nothing is looked at yet. Unsupported for a URI of another kind.
+
+    where: a directory (a path, or `file://`); a prefix in an object store (`s3://`, `gs://`, `az://`); memory of this
+    process (`memory://name`); or a store.
+    """
+    if not isinstance(where, (str, os.PathLike)):
+        return where
+    if not is_uri(where):
+        return LocalStore(where)
+    uri = str(where)
+    scheme = uri.partition("://")[0]
+    if scheme == "file":
+        return LocalStore(path_of(uri))
+    if scheme == "memory":
+        return _memories.setdefault(uri.rstrip("/"), MemoryStore())
+    from distckpt.store.object import ObjectStore
+
+    return ObjectStore(uri)
+
+
+def is_uri(where: str | os.PathLike[str]) -> bool:
+    """Whether it is a URI, not a path."""
+    return isinstance(where, str) and "://" in where
+
+
+def path_of(uri: str) -> Path:
+    """Path that a `file://` URI names. Unsupported if that is on another machine."""
+    parts = urlsplit(uri)
+    if parts.netloc not in {"", "localhost"} or not parts.path:
+        raise Unsupported(f"{uri}: a file URI has three slashes, and an absolute path: file:///nvme/run")
+    return Path(unquote(parts.path))
+
+
+def reopened(address: Mapping[str, Any]) -> Store:
+    """Return the store that has this address (Store.address), in another process."""
+    root = address["root"]
+    if not is_uri(root):
+        return LocalStore(root)
+    from distckpt.store.object import ObjectStore
+
+    return ObjectStore(root, address["options"], timeout=address["timeout"])
