@@ -48,7 +48,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything there, and a picture beside it")
     parser.add_argument("--gb", type=float, help="size of the state over all ranks (0.5)")
     parser.add_argument("--ranks", type=int, help="ranks (2; one a GPU where there are some)")
-    parser.add_argument("--rounds", type=int, help="rounds; each runs every program once, in turn (5)")
+    parser.add_argument("--rounds", type=int, help="rounds; each runs every program once, in turn (5; above 1 GB 3)")
     parser.add_argument("--folder", type=Path, default=Path(), help="where to write: the disk that is measured")
     return parser.parse_args(argv)
 
@@ -101,10 +101,11 @@ def run(name: str, ranks: Ranks, asked: argparse.Namespace) -> Report | None:
 
     torch.set_num_threads(1)
     logging.disable(logging.WARNING)  # peers tell of each step they take
+    gb = asked.gb or (0.008 if asked.quick else 0.5)
     options = Options(
         folder=asked.folder,
-        nbytes=int((asked.gb or (0.008 if asked.quick else 0.5)) * 2**30),
-        rounds=asked.rounds or (2 if asked.quick else 5),
+        nbytes=int(gb * 2**30),
+        rounds=asked.rounds or (2 if asked.quick else 5 if gb <= 1 else 3),
         quick=asked.quick,
     )
     module, function = BENCHES[name].split(".")

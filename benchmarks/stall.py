@@ -1,13 +1,14 @@
 """Asynchronous saves: how long they block the trainer, and how much they slow it while they are written.
 
-A stall is compared with one copy of the rank's bytes into touched memory. The loops run on one rank that has a core of
-its own, beside each writer in turn and beside `dd` of as many bytes; what is compared is CPU time a step, which does
-not count waiting for a core.
+A stall is compared with one copy of the rank's bytes into touched memory. The loops run on one rank, with its share of
+the bytes and a core of its own, beside each writer in turn and beside `dd` of as many bytes; what is compared is CPU
+time a step, which does not count waiting for a core.
 """
 
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -47,7 +48,7 @@ def stall(ranks: Ranks, options: Options) -> Report:
             _stalls(world, options, report)
     with ranks.world(1) as world:
         if world:
-            _loops(world, options, report)
+            _loops(world, replace(options, nbytes=options.nbytes // ranks.size), report)
     return report
 
 

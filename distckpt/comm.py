@@ -76,8 +76,8 @@ def together(comm: Comm, what: str, fn: Callable[[], bytes | None]) -> list[byte
         return [payload]
     message = bytes([failure is not None, len(payload) if not failure else 0]) + (b"" if failure else payload)
     replies = _meet(comm, what, message)
-    if not any(reply[0] for reply in set(replies)):
-        return _each(replies, lambda reply: reply[2 : 2 + reply[1]])
+    if not any(reply[_PLACE] for reply in set(replies)):
+        return _each(replies, lambda reply: reply[_PLACE + 2 : _PLACE + 2 + reply[_PLACE + 1]])
     text = json.dumps([type(failure).__name__, str(failure) or repr(failure)] if failure else None)
     causes = {
         rank: cause
@@ -109,7 +109,7 @@ def ranks_text(ranks: Sequence[int], world_size: int) -> str:
 def exchange(comm: Comm, what: str, data: bytes) -> list[bytes]:
     """Every rank's bytes, of any length, by rank; for what is rare. Few that have something each send it to all."""
     said = _meet(comm, what, len(data).to_bytes(8, "little"))
-    lengths = _each(said, lambda n: int.from_bytes(n[:8], "little"))
+    lengths = _each(said, lambda reply: int.from_bytes(reply[_PLACE : _PLACE + 8], "little"))
     speakers = [rank for rank, length in enumerate(lengths) if length]
     if len(speakers) > max(1, comm.world_size // 4):
         replies = comm.all_gather(what, data.ljust(max(1, *lengths), b"\0"))
@@ -123,7 +123,7 @@ def exchange(comm: Comm, what: str, data: bytes) -> list[bytes]:
 
 
 def _meet(comm: Comm, what: str, body: bytes) -> list[bytes]:
-    """Every rank's body, padded, by rank. RankFailed on all of them unless every rank is at the same point.
+    """Every rank's message (its body from _PLACE on), by rank. RankFailed on all unless all are at the same point.
 
     All messages that begin an exchange have the same length: so ranks that went different ways find out here, and not
     by taking each other's bytes for something else.
@@ -131,7 +131,7 @@ def _meet(comm: Comm, what: str, body: bytes) -> list[bytes]:
     place = hashlib.blake2b(what.encode(), digest_size=_PLACE).digest()
     replies = comm.all_gather(what, (place + body).ljust(MESSAGE, b"\0"))
     if all(reply[:_PLACE] == place for reply in set(replies)):
-        return _each(replies, lambda reply: reply[_PLACE:])
+        return replies
     said = what.encode()[:MESSAGE]
     at: dict[str, list[int]] = {}
     for rank, text in enumerate(comm.all_gather("telling where each rank is", said.ljust(MESSAGE, b"\0"))):

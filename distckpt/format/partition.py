@@ -61,7 +61,8 @@ class Grid:
             reach += (split.count - 1) * split.stride
 
     def _by_stride(self) -> list[Split]:
-        return sorted((s for s in itertools.chain(*self.splits) if s.count > 1), key=lambda s: s.stride)
+        cuts = [s for splits in self.splits for s in splits if s.count > 1]
+        return cuts if len(cuts) < 2 else sorted(cuts, key=lambda s: s.stride)
 
     def overlapping(self, region: Region) -> Iterator[tuple[int, Region]]:
         """Yield (file, chunk) of every chunk with an element of `region`, each once."""

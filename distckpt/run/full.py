@@ -47,7 +47,8 @@ if TYPE_CHECKING:
     from distckpt.comm import Comm
     from distckpt.format.box import Region
     from distckpt.format.partition import Partition
-    from distckpt.saving.agree import Agreed, Agreement
+    from distckpt.saving.agree import Agreement
+    from distckpt.saving.merge import Agreed
 
 WINDOW = 16 << 20
 """Bytes sent at once."""

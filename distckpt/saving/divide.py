@@ -18,7 +18,7 @@ from distckpt.state import Layout, Listed
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from distckpt.saving.agree import Agreed
+    from distckpt.saving.merge import Agreed
 
 SLICE_BYTES = 16 << 10
 """A cell of at least this many bytes a replica is sliced between its replicas."""
@@ -30,6 +30,7 @@ _ABOUT_EVEN = 16
 def divide(tensors: Mapping[str, Agreed]) -> dict[str, Partition]:
     """Partition of each tensor, files being the ranks that write them."""
     loads: dict[tuple[Split, ...], list[tuple[int, int]]] = {}
+    cuts: dict[tuple[Layout, int], Partition | int] = {}  # a model has few layouts, each for many tensors
     partitions: dict[str, Partition] = {}
     for fqn, tensor in sorted(tensors.items(), key=_largest_first):
         match tensor.layout:
@@ -37,8 +38,13 @@ def divide(tensors: Mapping[str, Agreed]) -> dict[str, Partition]:
                 partitions[fqn] = tensor.layout
             case Listed():
                 partitions[fqn] = tensor.layout.pieces
+            case Layout(held, ()):
+                partitions[fqn] = held
             case Layout():
-                partitions[fqn] = _divide(tensor, tensor.layout, loads)
+                kind = tensor.layout, item_size(tensor.dtype)
+                if (cut := cuts.get(kind)) is None:
+                    cut = cuts[kind] = _cut(*kind)
+                partitions[fqn] = _dealt(tensor.layout, cut, loads) if isinstance(cut, int) else cut
     return partitions
 
 
@@ -47,25 +53,29 @@ def _largest_first(item: tuple[str, Agreed]) -> tuple[int, str]:
     return -prod(tensor.shape) * item_size(tensor.dtype), fqn
 
 
-def _divide(tensor: Agreed, layout: Layout, loads: dict[tuple[Split, ...], list[tuple[int, int]]]) -> Partition:
+def _cut(layout: Layout, itemsize: int) -> Partition | int:
+    """Partition of a tensor whose cells are sliced between replicas; else the bytes of one, which is dealt whole."""
     held, replicas = layout.held, layout.replicas
-    if not replicas:
-        return held
-    count = prod(s.count for s in replicas)
     if isinstance(held, FlatEven):
-        nbytes = min(prod(held.shape), held.period) * item_size(tensor.dtype)
-    else:
-        cell = held.cell([[0] * len(splits) for splits in held.splits])
-        nbytes = cell.numel * item_size(tensor.dtype)
-        cut = _dimension_to_cut(cell.sizes, count)
-        if cut is not None and nbytes >= SLICE_BYTES * count:
-            splits = [list(s) for s in held.splits]
-            splits[cut] += replicas
-            return Grid(held.shape, tuple(map(tuple, splits)), held.first)
-    heap = loads.get(replicas) or loads.setdefault(replicas, [(0, i) for i in range(count)])
-    load, replica = heapq.heappop(heap)
-    heapq.heappush(heap, (load + nbytes, replica))
-    return replace(held, first=held.first + _rank_offset(replicas, replica))
+        return min(prod(held.shape), held.period) * itemsize
+    count = prod(s.count for s in replicas)
+    cell = held.cell([[0] * len(splits) for splits in held.splits])
+    nbytes = cell.numel * itemsize
+    cut = _dimension_to_cut(cell.sizes, count)
+    if cut is None or nbytes < SLICE_BYTES * count:
+        return nbytes
+    splits = [list(s) for s in held.splits]
+    splits[cut] += replicas
+    return Grid(held.shape, tuple(map(tuple, splits)), held.first)
+
+
+def _dealt(layout: Layout, nbytes: int, loads: dict[tuple[Split, ...], list[tuple[int, int]]]) -> Partition:
+    """Partition of a tensor that is written by the replicas with least to write."""
+    replicas = layout.replicas
+    heap = loads.get(replicas) or loads.setdefault(replicas, [(0, i) for i in range(prod(s.count for s in replicas))])
+    load, replica = heap[0]
+    heapq.heapreplace(heap, (load + nbytes, replica))
+    return replace(layout.held, first=layout.held.first + _rank_offset(replicas, replica))
 
 
 def _dimension_to_cut(sizes: Sequence[int], count: int) -> int | None:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from distckpt.format.box import Region
     from distckpt.format.partition import Partition
-    from distckpt.saving.agree import Agreed
+    from distckpt.saving.merge import Agreed
     from distckpt.state import GlobalTensor, State
 
 MODEL_LEAD = "model."

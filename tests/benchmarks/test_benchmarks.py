@@ -18,14 +18,15 @@ from benchmarks.cache import StillCached, evict, resident
 from benchmarks.covers import Uncovered, served, written_once
 from benchmarks.meter import Failed, measure
 from benchmarks.peers import Distckpt, Raw, TorchSave
+from benchmarks.plan import _agree
 from benchmarks.ranks import Ranks
 from benchmarks.simulated import MODELS, PARALLELISMS
 from benchmarks.workload import Sharded
 from distckpt import comm
 from distckpt.format.box import Box
 from distckpt.format.partition import Grid, Pieces, Split
-from distckpt.saving.agree import Agreed
 from distckpt.saving.divide import divide
+from distckpt.saving.merge import Agreed
 from distckpt.state import Layout
 from tests import ranks
 
@@ -125,6 +126,14 @@ def test_each_simulated_layout_is_written_once_and_serves_every_reader(kind):
     assert written_once(partitions, 48) >= len(model)
     for reader, layouts in PARALLELISMS.items():
         assert served(partitions, layouts(model, 16).layouts, 16, every=True), reader
+
+
+@pytest.mark.parametrize("kind", PARALLELISMS)
+def test_simulated_ranks_agree_on_the_layouts_that_they_describe(kind):
+    model = {name: w for name, w in MODELS["Llama-3 8B"]().items() if w.layer in {-1, 0, 9, 31, 32}}
+    sharding = PARALLELISMS[kind](model, 48)
+    agreement, _, _ = _agree(model, sharding)
+    assert {fqn: tensor.layout for fqn, tensor in agreement.tensors.items()} == sharding.layouts
 
 
 def test_a_division_with_a_hole_or_an_overlap_is_found_out():

@@ -18,8 +18,9 @@ from distckpt.errors import Mismatch
 from distckpt.format import manifest
 from distckpt.format.box import Box
 from distckpt.format.partition import Copies, Grid, Split
-from distckpt.saving.agree import Agreed, agree
+from distckpt.saving.agree import agree
 from distckpt.saving.divide import divide
+from distckpt.saving.merge import Agreed
 from distckpt.state import Everywhere, GlobalTensor, Layout, Shard, State
 from distckpt.store.memory import MemoryStore
 from tests import layouts, ranks
