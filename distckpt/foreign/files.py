@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from distckpt.errors import FormatError, KeyMissing, KeyTruncated, StoreError
 from distckpt.format.text import shown
+from distckpt.store.base import Pace
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -150,6 +151,8 @@ class View(io.RawIOBase):
 
 class Files:
     """Several files by name: what a Checkpoint reads from."""
+
+    pace = Pace()
 
     def __init__(self, files: Sequence[Readable]) -> None:
         self._files = {file.name: file for file in files}

@@ -17,7 +17,7 @@ from distckpt.comm import exchange, together
 from distckpt.format.checksum import BLOCK
 from distckpt.loading.deal import deal
 from distckpt.loading.pattern import Need, plainest
-from distckpt.loading.read import THREADS, WINDOW, Slabs, fill, read_blocks, runs_of
+from distckpt.loading.read import WINDOW, Slabs, fill, read_blocks, runs_of
 from distckpt.state import as_bytes
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ def read_once(comm: Comm, checkpoint: Checkpoint, runs: Sequence[Run]) -> None:
     needs = [Need.decode(said) for said in told]
     units = deal([need.stretches(BLOCK) for need in needs])
     rounds = _Rounds(comm, checkpoint, units, needs, [piece for _, _, piece in found])
-    with ThreadPoolExecutor(THREADS, "distckpt-read") as pool:
+    with ThreadPoolExecutor(checkpoint.store.pace.in_flight, "distckpt-read") as pool:
         rounds.begin(0, pool)
         alone = _alone(checkpoint, [(file, piece) for file, _, piece in found], units)
         together(comm, f"reading {checkpoint.name}", lambda: fill(checkpoint, alone))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bisect
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -11,7 +12,7 @@ from distckpt.errors import Corrupt, FormatError, KeyMissing, KeyTruncated, Newe
 from distckpt.format import datafile, manifest, objects
 from distckpt.format.checksum import BLOCK, crc_of, digest
 from distckpt.format.layout import CHECKSUMS_CHUNK, COMMIT, OBJECTS_CHUNK, StepDir, fqn_of
-from distckpt.store.base import read_all
+from distckpt.store.base import Pace, read_all
 
 if TYPE_CHECKING:
     from array import array
@@ -67,6 +68,8 @@ class DataFile:
 class Readable(Protocol):
     """What a checkpoint needs of a store. See Store."""
 
+    pace: Pace
+
     def head(self, key: str) -> int:
         """Bytes of a key."""
         ...
@@ -111,6 +114,14 @@ class Checkpoint:
         if index not in self._files:
             self._files[index] = self._opened(index)
         return self._files[index]
+
+    def open_files(self, indices: Iterable[int]) -> None:
+        """Open data files, several at once where each has to be asked for. Errors as of `data_file`."""
+        missing = [index for index in indices if index not in self._files]
+        if self.store.pace.gap and len(missing) > 1:
+            with ThreadPoolExecutor(self.store.pace.in_flight, "distckpt-open") as pool:
+                for _ in pool.map(self.data_file, missing):
+                    pass
 
     def verify(self, chunks: Iterable[tuple[int, str]]) -> None:
         """Check what holds these chunks (file, name) before anything moves, where reading does not. Here it does."""

@@ -1,7 +1,8 @@
 """Verified reads, straight into the targets' memory where it is contiguous.
 
-A file is read in windows, several in flight. Within a window, blocks that are needed and adjacent are one read. Where
-every piece of such a read is plain contiguous memory it is a scatter read: gaps go into scratch, the rest in place.
+A file is read in windows, several in flight. Within a window, blocks that are needed and adjacent (or nearly so, where
+asking again costs more) are one read. Where every piece of such a read is plain contiguous memory it is a scatter read:
+gaps go into scratch, the rest in place.
 Otherwise it goes through scratch, and pieces are copied (and cast, or sent to a device) out of it once verified.
 """
 
@@ -34,7 +35,6 @@ if TYPE_CHECKING:
 
 WINDOW = 16 << 20
 """Bytes of a file that one read covers at most, in whole blocks, unless less is asked for."""
-THREADS = 4
 HOLES = 4 << 20
 """Widest stretch, in bytes, that is read for the sake of strided pieces in it."""
 
@@ -150,9 +150,11 @@ def runs(checkpoint: Checkpoint, items: Iterable[Item], window: int = WINDOW) ->
     for item in items:
         by_file.setdefault(item.file, []).append(item)
     found: list[Run] = []
+    checkpoint.open_files(by_file)
+    gap = checkpoint.store.pace.gap
     for index, wanted in sorted(by_file.items()):
         file = checkpoint.data_file(index)
-        found += runs_of(index, file, [p for i in wanted for p in _pieces(file, i, window)], window)
+        found += runs_of(index, file, [p for i in wanted for p in _pieces(file, i, window)], window, gap)
     return found
 
 
@@ -165,7 +167,7 @@ def fill(checkpoint: Checkpoint, wanted: Iterable[Run]) -> None:
         else:
             jobs.append([each])
     slabs = Slabs()
-    with ThreadPoolExecutor(THREADS, "distckpt-read") as pool:
+    with ThreadPoolExecutor(checkpoint.store.pace.in_flight, "distckpt-read") as pool:
         futures = [pool.submit(_read_runs, checkpoint, job, slabs) for job in jobs]
         done, pending = wait(futures, return_when=FIRST_EXCEPTION)
         for future in pending:
@@ -240,14 +242,15 @@ def _cut(piece: Piece, window: int) -> Iterator[Piece]:
         start = stop
 
 
-def runs_of(index: int, file: DataFile, pieces: Iterable[Piece], window: int) -> Iterator[Run]:
-    """Yield the reads that bring these pieces of a file."""
+def runs_of(index: int, file: DataFile, pieces: Iterable[Piece], window: int, gap: int = 0) -> Iterator[Run]:
+    """Yield the reads that bring these pieces of a file. gap: bytes between two that one read may cover."""
     grain = file.grain
+    reach = 1 + gap // grain if file.sums is not None else 1
     found: list[Piece] = []
     last_block = -1
     for piece in sorted((p for p in pieces if p.stop > p.start), key=lambda p: (p.start, p.stop)):
         same_window = found and piece.start // window == found[0].start // window
-        if found and not (same_window and piece.start // grain <= last_block + 1):
+        if found and not (same_window and piece.start // grain <= last_block + reach):
             yield Run(index, file, found)
             found, last_block = [], -1
         found.append(piece)

@@ -16,13 +16,14 @@ from distckpt.run.line import Line
 from distckpt.run.writer import brief
 from distckpt.saving.arena import Arena
 from distckpt.saving.commit import committed_manifest, write_refusal
+from distckpt.store.local import LocalStore
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from distckpt.run.publish import Then
     from distckpt.saving.part import Part
-    from distckpt.store.local import LocalStore
+    from distckpt.store.base import Store
 
 ARENAS = 2
 """Images in flight at once: one being written, one being staged."""
@@ -37,7 +38,7 @@ class Job:
     """One part that the writer process was given. `error`: why it failed, once `ended`."""
 
     number: int
-    store: LocalStore
+    store: Store
     part: Part
     arena: int | None = None
     nbytes: int = 0
@@ -133,7 +134,8 @@ class Background:
         store, part, attempt = job.store, job.part, job.part.attempt
         with contextlib.suppress(StoreError):
             for name in (part.name, ack_file(part.rank, attempt.id)):
-                store.discard_temporary(attempt.key(name))
+                if isinstance(store, LocalStore):
+                    store.discard_temporary(attempt.key(name))
         with contextlib.suppress(StoreError, Corrupt, FormatError):
             if committed_manifest(store, attempt):
                 return None
@@ -162,7 +164,7 @@ class Background:
         while self.busy:
             self._wait_until(deadline, self._jobs[0])
 
-    def begin(self, store: LocalStore, part: Part, then: Then) -> Job:
+    def begin(self, store: Store, part: Part, then: Then) -> Job:
         """Tell of an attempt that this rank has agreed to: if the training process dies now, the others learn it."""
         job = Job(next(self._numbers), store, part)
         attempt = part.attempt
@@ -171,7 +173,7 @@ class Background:
             {
                 "do": "begin",
                 "job": job.number,
-                "root": str(store.root),
+                "store": store.address,
                 "directory": str(attempt.directory),
                 "attempt": attempt.id,
                 "world_size": attempt.world_size,

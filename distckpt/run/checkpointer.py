@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import warnings
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -35,8 +34,10 @@ from distckpt.run.source import foreign_root, load_source
 from distckpt.run.triggers import Triggers, best_interval, duration
 from distckpt.saving.save import Request
 from distckpt.store.local import LocalStore
+from distckpt.store.open import open_store
 
 if TYPE_CHECKING:
+    import os
     from collections.abc import Callable, Iterable, Mapping
     from types import TracebackType
 
@@ -80,17 +81,17 @@ class StepReport:
 class Checkpointer:
     """Saves and resumes one run. Every method is collective: all ranks call it, at the same point.
 
-    root: the run's directory (or a Store). every: when `step` saves: a number of steps (those that it divides), "20
-    min", "1 epoch", a function of step and epoch (the same on every rank), or several of these; None: only when told.
-    preemption: take over the signals by which jobs are stopped, so that `step` can save and say so. wait: what
-    `save` does by default. when_busy: what a save does that comes while two others are still being written: "wait" for
-    one of them, or "skip" itself. arena_bytes: most host memory that one save may be staged in on this rank; a larger
-    one is written by the call itself (None: no limit). keep: what stays (None: everything); the rest is removed after
-    each commit, off the training path. after_commit: commands that run on what was committed, off the training path:
-    `After(("python", "evaluate.py", "{checkpoint}"))`, `Export(...)`, `TrialLoad()` (run/after.py). hold: how long
-    ("2 min") this rank's writer holds in memory what it staged last if this process is killed, so that a job which is
-    started again on this machine reads it from there. timeout: seconds that any wait for others lasts at most. What
-    happens is noted in the run's events.jsonl (docs/events.md).
+    root: the run's directory, or a URI (`s3://bucket/run`, docs/object-stores.md), or a Store. every: when `step`
+    saves: a number of steps (those that it divides), "20 min", "1 epoch", a function of step and epoch (the same on
+    every rank), or several of these; None: only when told. preemption: take over the signals by which jobs are stopped,
+    so that `step` can save and say so. wait: what `save` does by default. when_busy: what a save does that comes while
+    two others are still being written: "wait" for one of them, or "skip" itself. arena_bytes: most host memory that one
+    save may be staged in on this rank; a larger one is written by the call itself (None: no limit). keep: what stays
+    (None: everything); the rest is removed after each commit, off the training path. after_commit: commands that run on
+    what was committed, off the training path: `After(("python", "evaluate.py", "{checkpoint}"))`, `Export(...)`,
+    `TrialLoad()` (run/after.py). hold: how long ("2 min") this rank's writer holds in memory what it staged last if
+    this process is killed, so that a job which is started again on this machine reads it from there. timeout: seconds
+    that any wait for others lasts at most. What happens is noted in the run's events.jsonl (docs/events.md).
     """
 
     def __init__(
@@ -109,7 +110,7 @@ class Checkpointer:
         comm: Comm | None = None,
     ) -> None:
         triggers = Triggers.of(every)
-        self._store: Store = LocalStore(root) if isinstance(root, (str, os.PathLike)) else root
+        self._store = open_store(root)
         self._comm = comm or _default_comm(timeout)
         self._given = comm is not None
         self._history = History(self._store)
@@ -230,7 +231,7 @@ class Checkpointer:
         wait: return only when the checkpoint is committed and durable, with a SaveReport. None: what this Checkpointer
         was told. metrics: numbers to record with it (a NumPy scalar or a tensor of one element counts as one).
         check_replicas: compare what should be equal on several ranks, too. Returns None for a save that was skipped,
-        with a StateWarning. A store that is no directory is always waited for.
+        with a StateWarning. A store in memory is always waited for.
         Raises on every rank what fails on any, with rank and cause: of this save, or of an earlier one that was not
         waited for. The previous checkpoint is untouched then.
         """
@@ -281,7 +282,7 @@ class Checkpointer:
             note(self._store, event, launch=self._job.launch, **what)
 
     def _prepare(self, state: TrainState) -> None:
-        if isinstance(self._store, LocalStore) and not (self._wait or self._prepared or state.unusable):
+        if self._store.address and not (self._wait or self._prepared or state.unusable):
             with uncollected():
                 self._saver.prepare(state.capture)
         self._prepared = True

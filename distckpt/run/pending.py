@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from distckpt.comm import together
 from distckpt.errors import OutOfStep, RanksMissing, failure_text
@@ -18,14 +18,13 @@ from distckpt.saving.stage import stage
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from pathlib import Path
 
     from distckpt.comm import Comm
     from distckpt.format.layout import StepDir
     from distckpt.run.background import Background
     from distckpt.run.publish import Then
     from distckpt.saving.save import Planned
-    from distckpt.store.local import LocalStore
+    from distckpt.store.base import Store
 
 
 class PendingSave:
@@ -35,7 +34,7 @@ class PendingSave:
     directory: its name in the run. notes: see SaveReport.
     """
 
-    def __init__(self, comm: Comm, store: LocalStore, background: Background, planned: Planned, then: Then) -> None:
+    def __init__(self, comm: Comm, store: Store, background: Background, planned: Planned, then: Then) -> None:
         self._started = time.monotonic()
         self._noted = then.noted and comm.rank == 0
         self._comm, self._store, self._background, self._part = comm, store, background, planned.part
@@ -53,9 +52,9 @@ class PendingSave:
         return f"PendingSave({self.directory}, {'committed' if self.committed else 'not committed'})"
 
     @property
-    def root(self) -> Path:
-        """The run's directory."""
-        return self._store.root
+    def address(self) -> dict[str, Any] | None:
+        """Where the run lies: see Store.address."""
+        return self._store.address
 
     @property
     def step(self) -> int:

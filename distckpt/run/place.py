@@ -16,10 +16,13 @@ from distckpt.format.layout import StepDir
 from distckpt.run.history import History
 from distckpt.run.keep import NEWEST, Keep
 from distckpt.run.launches import read_launches
-from distckpt.run.publish import Retention, Then
-from distckpt.store.local import LocalStore, local_path
+from distckpt.run.publish import POINTERS, Retention, Then, target_of
+from distckpt.store.local import local_path
+from distckpt.store.open import is_uri, open_store, parted
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from distckpt.store.base import Store
 
 
@@ -60,20 +63,29 @@ class Place:
 def place(path: str | os.PathLike[str] | Store) -> Place:
     """Place that a path (or a run's store) means. Unsupported for a path that names a generation.
 
-    A symlink to a step directory, such as `last`, means that step.
+    What leads to a step directory, such as `last`, means that step.
     """
     if not isinstance(path, (str, os.PathLike)):
         if not hasattr(path, "list"):
             raise Unsupported(f"a {type(path).__qualname__} is no path: the path comes first, then the state dict")
         return Place(History(path), None)
-    whole = local_path(path)
-    linked = whole.is_symlink()
-    whole = whole.resolve() if linked else whole
-    named = StepDir.parse(whole.name)
+    whole = followed(path)
+    run, name = parted(whole)
+    named = StepDir.parse(name)
     if named is None:
-        return Place(History(LocalStore(whole)), None)
-    if named.generation > 1 and not linked:
+        return Place(History(open_store(whole)), None)
+    if named.generation > 1 and name == parted(path)[1]:
         raise Unsupported(
             f"{whole} names one generation of a step: give {StepDir(named.step)}; it means the newest that is whole"
         )
-    return Place(History(LocalStore(whole.parent)), named.step)
+    return Place(History(open_store(run)), named.step)
+
+
+def followed(path: str | os.PathLike[str]) -> str | Path:
+    """What a path or URI means: of a symlink what it leads to, of a URI's `last` or `best` the step that it names."""
+    if not is_uri(path):
+        whole = local_path(path)
+        return whole.resolve() if whole.is_symlink() else whole
+    run, name = parted(path)
+    target = target_of(open_store(run), name) if name in POINTERS else None
+    return f"{run}/{target}" if target else str(path)

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from distckpt.store.base import Store
 
 _MOST_BYTES = 1 << 28
-_POINTERS = ("last", "best")
+POINTERS = ("last", "best")
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,14 +182,14 @@ def now() -> str:
 
 def pointing(store: Store) -> dict[str, str]:
     """Pointers and symlinks that there are, and the names that they point at."""
-    found = {name: target for name in _POINTERS if (target := _target(store, name)) is not None}
+    found = {name: target for name in POINTERS if (target := target_of(store, name)) is not None}
     if isinstance(store, LocalStore):
-        ours = {name: t for name, t in store.hints().items() if name in _POINTERS or is_epoch_link(name)}
+        ours = {name: t for name, t in store.hints().items() if name in POINTERS or is_epoch_link(name)}
         found = {**ours, **found}
     return found
 
 
-def _target(store: Store, name: str) -> str | None:
+def target_of(store: Store, name: str) -> str | None:
     """Name that a pointer holds, "" where it cannot be read; None where there is no pointer."""
     try:
         said = read_json(read_all(store, pointer_file(name), limit=_MOST_BYTES))
@@ -202,7 +202,7 @@ def _target(store: Store, name: str) -> str | None:
 
 def _point(store: Store, name: str, directory: StepDir | None) -> None:
     """Point a name at a checkpoint, or (None) at nothing; where it points there already, nothing is written."""
-    if name in _POINTERS and _target(store, name) != (str(directory) if directory else None):
+    if name in POINTERS and target_of(store, name) != (str(directory) if directory else None):
         if directory:
             write_all(store, pointer_file(name), _json({"checkpoint": str(directory), "step": directory.step}))
         else:

@@ -14,7 +14,6 @@ from distckpt.run.pending import PendingSave
 from distckpt.run.save import SaveReport, save_and_publish
 from distckpt.saving.image import local_bytes
 from distckpt.saving.save import Request, plan
-from distckpt.store.local import LocalStore
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -30,7 +29,7 @@ _FAILED, _BUSY = 1, 2
 
 
 class Saver:
-    """when_busy, arena_bytes, hold: as in Checkpointer. To a store that is no directory, every save is waited for."""
+    """when_busy, arena_bytes, hold: as in Checkpointer. To a store in memory, every save is waited for."""
 
     def __init__(
         self,
@@ -57,7 +56,7 @@ class Saver:
         self, history: History, capture: Callable[[], State], request: Request, then: Then, *, wait: bool
     ) -> PendingSave | SaveReport | None:
         """Save what `capture` gives in a run, and have `then` follow. None: skipped, and said so."""
-        if isinstance(history.store, LocalStore) and not wait:
+        if history.store.address and not wait:
             return self._in_background(history.store, capture, request, then)
         self.finish()
         started = time.monotonic()
@@ -68,7 +67,7 @@ class Saver:
         return SaveReport(made.directory.step, str(made.directory), made.nbytes, seconds, made.notes)
 
     def _in_background(
-        self, store: LocalStore, capture: Callable[[], State], request: Request, then: Then
+        self, store: Store, capture: Callable[[], State], request: Request, then: Then
     ) -> PendingSave | None:
         background = self._background
 
@@ -116,8 +115,8 @@ class Saver:
 
     def next_generation(self, store: Store, step: int, free: int) -> int:
         """Generation of a step that a save is to make, if in the store `free` is: others may have been begun."""
-        root = store.root if isinstance(store, LocalStore) else None
-        return max(free, *(p.directory.generation + 1 for p in self._pending if (p.root, p.step) == (root, step)), 1)
+        at = store.address
+        return max(free, *(p.directory.generation + 1 for p in self._pending if (p.address, p.step) == (at, step)), 1)
 
     def prepare(self, capture: Callable[[], State]) -> None:
         """Have the first save find what it needs: the writer process, and an arena of its size."""

@@ -9,21 +9,24 @@ from __future__ import annotations
 import warnings
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Union
 
 from distckpt.comm import together
 from distckpt.errors import Mismatch, NotACheckpoint, StateWarning
 from distckpt.foreign.deepspeed import LATEST, tag_of
 from distckpt.foreign.open import KINDS, holds_foreign, open_foreign
-from distckpt.format.layout import COMMIT, StepDir
+from distckpt.format.layout import StepDir
 from distckpt.format.objects import decode
 from distckpt.loading.load import load
 from distckpt.loading.open import Checkpoint, open_checkpoint
 from distckpt.run.choose import Search, load_newest, loaded_whole, mark
 from distckpt.run.history import History
+from distckpt.run.place import followed
+from distckpt.saving.commit import is_committed
 from distckpt.saving.objects import encoded, share
 from distckpt.state import JoinedObject, State
-from distckpt.store.local import LocalStore, local_path
+from distckpt.store.local import LocalStore
+from distckpt.store.open import is_uri, open_store, parted
 
 if TYPE_CHECKING:
     import os
@@ -34,6 +37,9 @@ if TYPE_CHECKING:
     from distckpt.loading.report import LoadReport
     from distckpt.run.choose import Loadable
     from distckpt.store.base import Store
+
+Where = Union[str, "Path"]
+"""A URI, or a path."""
 
 _RUN, _STEP, _FOREIGN = b"run", b"step", b"foreign"
 
@@ -59,9 +65,9 @@ def load_source(
     if names and kind != _FOREIGN:
         raise Mismatch(f"names={dict(names)!r}: {path} is distckpt's own; rename= is what changes names there")
     if kind == _RUN:
-        loaded = load_newest(Search(comm, History(LocalStore(path)), step), state, options)
+        loaded = load_newest(Search(comm, History(open_store(path)), step), state, options)
         if loaded is None:
-            raise NotACheckpoint(f"{path} holds no committed checkpoint: {History(LocalStore(path)).why_nothing()}")
+            raise NotACheckpoint(f"{path} holds no committed checkpoint: {History(open_store(path)).why_nothing()}")
         return loaded[0]
     if step is not None:
         raise NotACheckpoint(f"step={step}: {path} is no run of several steps")
@@ -100,7 +106,7 @@ def _named(groups: list[dict[str, Any]] | None) -> State:
     return State(objects={"optim": JoinedObject({"groups": groups}, joins="params")})
 
 
-def _opened_by_all(comm: Comm, path: Path, attempt: Callable[[], Checkpoint]) -> Checkpoint:
+def _opened_by_all(comm: Comm, path: Where, attempt: Callable[[], Checkpoint]) -> Checkpoint:
     """What each rank opens, once all have."""
     found: list[Checkpoint] = []
     together(comm, f"opening {path}", lambda: found.append(attempt()))
@@ -124,7 +130,7 @@ def open_source(
         raise Mismatch(f"names={dict(names)!r}: {path} is distckpt's own, whose parts have their names")
     if kind != _RUN:
         return _opened(path, kind, names, order)
-    history = History(LocalStore(path))
+    history = History(open_store(path))
     found = next((c for c in history.valid() if step in {None, c.directory.step}), None)
     if found is None:
         raise NotACheckpoint(f"{path} holds no such checkpoint: {history.why_nothing()}")
@@ -142,34 +148,38 @@ def _is_foreign(root: Path | None) -> bytes:
     return _FOREIGN if root and not History(LocalStore(root)).is_checkpoint() and holds_foreign(root) else b""
 
 
-def _followed(source: str | os.PathLike[str]) -> Path:
-    """Path of a source. Unsupported for a URI.
+def _followed(source: str | os.PathLike[str]) -> Where:
+    """Path or URI of a source.
 
-    Of a symlink to a step directory, such as `last`, that directory's; of a directory whose `latest` names a tag that
+    Of what leads to a step directory, such as `last`, that directory's; of a directory whose `latest` names a tag that
     `distckpt.adapters.deepspeed` saved, the tag's.
     """
-    local_path(source)
+    if is_uri(source):
+        return followed(source)
     path = Path(source)
     if (path / LATEST[0]).is_file() and History(LocalStore(tag := tag_of(path))).directories():
         return tag
     return path.resolve() if path.is_symlink() and StepDir.parse(path.resolve().name) else path
 
 
-def _kind(path: Path) -> bytes:
-    """What a path holds. Asked on rank 0."""
-    if StepDir.parse(path.absolute().name) and (path / COMMIT).is_file():
+def _kind(path: Where) -> bytes:
+    """What a path or URI holds. Asked on rank 0."""
+    run, name = parted(path)
+    if (directory := StepDir.parse(name)) and is_committed(open_store(run), directory):
         return _STEP
-    if not path.exists():
+    if isinstance(path, Path) and not path.exists():
         raise NotACheckpoint(f"{path}: does not exist")
-    if path.is_dir() and History(LocalStore(path)).directories():
+    if not (isinstance(path, Path) and path.is_file()) and History(open_store(path)).directories():
         return _RUN
+    if not isinstance(path, Path):
+        raise NotACheckpoint(f"{path}: neither a run of distckpt nor one of its steps; of others, bring the files here")
     if holds_foreign(path):
         return _FOREIGN
     raise NotACheckpoint(f"{path}: neither a run of distckpt nor one of its steps, nor {KINDS}")
 
 
 def _opened(  # noqa: PLR0917
-    path: Path,
+    path: Where,
     kind: bytes,
     names: Mapping[str, str] | None,
     order: Sequence[Sequence[str]] | None,
@@ -177,16 +187,18 @@ def _opened(  # noqa: PLR0917
     rest: str | None = None,
 ) -> Checkpoint:
     if kind == _STEP:
-        directory = StepDir.parse(path.absolute().name)
+        run, name = parted(path)
+        directory = StepDir.parse(name)
         assert directory is not None
-        return open_checkpoint(LocalStore(path.absolute().parent), directory)
+        return open_checkpoint(open_store(run), directory)
+    assert isinstance(path, Path)
     found = open_foreign(path, names, order, like, rest=rest)
     if found is None:
         raise NotACheckpoint(f"{path}: nothing is there that this rank can see; every rank must see the same files")
     return found
 
 
-def _load(comm: Comm, checkpoint: Checkpoint, state: Loadable, options: Options, path: Path) -> LoadReport:
+def _load(comm: Comm, checkpoint: Checkpoint, state: Loadable, options: Options, path: Where) -> LoadReport:
     before = state.unusable
     try:
         report = load(comm, checkpoint, state, options, about_to_change=lambda: mark(state))

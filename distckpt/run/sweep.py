@@ -19,7 +19,8 @@ from distckpt.format.layout import ACK, COMMIT, LAUNCHES, LEASES, StepDir, attem
 from distckpt.run.launches import read_launches
 from distckpt.run.lease import leased, leases
 from distckpt.saving.commit import is_committed, launch_of
-from distckpt.store.local import LocalStore
+from distckpt.store.base import Dated
+from distckpt.store.local import LocalStore, Temporary
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -98,7 +99,7 @@ class _Ended:
     def _changed(self, key: str) -> float | None:
         """When a file was written, where the store tells."""
         try:
-            return self._store.changed(key) if isinstance(self._store, LocalStore) else None
+            return self._store.changed(key) if isinstance(self._store, Dated) else None
         except KeyMissing:
             return None
 
@@ -120,11 +121,11 @@ class _Ended:
     def directory(self, prefix: str) -> bool:
         """Of everything in a directory, because no job lives, and the last one's writer process is done, too."""
         store = self._store
-        if self._idle is None or not isinstance(store, LocalStore):
+        if self._idle is None or not isinstance(store, Dated):
             return False
         lead = f"{prefix}/" if prefix else ""
         files = (self._changed(lead + entry.name) for entry in store.list(prefix) if entry.size is not None)
-        changes = [*filter(None, files), *(changed for _, changed, _ in store.unfinished(prefix))]
+        changes = [*filter(None, files), *(changed for _, changed, _ in _unfinished(store, prefix))]
         return time.time() - max(changes, default=0.0) > self._idle
 
 
@@ -153,8 +154,12 @@ def _of(store: Store, directory: StepDir, content: Manifest | None, ended: _Ende
 
 def _temporary(store: Store, prefix: str, ended: _Ended) -> Iterator[Leftover]:
     idle = ended.directory(prefix)
-    for name, changed, nbytes in store.unfinished(prefix) if isinstance(store, LocalStore) else ():
+    for name, changed, nbytes in _unfinished(store, prefix):
         yield Leftover(prefix, name, nbytes, idle or ended.at(changed), "a write that did not finish", temporary=True)
+
+
+def _unfinished(store: Store, prefix: str) -> Temporary:
+    return store.unfinished(prefix) if isinstance(store, LocalStore) else []
 
 
 def sweep(history: History, found: Iterable[Leftover]) -> tuple[list[Leftover], list[str]]:

@@ -4,8 +4,8 @@ One for each rank, in a process session of its own: it finishes what was staged 
 and then ends. It imports neither torch nor numpy. It is told by messages on a socket, each a JSON object:
 
     arena   {arena, nbytes} and a descriptor: memory that images are staged in from now on
-    begin   {job, root, directory, attempt, world_size, rank, then}: an attempt that this rank has agreed to, in the
-            run at `root`; `then` is what follows its commit, on rank 0 (publish.Then)
+    begin   {job, store, directory, attempt, world_size, rank, then}: an attempt that this rank has agreed to, in the
+            run at `store` (Store.address); `then` is what follows its commit, on rank 0 (publish.Then)
     staged  {job, arena, header, covered, size, told}: its image lies in [0, covered) of the arena, and after it at
             `told` what else is to be written. It answers {job, notes, seconds} once that is done (on rank 0:
             committed), or {job, error: [class, message]}
@@ -24,7 +24,6 @@ import socket
 import sys
 import time
 import warnings
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from distckpt.errors import DistckptError, RanksMissing, StoreError, failure_text
@@ -38,10 +37,12 @@ from distckpt.saving.arena import Arena
 from distckpt.saving.commit import Attempt, commit_when_acked, remove_acks, write_refusal
 from distckpt.saving.part import Part, Summed, write_part
 from distckpt.store.local import LocalStore
+from distckpt.store.open import reopened
 from distckpt.system import process_file, readable
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
+    from pathlib import Path
 
     from distckpt.format.manifest import Manifest
     from distckpt.store.base import Store
@@ -146,11 +147,11 @@ class _Writer:
                 yield json.loads(data), descriptors
 
     def _begin(self, message: Mapping[str, Any]) -> _Begun:
-        root, directory = Path(message["root"]), StepDir.parse(message["directory"])
+        directory = StepDir.parse(message["directory"])
         assert directory is not None
         history = self._history
-        if history is None or not isinstance(history.store, LocalStore) or history.store.root != root:
-            history = self._history = History(LocalStore(root))  # of one run: what it holds is not needed in the next
+        if history is None or history.store.address != message["store"]:
+            history = self._history = History(reopened(message["store"]))  # of one run: the next needs none of it
         attempt = Attempt(directory, message["attempt"], message["world_size"])
         return _Begun(history, Part(attempt, message["rank"]), Then.from_json(message["then"]), time.monotonic())
 
@@ -178,9 +179,9 @@ class _Writer:
         header = view[: message["header"]]
         content = Summed(header, [view[: message["covered"]]])
         draft = write_part(begun.store, part, content, len(header), message["size"])
-        assert isinstance(begun.store, LocalStore)
-        key = part.attempt.key(part.name)
-        self.newest = begun.store.root, key, self._arenas[message["arena"]], message["covered"]
+        if isinstance(begun.store, LocalStore):
+            key = part.attempt.key(part.name)
+            self.newest = begun.store.root, key, self._arenas[message["arena"]], message["covered"]
         if part.rank == 0:
             self._commit(begun, draft)
 

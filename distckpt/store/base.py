@@ -7,7 +7,7 @@ Every verb may block; every error is a StoreError. All verbs may be called from 
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
 
 from distckpt.errors import StoreError
 
@@ -77,6 +77,15 @@ class Store(Protocol):
 
     def delete(self, key: str) -> None:
         """Remove a key, durably. Idempotent."""
+        ...
+
+
+@runtime_checkable
+class Dated(Protocol):
+    """A store that knows when a key was written."""
+
+    def changed(self, key: str) -> float:
+        """When it was, in seconds by the store's own clock. KeyMissing."""
         ...
 
 

@@ -30,7 +30,6 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-SCHEMES = ("s3", "gs", "az")
 PART = 8 << 20
 """Bytes that go up, or come down, in one request."""
 _MOST_PARTS = 9_000
@@ -63,9 +62,7 @@ class ObjectStore:
     def __init__(self, uri: str, options: Mapping[str, str] | None = None, *, timeout: float = 120.0) -> None:
         self.root = uri.rstrip("/")
         self._options, self._timeout = dict(options or {}), timeout
-        self._bucket = re.match(r"[a-z0-9]+://[^/]*", self.root)
-        if self.root.partition("://")[0] not in SCHEMES or not self._bucket:
-            raise Unsupported(f"{uri}: not a URI of {', '.join(f'{s}://' for s in SCHEMES)}")
+        self._bucket = "/".join(self.root.split("/")[:3])
         self._obstore = _imported()
         self._made: Any = None
 
@@ -194,7 +191,7 @@ class ObjectStore:
 
     def _keeps_conditions(self) -> bool:
         """Whether a create is one here, in a race too: tried once for each bucket by each process."""
-        place = (str(self._bucket and self._bucket[0]), *(f"{k}={v}" for k, v in sorted(self._options.items())))
+        place = (self._bucket, *(f"{k}={v}" for k, v in sorted(self._options.items())))
         with _probing:
             if place not in _keeps_conditions:
                 _keeps_conditions[place] = self._probe()

@@ -8,13 +8,16 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote, urlsplit
 
 from distckpt.errors import Unsupported
-from distckpt.store.local import LocalStore
+from distckpt.store.local import LocalStore, local_path
 from distckpt.store.memory import MemoryStore
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from distckpt.store.base import Store
+
+SCHEMES = ("file", "memory", "s3", "gs", "az")
+"""Of URIs that are known."""
 
 _memories: dict[str, MemoryStore] = {}
 """Those of this process, by URI."""
@@ -28,9 +31,9 @@ def open_store(where: str | os.PathLike[str] | Store) -> Store:
     """
     if not isinstance(where, (str, os.PathLike)):
         return where
-    if not is_uri(where):
-        return LocalStore(where)
-    uri = str(where)
+    uri = located(where)
+    if isinstance(uri, Path):
+        return LocalStore(uri)
     scheme = uri.partition("://")[0]
     if scheme == "file":
         return LocalStore(path_of(uri))
@@ -39,6 +42,24 @@ def open_store(where: str | os.PathLike[str] | Store) -> Store:
     from distckpt.store.object import ObjectStore
 
     return ObjectStore(uri)
+
+
+def located(where: str | os.PathLike[str]) -> str | Path:
+    """Absolute path, or the URI as it is. Unsupported for one of another kind."""
+    if not is_uri(where):
+        return local_path(where)
+    if str(where).partition("://")[0] not in SCHEMES:
+        raise Unsupported(f"{where}: not a URI of {', '.join(f'{scheme}://' for scheme in SCHEMES)}")
+    return str(where)
+
+
+def parted(where: str | os.PathLike[str]) -> tuple[str | Path, str]:
+    """Return (what holds it, its name) of a path or URI. The root of a bucket has no name."""
+    if not is_uri(where):
+        path = local_path(where)
+        return path.parent, path.name
+    lead, _, name = str(where).rstrip("/").rpartition("/")
+    return (str(where), "") if lead.endswith("/") else (lead, name)
 
 
 def is_uri(where: str | os.PathLike[str]) -> bool:

@@ -62,8 +62,10 @@ class Fuse:
 class FaultyStore:
     """A store whose every call is a point: before it, after one that changes something, at each piece of a write."""
 
+    address = None
+
     def __init__(self, store, fuse):
-        self._store, self._fuse = store, fuse
+        self._store, self._fuse, self.pace = store, fuse, store.pace
 
     def __repr__(self):
         return f"FaultyStore({self._store!r})"

@@ -38,7 +38,7 @@ from distckpt.run.choose import Search, look_for
 from distckpt.run.place import place
 from distckpt.state import Shard, torch_dtype
 from distckpt.statedict import insert, references
-from distckpt.store.local import local_path
+from distckpt.store.open import SCHEMES, is_uri, located
 
 if TYPE_CHECKING:
     import os
@@ -54,7 +54,7 @@ class StorageReader(storage.StorageReader):
     """Give it to dcp.load as `storage_reader`. `path`: as in `distckpt.load`."""
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        self._path = local_path(path)
+        self._path = located(path)
         self._checkpoint: Checkpoint | None = None
         self._offer = Offer()
         self._of_rank: frozenset[str] = frozenset()
@@ -72,13 +72,13 @@ class StorageReader(storage.StorageReader):
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
-        """Whether it is a local path."""
-        return "://" not in str(checkpoint_id)
+        """Whether it is a path, or a URI of a store that distckpt knows."""
+        return not is_uri(checkpoint_id) or str(checkpoint_id).partition("://")[0] in SCHEMES
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
         """Begin a new load, from another path if one is given."""
         if checkpoint_id:
-            self._path = local_path(checkpoint_id)
+            self._path = located(checkpoint_id)
 
     def read_metadata(self, *args: Any, **options: Any) -> Metadata:  # noqa: ARG002
         """See torch's StorageReader. Opens the newest checkpoint that counts; NotACheckpoint, Corrupt."""

@@ -32,7 +32,7 @@ from distckpt.run.place import Place, place
 from distckpt.run.publish import now, publish
 from distckpt.saving.commit import Attempt, abandon, commit_when_acked, remove_acks, write_ack
 from distckpt.store.base import write_all
-from distckpt.store.local import local_path
+from distckpt.store.open import SCHEMES, is_uri, located
 
 if TYPE_CHECKING:
     import os
@@ -59,7 +59,7 @@ class StorageWriter(storage.StorageWriter):
     """
 
     def __init__(self, path: str | os.PathLike[str], *, timeout: float = 600.0) -> None:
-        self._path = local_path(path)
+        self._path = located(path)
         self._timeout = timeout
         self._save: _Save | None = None
         self._ends = threading.Lock()
@@ -75,13 +75,13 @@ class StorageWriter(storage.StorageWriter):
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
-        """Whether it is a local path."""
-        return "://" not in str(checkpoint_id)
+        """Whether it is a path, or a URI of a store that distckpt knows."""
+        return not is_uri(checkpoint_id) or str(checkpoint_id).partition("://")[0] in SCHEMES
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
         """Begin a new save, to another path if one is given."""
         if checkpoint_id:
-            self._path = local_path(checkpoint_id)
+            self._path = located(checkpoint_id)
 
     def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:  # noqa: ARG002, FBT001
         """See torch's StorageWriter. `kwargs` must be called that: else DCP does not pass what it holds."""
