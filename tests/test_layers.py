@@ -17,6 +17,7 @@ LAYERS = [
     {"format", "store"},
     {"comm", "comm_threads"},
     {"state", "statedict"},
+    {"slabs"},
     {"adapters"},
     {"saving", "loading"},
     {"foreign"},

@@ -12,8 +12,8 @@ from distckpt.format import manifest
 from distckpt.run.events import note
 from distckpt.run.save import SaveReport
 from distckpt.saving.commit import is_committed
-from distckpt.saving.image import live
-from distckpt.saving.part import abandon_part, whole, write_part
+from distckpt.saving.part import abandon_part, write_part
+from distckpt.saving.ring import content
 from distckpt.saving.stage import stage
 
 if TYPE_CHECKING:
@@ -122,7 +122,8 @@ class PendingSave:
         try:
             image, chunks = planned.image()
             if self._background.limit is not None and image.size > self._background.limit:
-                write_part(self._store, self._part, whole(image, live(chunks)), len(image.header), image.size)
+                with content(image, chunks, self._background.limit) as data:
+                    write_part(self._store, self._part, data, len(image.header), image.size)
                 self._background.written(self._job, image.size)
                 return
             told = json.dumps(

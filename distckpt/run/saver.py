@@ -60,6 +60,7 @@ class Saver:
             return self._in_background(history.store, capture, request, then)
         self.finish()
         started = time.monotonic()
+        request = replace(request, arena_bytes=self._background.limit)
         made = save_and_publish(self._comm, history, capture, request, then)
         seconds = time.monotonic() - started
         self.blocked = self._seconds = seconds

@@ -11,10 +11,10 @@ from distckpt.format import datafile
 from distckpt.format.box import Box
 from distckpt.format.layout import chunk_name
 from distckpt.format.partition import regions_of
-from distckpt.state import Everywhere, Layout, as_bytes, cut, is_plain_memory
+from distckpt.state import Everywhere, Layout, cut
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping
+    from collections.abc import Mapping
 
     import torch
 
@@ -65,15 +65,6 @@ def view_of(state: State, fqn: str, region: Region, rank: int) -> torch.Tensor:
         if (view := cut(shard, region)) is not None:
             return view
     raise Unsupported(f"{fqn}: rank {rank} should hold {region}, and does not; other ranks say it does")
-
-
-def live(tensors: Iterable[torch.Tensor]) -> Iterator[memoryview]:
-    """Bytes of tensors, where they lie; one that is not plain memory is copied, one at a time."""
-    for tensor in tensors:
-        if not is_plain_memory(tensor):
-            yield as_bytes(tensor.resolve_conj().resolve_neg().cpu().contiguous())
-        else:
-            yield as_bytes(tensor)
 
 
 def local_bytes(state: State, world_size: int) -> int:

@@ -45,11 +45,12 @@ class Part:
 class Summed:
     """Pieces of a data file up to its checksum table, and then the table. `digest`: the file's, once all are taken.
 
-    Each piece is summed right before it is handed out, and so written while it is cache-hot.
+    Each piece is summed right before it is handed out, and so written while it is cache-hot. stable: of the pieces, as
+    in Store.write; those that are cut from one last as long.
     """
 
-    def __init__(self, header: memoryview, pieces: Iterable[memoryview]) -> None:
-        self._header, self._pieces = header, pieces
+    def __init__(self, header: memoryview, pieces: Iterable[memoryview], stable: int = 0) -> None:
+        self._header, self._pieces, self.stable = header, pieces, stable
         self.digest = ""
 
     def __iter__(self) -> Iterator[memoryview]:
@@ -63,7 +64,7 @@ class Summed:
         yield memoryview(table)
 
 
-def whole(image: Image, content: Iterable[memoryview]) -> Summed:
+def whole(image: Image, content: Iterable[memoryview], stable: int = 0) -> Summed:
     """Bytes of an image whose segments have this content, in order."""
 
     def pieces() -> Iterator[memoryview]:
@@ -71,17 +72,17 @@ def whole(image: Image, content: Iterable[memoryview]) -> Summed:
         yield from content
         yield memoryview(image.objects)
 
-    return Summed(memoryview(image.header), pieces())
+    return Summed(memoryview(image.header), pieces(), stable)
 
 
 def write_part(store: Store, part: Part, content: Summed, header: int, size: int) -> Manifest | None:
     """Write a rank's data file and, last, its ack. A failure is acked, too, so that nobody waits for this rank.
 
-    content: of the file; its pieces stay as they are. header, size: bytes of the file's header, and of all of it.
+    content: of the file. header, size: bytes of the file's header, and of all of it.
     Returns the draft as it stands in the ack.
     """
     try:
-        store.write(part.attempt.key(part.name), content, size=size, stable=True)
+        store.write(part.attempt.key(part.name), content, size=size, stable=content.stable)
         file = FileInfo(part.name, size, header, content.digest)
         draft = part.draft and _with_objects(store, part, part.draft)
         write_ack(store, part.attempt, part.rank, file, draft)

@@ -20,8 +20,9 @@ from distckpt.latest import Latest
 from distckpt.saving.agree import agree
 from distckpt.saving.commit import Attempt, commit_when_acked, remove_acks
 from distckpt.saving.divide import divide
-from distckpt.saving.image import Laid, held, lay_out, live
-from distckpt.saving.part import Part, abandon_part, whole, write_part
+from distckpt.saving.image import Laid, held, lay_out
+from distckpt.saving.part import Part, abandon_part, write_part
+from distckpt.saving.ring import content
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -53,6 +54,8 @@ class Request:
     check_replicas: bool = False
     flag: Callable[[], int] = lambda: 0
     """What this rank tells all others along with its description."""
+    arena_bytes: int | None = None
+    """Most host memory that this rank may use for copies of the state; None: as much as is of use."""
     keep: Sequence[str] = ()
     """Why the checkpoint is to be kept whatever the rules; asked on rank 0, once the state is captured."""
 
@@ -119,7 +122,8 @@ def save(comm: Comm, store: Store, capture: Callable[[], State], request: Reques
     def write() -> bytes:
         nonlocal draft
         image, chunks = planned.image()
-        draft = write_part(store, part, whole(image, live(chunks)), len(image.header), image.size)
+        with content(image, chunks, request.arena_bytes) as data:
+            draft = write_part(store, part, data, len(image.header), image.size)
         return image.size.to_bytes(8, "little")
 
     def commit() -> None:

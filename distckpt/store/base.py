@@ -7,6 +7,7 @@ Every verb may block; every error is a StoreError. All verbs may be called from 
 from __future__ import annotations
 
 import re
+import sys
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
 
 from distckpt.errors import StoreError
@@ -15,6 +16,9 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
 _PART = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]*")
+
+FOR_GOOD = sys.maxsize
+"""`stable` of pieces of which none is ever reused."""
 
 
 class Entry(NamedTuple):
@@ -59,11 +63,12 @@ class Store(Protocol):
         """
         ...
 
-    def write(self, key: str, pieces: Iterable[memoryview], *, size: int, stable: bool = False) -> None:
+    def write(self, key: str, pieces: Iterable[memoryview], *, size: int, stable: int = 0) -> None:
         """Make `key` hold the pieces in order, `size` bytes in all, replacing what it held.
 
-        Atomic (a reader sees the old content or the new) and durable when it returns. A piece may be reused by the
-        iterable once the next is asked for; `stable` promises that none is, so several can be on their way at once.
+        Atomic (a reader sees the old content or the new) and durable when it returns. A piece stays as it is while
+        `stable` more are asked for (FOR_GOOD: until this returns), so that several can be on their way at once; then
+        the iterable may reuse it.
         After an error the key is as it was, and no room stays taken.
         """
         ...

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from distckpt.errors import KeyExists, KeyMissing, KeyTruncated, StoreError, Unsupported
-from distckpt.store.base import Entry, Pace, check, read_all
+from distckpt.store.base import FOR_GOOD, Entry, Pace, check, read_all
 from distckpt.store.pieces import LARGE, after, write_pieces
 
 if TYPE_CHECKING:
@@ -110,7 +110,7 @@ class LocalStore:
                     start += got
                     wanted = after(wanted, got)
 
-    def write(self, key: str, pieces: Iterable[memoryview], *, size: int, stable: bool = False) -> None:
+    def write(self, key: str, pieces: Iterable[memoryview], *, size: int, stable: int = 0) -> None:
         """See Store.write."""
         path = self._path(key)
         with self._temporary(path, pieces, size, stable=stable) as temp, _mapped("write", path):
@@ -259,7 +259,9 @@ class LocalStore:
         return self.root / check(key, prefix=prefix)
 
     @contextlib.contextmanager
-    def _temporary(self, path: Path, pieces: Iterable[memoryview], size: int, *, stable: bool = True) -> Iterator[Path]:
+    def _temporary(
+        self, path: Path, pieces: Iterable[memoryview], size: int, *, stable: int = FOR_GOOD
+    ) -> Iterator[Path]:
         """A durable temp file beside `path` that holds the pieces; gone when the block ends."""
         temp = _temporary_name(path)
         with _mapped("write", path):

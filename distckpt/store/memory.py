@@ -57,7 +57,7 @@ class MemoryStore:
             buffer[:] = piece
             start += len(buffer)
 
-    def write(self, key: str, pieces: Iterable[memoryview], *, size: int, stable: bool = False) -> None:  # noqa: ARG002
+    def write(self, key: str, pieces: Iterable[memoryview], *, size: int, stable: int = 0) -> None:  # noqa: ARG002
         """See Store.write."""
         check(key)
         data = b"".join(bytes(p) for p in pieces)

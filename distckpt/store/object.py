@@ -23,7 +23,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from distckpt.errors import KeyExists, KeyMissing, KeyTruncated, StateWarning, StoreError, Unsupported
-from distckpt.store.base import Entry, Pace, check, read_all
+from distckpt.store.base import FOR_GOOD, Entry, Pace, check, read_all
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -126,11 +126,11 @@ class ObjectStore:
                 data, rest[0] = data[n:], rest[0][n:]
                 rest = rest[not len(rest[0]) :]
 
-    def write(self, key: str, pieces: Iterable[memoryview], *, size: int, stable: bool = False) -> None:
-        """See Store.write. Holds as many parts as are in flight, but for stable pieces, which are sent as they lie."""
+    def write(self, key: str, pieces: Iterable[memoryview], *, size: int, stable: int = 0) -> None:
+        """See Store.write. Holds as many parts as are in flight, but for pieces that stay for good, which are sent as they lie."""
         check(key)
         part = max(PART, -(-size // _MOST_PARTS))
-        counted = _Counted(pieces, stable=stable)
+        counted = _Counted(pieces, lasting=stable == FOR_GOOD)
         with self._mapped("write", key):
             if size <= part:
                 data = b"".join(counted)
@@ -296,15 +296,15 @@ class ObjectStore:
 class _Counted:
     """Pieces on their way into a request. Those that will not stay as they are are copied."""
 
-    def __init__(self, pieces: Iterable[memoryview], *, stable: bool) -> None:
-        self._pieces, self._stable = pieces, stable
+    def __init__(self, pieces: Iterable[memoryview], *, lasting: bool) -> None:
+        self._pieces, self._lasting = pieces, lasting
         self.nbytes = 0
 
     def __iter__(self) -> Iterator[Any]:
         for piece in self._pieces:
             self.nbytes += len(piece)
             if len(piece):
-                yield piece if self._stable else bytes(piece)
+                yield piece if self._lasting else bytes(piece)
 
     def checked(self, key: str, size: int) -> Iterator[Any]:
         """Yield them, and end in an error, which aborts the upload, unless they have `size` bytes."""

@@ -17,6 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 from distckpt import system
+from distckpt.store.base import FOR_GOOD
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -37,18 +38,18 @@ _past_cache: dict[int, bool] = {}
 """Device -> whether O_DIRECT goes past the page cache there."""
 
 
-def write_pieces(descriptor: int, pieces: Iterable[memoryview], size: int, *, stable: bool) -> int:
+def write_pieces(descriptor: int, pieces: Iterable[memoryview], size: int, *, stable: int) -> int:
     """Write pieces from byte 0 of a new file, open for reading too, meant to have `size` bytes. Returns their bytes.
 
-    stable: the pieces stay as they are until this returns; else each is good until the next is asked for.
+    stable: how many more pieces may be asked for while one must stay as it is, as in Store.write.
     """
     if size >= LARGE and goes_direct(descriptor):
         with _unless_unsupported():  # a full disk is found here; in memory, every page would be zeroed first
             system.reserve(descriptor, size)
         return _write_direct(descriptor, pieces, stable=stable)
-    if size >= LARGE and stable:
+    if size >= LARGE and stable >= IN_FLIGHT:
         with _InFlight(descriptor) as flight:
-            for batch in _batches(pieces):
+            for batch in _batches(pieces, min(_MOST_BUFFERS, (stable + 1) // (IN_FLIGHT + 1))):
                 flight.add(batch)
         return flight.position
     position = 0
@@ -93,31 +94,39 @@ class _InFlight:
         self.position = 0
         self._descriptor = descriptor
         self._pool = ThreadPoolExecutor(IN_FLIGHT, "distckpt-write")
-        self._running: deque[Future[None]] = deque()
+        self._running: deque[tuple[int, Future[None]]] = deque()
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self._pool.shutdown(wait=True, cancel_futures=kind is not None)
-        while kind is None and self._running:
-            self._running.popleft().result()
+        if kind is None:
+            self._claim(len(self._running))
 
-    def add(self, batch: list[memoryview]) -> None:
+    def add(self, batch: list[memoryview], number: int = FOR_GOOD) -> None:
         """Begin to write a batch, once there is room. The one IN_FLIGHT + 1 before it has been written then."""
-        if len(self._running) == IN_FLIGHT:
-            self._running.popleft().result()
-        self._running.append(self._pool.submit(write_at, self._descriptor, batch, self.position))
+        self._claim(len(self._running) - IN_FLIGHT + 1)
+        self._running.append((number, self._pool.submit(write_at, self._descriptor, batch, self.position)))
         self.position += sum(map(len, batch))
 
+    def finish(self, number: int) -> None:
+        """Wait for the batches that were added with numbers up to this one."""
+        self._claim(max((i for i, (n, _) in enumerate(self._running, 1) if n <= number), default=0))
 
-def _batches(pieces: Iterable[memoryview]) -> Iterator[list[memoryview]]:
+    def _claim(self, count: int) -> None:
+        for _ in range(count):
+            self._running.popleft()[1].result()
+
+
+def _batches(pieces: Iterable[memoryview], most: int) -> Iterator[list[memoryview]]:
+    """Put pieces together, at most so many: those of IN_FLIGHT batches, and of the one being made, must be good."""
     batch: list[memoryview] = []
     filled = 0
     for piece in pieces:
         batch.append(piece)
         filled += len(piece)
-        if filled >= BATCH or len(batch) == _MOST_BUFFERS:
+        if filled >= BATCH or len(batch) == most:
             yield batch
             batch, filled = [], 0
     yield batch
@@ -126,17 +135,17 @@ def _batches(pieces: Iterable[memoryview]) -> Iterator[list[memoryview]]:
 # -- past the page cache ---------------------------------------------------------------------------------------------
 
 
-def _write_direct(descriptor: int, pieces: Iterable[memoryview], *, stable: bool) -> int:
+def _write_direct(descriptor: int, pieces: Iterable[memoryview], *, stable: int) -> int:
     """Write through O_DIRECT: whole blocks from aligned memory. The last is filled up, and cut off afterwards."""
     slabs = deque(memoryview(mmap.mmap(-1, BATCH)) for _ in range(IN_FLIGHT + 1))
     with _InFlight(descriptor) as flight:
         filled = total = 0
-        for piece in pieces:
+        for number, piece in enumerate(pieces):
             total += len(piece)
-            if stable and not filled and _is_aligned(piece):
-                flight.add([piece])
-                continue
             taken = 0
+            if stable >= IN_FLIGHT and not filled and _is_aligned(piece):
+                flight.add([piece], number)
+                taken = len(piece)
             while taken < len(piece):
                 part = piece[taken : taken + BATCH - filled]
                 slabs[0][filled : filled + len(part)] = part
@@ -146,6 +155,7 @@ def _write_direct(descriptor: int, pieces: Iterable[memoryview], *, stable: bool
                     flight.add([slabs[0]])
                     slabs.rotate(-1)
                     filled = 0
+            flight.finish(number - stable)
         if filled:
             flight.add([slabs[0][: -(-filled // ALIGNMENT) * ALIGNMENT]])
     os.ftruncate(descriptor, total)

@@ -16,7 +16,7 @@ from distckpt.errors import DistckptError, KeyExists, StoreError
 from distckpt.run.history import History
 from distckpt.run.preemption import GRACE, Preemption
 from distckpt.run.retention import listed
-from distckpt.store.base import read_all, write_all
+from distckpt.store.base import FOR_GOOD, read_all, write_all
 from distckpt.store.local import LocalStore, local_path
 from distckpt.store.pieces import goes_direct
 from distckpt.tools.answer import Answer, table
@@ -127,9 +127,9 @@ def _direct(probe: Path) -> Check:
 def _timed(store: LocalStore) -> float:
     """Seconds of a durable write, after one to warm up."""
     piece = memoryview(bytearray(os.urandom(_PIECE)))
-    store.write("rate", [piece], size=_PIECE, stable=True)
+    store.write("rate", [piece], size=_PIECE, stable=FOR_GOOD)
     started = time.monotonic()
-    store.write("rate", [piece] * (_PROBE // _PIECE), size=_PROBE, stable=True)
+    store.write("rate", [piece] * (_PROBE // _PIECE), size=_PROBE, stable=FOR_GOOD)
     return time.monotonic() - started
 
 

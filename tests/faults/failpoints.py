@@ -82,7 +82,7 @@ class FaultyStore:
         self._fuse.touch(f"read {key}")
         self._store.read(key, start, buffers)
 
-    def write(self, key, pieces, *, size, stable=False):
+    def write(self, key, pieces, *, size, stable=0):
         self._fuse.touch(f"write {key}")
         self._store.write(key, self._counted(key, pieces), size=size, stable=stable)
         self._fuse.touch(f"write {key} done")

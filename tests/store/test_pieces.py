@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import mmap
 import os
 import random
@@ -13,7 +14,8 @@ import pytest
 
 from distckpt import system
 from distckpt.store import pieces
-from distckpt.store.pieces import ALIGNMENT, BATCH, LARGE, write_pieces
+from distckpt.store.base import FOR_GOOD
+from distckpt.store.pieces import ALIGNMENT, BATCH, IN_FLIGHT, LARGE, write_at, write_pieces
 
 SIZES = [0, 1, ALIGNMENT + 1, LARGE - 1, LARGE, LARGE + 1, LARGE + ALIGNMENT, 3 * BATCH, 5 * BATCH + 17]
 CUTS = [BATCH + ALIGNMENT, BATCH - 1, BATCH, 1 << 16]
@@ -48,31 +50,45 @@ def written(path, given, size, *, stable):
     return path.read_bytes()
 
 
-def once(given):
-    """Pieces of which each is good only until the next is asked for."""
-    scratch = bytearray(max(map(len, given), default=0))
-    for piece in given:
-        scratch[: len(piece)] = piece
-        yield memoryview(scratch)[: len(piece)]
+def fleeting(given, stable):
+    """Pieces of which each is good only while so many more are asked for."""
+    ring = [memoryview(mmap.mmap(-1, max(1, *map(len, given)))) for _ in range(stable + 1)] if given else []
+    for number, piece in enumerate(given):
+        scratch = ring[number % len(ring)]
         scratch[:] = bytes(len(scratch))
+        scratch[: len(piece)] = piece
+        yield scratch[: len(piece)]
 
 
 @pytest.mark.parametrize("odd", [0, 8])
-@pytest.mark.parametrize("stable", [True, False])
+@pytest.mark.parametrize("stable", [FOR_GOOD, IN_FLIGHT, 8, 0])
 def test_what_is_written_is_what_was_given(folder, content, stable, odd):
     for size in SIZES:
         for cut in CUTS:
             whole = content[odd : odd + size]
             given = [whole[at : at + cut] for at in range(0, size, cut)]
-            found = written(folder / "x", given if stable else once(given), size, stable=stable)
+            pieces_ = given if stable == FOR_GOOD else fleeting(given, stable)
+            found = written(folder / "x", pieces_, size, stable=stable)
             assert found == bytes(whole), (size, cut)
+
+
+def test_a_piece_that_is_written_where_it_lies_is_not_reused_before(folder, content, monkeypatch):
+    def slow(*arguments):
+        time.sleep(0.05)
+        write_at(*arguments)
+
+    monkeypatch.setattr(pieces, "write_at", slow)
+    ends = [0, BATCH, *range(BATCH + 100, BATCH + 900, 100), 3 * BATCH]
+    given = [content[a:b] for a, b in itertools.pairwise(ends)]
+    found = written(folder / "x", fleeting(given, IN_FLIGHT), 3 * BATCH, stable=IN_FLIGHT)
+    assert found == bytes(content[: 3 * BATCH])
 
 
 def test_where_no_room_can_be_set_aside_nothing_is_written_for_it(folder):
     descriptor = os.open(folder / "x", os.O_RDWR | os.O_CREAT)
     started = time.process_time()
     try:
-        write_pieces(descriptor, [], 1 << 30, stable=True)
+        write_pieces(descriptor, [], 1 << 30, stable=FOR_GOOD)
         assert os.fstat(descriptor).st_size in {0, 1 << 30}
     finally:
         os.close(descriptor)
@@ -90,5 +106,5 @@ def test_where_it_cannot_be_told_what_is_cached_files_are_written_plainly(tmp_pa
         monkeypatch.setattr(mmap, "mmap", lambda file, *rest: real(file, *rest) if file < 0 else refused())
     else:
         monkeypatch.setattr(system, "is_cached", refused)
-    assert written(tmp_path / "x", [content], len(content), stable=True) == bytes(content)
+    assert written(tmp_path / "x", [content], len(content), stable=FOR_GOOD) == bytes(content)
     assert set(pieces._past_cache.values()) <= {False}

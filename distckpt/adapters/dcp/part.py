@@ -16,8 +16,8 @@ from distckpt.format.checksum import crc_of, digest
 from distckpt.format.datafile import Chunk, build, pack
 from distckpt.format.layout import chunk_name, data_file
 from distckpt.format.manifest import FileInfo
-from distckpt.saving.image import MODEL_LEAD, live
-from distckpt.saving.part import whole
+from distckpt.saving.image import MODEL_LEAD
+from distckpt.saving.ring import content
 from distckpt.state import as_bytes, plain
 from distckpt.statedict import extract, is_extra_state
 
@@ -75,9 +75,9 @@ def write(store: Store, ticket: Ticket, plan: SavePlan, planner: SavePlanner) ->
         own.sum_tensors()
     image = build(pack(_chunks(own)), b"{}")
     name = data_file(ticket.rank, ticket.attempt.id)
-    content = whole(image, live(own.pieces[segment.name][1] for segment in image.segments))
-    store.write(ticket.attempt.key(name), content, size=image.size, stable=True)
-    file = FileInfo(name, image.size, len(image.header), content.digest)
+    with content(image, [own.pieces[segment.name][1] for segment in image.segments]) as data:
+        store.write(ticket.attempt.key(name), data, size=image.size, stable=data.stable)
+    file = FileInfo(name, image.size, len(image.header), data.digest)
     chunks = {fqn: (shape, dtype, tuple(boxes)) for fqn, (shape, dtype, boxes) in own.chunks.items()}
     return Part(ticket.rank, ticket.attempt.id, file, chunks, own.values, own.sums, own.ties)
 
