@@ -127,7 +127,7 @@ class ObjectStore:
                 rest = rest[not len(rest[0]) :]
 
     def write(self, key: str, pieces: Iterable[memoryview], *, size: int, stable: int = 0) -> None:
-        """See Store.write. Holds as many parts as are in flight, but for pieces that stay FOR_GOOD: they are sent as they lie."""
+        """See Store.write. Holds as many parts as are in flight; pieces that stay FOR_GOOD are sent as they lie."""
         check(key)
         part = max(PART, -(-size // _MOST_PARTS))
         counted = _Counted(pieces, lasting=stable == FOR_GOOD)
