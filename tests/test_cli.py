@@ -265,8 +265,8 @@ def test_where_there_is_nothing_it_says_so_in_one_line(command, tmp_path, capsys
     for name in ("missing", "empty", "file", "other"):
         text = said(capsys, command[0], tmp_path / name, *command[1:], code=3)
         assert str(tmp_path / name) in text
-    assert main([*command[:1], "s3://bucket/run", *command[1:]]) == 1
-    assert "URI" in capsys.readouterr().err
+    assert main([*command[:1], "hdfs://host/run", *command[1:]]) == 1
+    assert "not a URI of" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("command", [["show"], ["verify"]], ids=" ".join)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from distckpt.errors import RunConflict, Unsupported
@@ -17,12 +18,9 @@ from distckpt.run.history import History
 from distckpt.run.keep import NEWEST, Keep
 from distckpt.run.launches import read_launches
 from distckpt.run.publish import POINTERS, Retention, Then, target_of
-from distckpt.store.local import local_path
-from distckpt.store.open import is_uri, open_store, parted
+from distckpt.store.open import located, open_store, parted
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from distckpt.store.base import Store
 
 
@@ -83,9 +81,9 @@ def place(path: str | os.PathLike[str] | Store) -> Place:
 
 def followed(path: str | os.PathLike[str]) -> str | Path:
     """What a path or URI means: of a symlink what it leads to, of a URI's `last` or `best` the step that it names."""
-    if not is_uri(path):
-        whole = local_path(path)
+    whole = located(path)
+    if isinstance(whole, Path):
         return whole.resolve() if whole.is_symlink() else whole
-    run, name = parted(path)
+    run, name = parted(whole)
     target = target_of(open_store(run), name) if name in POINTERS else None
-    return f"{run}/{target}" if target else str(path)
+    return f"{run}/{target}" if target and StepDir.parse(target) else whole

@@ -26,7 +26,7 @@ from distckpt.saving.commit import is_committed
 from distckpt.saving.objects import encoded, share
 from distckpt.state import JoinedObject, State
 from distckpt.store.local import LocalStore
-from distckpt.store.open import is_uri, open_store, parted
+from distckpt.store.open import is_uri, located, open_store, parted
 
 if TYPE_CHECKING:
     import os
@@ -154,9 +154,9 @@ def _followed(source: str | os.PathLike[str]) -> Where:
     Of what leads to a step directory, such as `last`, that directory's; of a directory whose `latest` names a tag that
     `distckpt.adapters.deepspeed` saved, the tag's.
     """
-    if is_uri(source):
-        return followed(source)
-    path = Path(source)
+    path = located(source) if is_uri(source) else Path(source)
+    if not isinstance(path, Path):
+        return followed(path)
     if (path / LATEST[0]).is_file() and History(LocalStore(tag := tag_of(path))).directories():
         return tag
     return path.resolve() if path.is_symlink() and StepDir.parse(path.resolve().name) else path

@@ -93,6 +93,7 @@ class _Ended:
 
     def __init__(self, store: Store, *, alone: bool, idle: float | None) -> None:
         self._store, self._alone, self._idle = store, alone, idle
+        self._directories: dict[str, bool] = {}
         self._newest = max((launch.number for launch in read_launches(store)), default=0)
         self._began = self._changed(launch_file(self._newest)) if self._newest else None
 
@@ -120,6 +121,11 @@ class _Ended:
 
     def directory(self, prefix: str) -> bool:
         """Of everything in a directory, because no job lives, and the last one's writer process is done, too."""
+        if prefix not in self._directories:
+            self._directories[prefix] = self._is_idle(prefix)
+        return self._directories[prefix]
+
+    def _is_idle(self, prefix: str) -> bool:
         store = self._store
         if self._idle is None or not isinstance(store, Dated):
             return False
@@ -136,7 +142,6 @@ def _of(store: Store, directory: StepDir, content: Manifest | None, ended: _Ende
         named |= {f.name for f in content.files} | {o.name for o in content.objects.values()}
     over: dict[str, bool] = {}
     uncommitted = None if content else directory
-    idle = ended.directory(str(directory))
     for entry in store.list(str(directory)):
         attempt = attempt_of(entry.name)
         if entry.name in named or attempt is None or entry.size is None:
@@ -146,16 +151,16 @@ def _of(store: Store, directory: StepDir, content: Manifest | None, ended: _Ende
         if content and attempt == content.attempt:
             yield Leftover(str(directory), entry.name, entry.size, over=True, why="an ack of a committed save")
         else:
-            may_go = idle or over[attempt] or ended.file(f"{directory}/{entry.name}")
+            may_go = over[attempt] or ended.file(f"{directory}/{entry.name}") or ended.directory(str(directory))
             why = f"attempt {attempt}, which did not commit"
             yield Leftover(str(directory), entry.name, entry.size, may_go, why, uncommitted=uncommitted)
     yield from _temporary(store, str(directory), ended)
 
 
 def _temporary(store: Store, prefix: str, ended: _Ended) -> Iterator[Leftover]:
-    idle = ended.directory(prefix)
     for name, changed, nbytes in _unfinished(store, prefix):
-        yield Leftover(prefix, name, nbytes, idle or ended.at(changed), "a write that did not finish", temporary=True)
+        over = ended.at(changed) or ended.directory(prefix)
+        yield Leftover(prefix, name, nbytes, over, "a write that did not finish", temporary=True)
 
 
 def _unfinished(store: Store, prefix: str) -> Temporary:

@@ -405,7 +405,10 @@ def _brief(text: str) -> str:
 
 
 def _advice(known: Any, error: Exception) -> str:
-    if isinstance(error, (known.PermissionDeniedError, known.UnauthenticatedError)):
+    if "169.254." in str(error):
+        return " (there are no credentials: set them in the environment or in ~/.aws, as for the cloud's own tools)"
+    refused = isinstance(error, (known.PermissionDeniedError, known.UnauthenticatedError))
+    if refused or re.search(r"status code: 40[13]|\b40[13] (Forbidden|Unauthorized)", str(error)):
         return " (check the credentials, and that they may read, write, list and delete here)"
     if "timed out" in str(error) or "error sending request" in str(error):
         return " (the server does not answer: check endpoint, region and network)"

@@ -31,35 +31,37 @@ def open_store(where: str | os.PathLike[str] | Store) -> Store:
     """
     if not isinstance(where, (str, os.PathLike)):
         return where
-    uri = located(where)
-    if isinstance(uri, Path):
-        return LocalStore(uri)
-    scheme = uri.partition("://")[0]
-    if scheme == "file":
-        return LocalStore(path_of(uri))
-    if scheme == "memory":
-        return _memories.setdefault(uri.rstrip("/"), MemoryStore())
+    place = located(where)
+    if isinstance(place, Path):
+        return LocalStore(place)
+    if place.startswith("memory://"):
+        return _memories.setdefault(place, MemoryStore())
     from distckpt.store.object import ObjectStore
 
-    return ObjectStore(uri)
+    return ObjectStore(place)
 
 
 def located(where: str | os.PathLike[str]) -> str | Path:
-    """Absolute path, or the URI as it is. Unsupported for one of another kind."""
+    """Absolute path, of a `file://` too; any other URI without slashes at its end. Unsupported for one of no store."""
     if not is_uri(where):
         return local_path(where)
-    if str(where).partition("://")[0] not in SCHEMES:
+    scheme, _, rest = str(where).partition("://")
+    if scheme not in SCHEMES:
         raise Unsupported(f"{where}: not a URI of {', '.join(f'{scheme}://' for scheme in SCHEMES)}")
-    return str(where)
+    if scheme == "file":
+        return path_of(str(where))
+    if not rest.rstrip("/") or rest.startswith("/"):
+        raise Unsupported(f"{where}: names no bucket: {scheme}://BUCKET/RUN is expected")
+    return str(where).rstrip("/")
 
 
 def parted(where: str | os.PathLike[str]) -> tuple[str | Path, str]:
     """Return (what holds it, its name) of a path or URI. The root of a bucket has no name."""
-    if not is_uri(where):
-        path = local_path(where)
-        return path.parent, path.name
-    lead, _, name = str(where).rstrip("/").rpartition("/")
-    return (str(where), "") if lead.endswith("/") else (lead, name)
+    place = located(where)
+    if isinstance(place, Path):
+        return place.parent, place.name
+    lead, _, name = place.rpartition("/")
+    return (place, "") if lead.endswith("/") else (lead, name)
 
 
 def is_uri(where: str | os.PathLike[str]) -> bool:

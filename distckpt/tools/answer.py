@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from distckpt.errors import NotACheckpoint
 from distckpt.format.layout import StepDir
 from distckpt.loading.open import open_checkpoint
 from distckpt.run.history import History
-from distckpt.store.local import LocalStore, local_path
+from distckpt.run.place import followed
+from distckpt.store.open import open_store, parted
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -35,13 +37,13 @@ def tell(line: str, *, beside: bool = False) -> None:
 
 
 def run_at(path: str) -> History:
-    """Run whose directory this is. NotACheckpoint where there is none."""
-    whole = local_path(path)
-    if not whole.is_dir():
+    """Run whose directory or URI this is. NotACheckpoint where there is none."""
+    whole = followed(path)
+    if isinstance(whole, Path) and not whole.is_dir():
         raise NotACheckpoint(
             f"{whole}: " + ("is a file, not a run's directory" if whole.exists() else "does not exist")
         )
-    history = History(LocalStore(whole))
+    history = History(open_store(whole))
     if history.is_checkpoint():
         raise NotACheckpoint(f"{whole}: is one checkpoint; give its parent, that of the run")
     if not history.directories():
@@ -50,16 +52,16 @@ def run_at(path: str) -> History:
 
 
 def checkpoint_at(path: str, step: int | None = None) -> tuple[History, Checkpoint]:
-    """Checkpoint that a path means: a step directory, a symlink to one, or of a run the newest or that of `step`."""
-    whole = local_path(path)
-    whole = whole.resolve() if whole.is_symlink() else whole
-    directory = StepDir.parse(whole.name)
-    if directory and not (whole.is_dir() and History(LocalStore(whole)).directories()):
+    """Checkpoint that a path or URI means: a step, what leads to one, or of a run the newest or that of `step`."""
+    whole = followed(path)
+    holder, name = parted(whole)
+    directory = StepDir.parse(name)
+    if directory and not History(open_store(whole)).directories():
         if step not in {None, directory.step}:
             raise NotACheckpoint(f"{whole}: is not step {step}; give the run's directory with --step")
-        history = History(LocalStore(whole.parent))
+        history = History(open_store(holder))
         return history, open_checkpoint(history.store, directory)
-    history = run_at(path)
+    history = run_at(str(whole))
     found = next((c for c in history.valid() if step in {None, c.directory.step}), None)
     if found is None:
         wanted = "no checkpoint that counts" if step is None else f"no checkpoint of step {step}"

@@ -10,6 +10,7 @@ import contextlib
 import re
 import shutil
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from distckpt.errors import KeyExists
@@ -17,13 +18,13 @@ from distckpt.run.heartbeat import living
 from distckpt.run.sweep import leftovers, sweep
 from distckpt.run.triggers import duration
 from distckpt.store.local import LocalStore
+from distckpt.store.open import located
 from distckpt.tools.answer import Answer, run_at, table
 from distckpt.units import size_text
 
 if TYPE_CHECKING:
     import argparse
     from collections.abc import Iterator
-    from pathlib import Path
 
 _PATIENCE = 60.0
 
@@ -31,7 +32,7 @@ _PATIENCE = 60.0
 def options(parser: argparse.ArgumentParser) -> None:
     """Add the command's options."""
     add = parser.add_argument
-    add("run_path", metavar="RUN", help="directory of a run")
+    add("run_path", metavar="RUN", help="directory or URI of a run")
     add(
         "--idle",
         default="1 h",
@@ -48,11 +49,10 @@ def run(given: argparse.Namespace) -> Answer:
     """Answer the command."""
     idle, age = duration(given.idle, "--idle"), duration(given.copies, "--copies")
     history = run_at(given.run_path)
-    store = history.store
-    assert isinstance(store, LocalStore)
-    alive = living(store, _PATIENCE)
+    where = located(given.run_path)
+    alive = living(history.store, _PATIENCE)
     found = leftovers(history, idle=None if alive else idle)
-    copies = list(_copies(store.root, age))
+    copies = list(_copies(where, age)) if isinstance(where, Path) else []  # to a URI, they lie in the run
     removed, problems = sweep(history, found) if given.delete else ([], [])
     if given.delete:
         problems += [problem for path, _ in copies for problem in _remove(path)]

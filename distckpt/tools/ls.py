@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 def options(parser: argparse.ArgumentParser) -> None:
     """Add the command's options."""
-    parser.add_argument("run_path", metavar="RUN", help="directory of a run")
+    parser.add_argument("run_path", metavar="RUN", help="directory or URI of a run")
 
 
 def run(given: argparse.Namespace) -> Answer:

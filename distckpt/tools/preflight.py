@@ -1,7 +1,7 @@
-"""`distckpt preflight RUN`: the checklist before a long run: whether the directory is fit, and what a save will cost.
+"""`distckpt preflight RUN`: the checklist before a long run: whether its place is fit, and what a save will cost.
 
-Probes are hidden files that are removed again. What it cannot know, such as how much a save has, it takes from the
-run's newest checkpoint, or is told.
+Probes are hidden files, or objects, that are removed again. What it cannot know, such as how much a save has, it takes
+from the run's newest checkpoint, or is told.
 """
 
 from __future__ import annotations
@@ -10,22 +10,27 @@ import contextlib
 import os
 import secrets
 import time
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from distckpt.errors import DistckptError, KeyExists, StoreError
 from distckpt.run.history import History
 from distckpt.run.preemption import GRACE, Preemption
 from distckpt.run.retention import listed
-from distckpt.store.base import FOR_GOOD, read_all, write_all
-from distckpt.store.local import LocalStore, local_path
+from distckpt.store.base import FOR_GOOD, Dated, read_all, write_all
+from distckpt.store.local import LocalStore
+from distckpt.store.open import located, open_store
 from distckpt.store.pieces import goes_direct
 from distckpt.tools.answer import Answer, table
 from distckpt.units import as_bytes, duration_text, size_text
 
 if TYPE_CHECKING:
     import argparse
-    from collections.abc import Iterator
-    from pathlib import Path
+    from collections.abc import Callable, Iterator
+
+    from distckpt.store.base import Store
 
     Check = tuple[str, str, str]
 
@@ -41,7 +46,7 @@ _AT_ONCE = 4
 def options(parser: argparse.ArgumentParser) -> None:
     """Add the command's options."""
     add = parser.add_argument
-    add("run_path", metavar="RUN", help="directory of a run; it need not exist yet")
+    add("run_path", metavar="RUN", help="directory or URI of a run; it need not exist yet")
     add("--bytes", type=as_bytes, metavar="SIZE", help="of one checkpoint, all ranks together (else as the newest)")
     add("--keep", type=int, default=_AT_ONCE, metavar="N", help="checkpoints that are to fit (4)")
     add("--writers", type=int, default=1, metavar="N", help="nodes that write at once (1)")
@@ -49,8 +54,11 @@ def options(parser: argparse.ArgumentParser) -> None:
 
 def run(given: argparse.Namespace) -> Answer:
     """Answer the command."""
-    root = local_path(given.run_path)
-    checks = list(_writable(root, given.bytes, max(1, given.keep), max(1, given.writers)))
+    where, writers = located(given.run_path), max(1, given.writers)
+    if isinstance(where, Path):
+        checks = list(_writable(where, given.bytes, max(1, given.keep), writers))
+    else:
+        checks = list(_reachable(where, given.bytes, writers))
     checks += _stopping()
     failed = any(state == _FAIL for _, state, _ in checks)
     value = [{"check": name, "state": state.lower(), "text": text} for name, state, text in checks]
@@ -73,12 +81,14 @@ def _writable(root: Path, nbytes: int | None, keep: int, writers: int) -> Iterat
         write_all(store, "written", b"1")
         yield "write", _OK, "written, synced and renamed"
         yield _hard_links(store)
-        yield _clock(store)
+        yield _clock(store, store, "file system")
         yield _direct(probe)
         seconds = _timed(store)
         rate = _PROBE / seconds
         yield "rate", _OK, f"{size_text(_PROBE)} durable in {seconds:.2f} s: {size_text(int(rate))}/s from here"
-        yield from _cost(root, home, nbytes, keep, rate * writers)
+        nbytes = nbytes or _newest(LocalStore(root))
+        yield _room(home, nbytes, keep)
+        yield from _save(nbytes, rate * writers)
     except DistckptError as e:
         yield "write", _FAIL, str(e)
     finally:
@@ -87,6 +97,78 @@ def _writable(root: Path, nbytes: int | None, keep: int, writers: int) -> Iterat
                 store.delete(entry.name)
         with contextlib.suppress(OSError):
             probe.rmdir()
+
+
+def _reachable(uri: str, nbytes: int | None, writers: int) -> Iterator[Check]:
+    """Checks of a URI: each thing that a run does there, so that what the credentials do not allow is told by name."""
+    store = open_store(f"{uri}/.distckpt-probe-{secrets.token_hex(4)}")
+    rates: list[float] = []
+    tries: list[tuple[str, Callable[[], Check]]] = [
+        ("write", lambda: _written(store)),
+        ("read", lambda: _read(store)),
+        ("list", lambda: _listed(store)),
+        ("create", lambda: _conditions(store)),
+        *([("clock", lambda: _clock(store, store, "server"))] if isinstance(store, Dated) else []),
+        ("rate", lambda: _rates(store, rates)),
+        ("delete", lambda: _deleted(store)),
+    ]
+    for name, attempt in tries:
+        try:
+            yield attempt()
+        except DistckptError as e:  # noqa: PERF203  what else is not allowed is wanted, too
+            yield name, _FAIL, str(e)
+            if name == "write":
+                return
+    if rates:
+        yield from _save(nbytes or _newest(open_store(uri)), rates[0] * writers)
+
+
+def _written(store: Store) -> Check:
+    write_all(store, "written", b"1")
+    return "write", _OK, f"{store}: the credentials are taken"
+
+
+def _read(store: Store) -> Check:
+    if read_all(store, "written", limit=1) != b"1":
+        raise StoreError(f"{store}: what was written is not what is read")
+    return "read", _OK, "what was written is there at once"
+
+
+def _listed(store: Store) -> Check:
+    if "written" not in {entry.name for entry in store.list("")}:
+        raise StoreError(f"{store}: what was written is not listed: a run could not be resumed")
+    return "list", _OK, "and listed"
+
+
+def _conditions(store: Store) -> Check:
+    """What create() warns of is told: a server without conditions."""
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        store.create("created", b"1")
+        try:
+            store.create("created", b"2")
+        except KeyExists:
+            if told:
+                return "create", _WARN, str(told[0].message)
+            return "create", _OK, "the server keeps If-None-Match, in a race too: of two commits one wins"
+    return "create", _FAIL, "create-if-absent does not hold: two jobs could both commit"
+
+
+def _rates(store: Store, rates: list[float]) -> Check:
+    """Put and get so many bytes as a run does, several requests at once. rates: the first is told there."""
+    rates.append(_PROBE / _timed(store))
+    started = time.monotonic()
+    with ThreadPoolExecutor(store.pace.in_flight) as pool:
+        starts = range(0, _PROBE, _PIECE)
+        list(pool.map(lambda start: store.read("rate", start, [memoryview(bytearray(_PIECE))]), starts))
+    down = _PROBE / (time.monotonic() - started)
+    return "rate", _OK, f"{size_text(int(rates[0]))}/s up, {size_text(int(down))}/s down, from here"
+
+
+def _deleted(store: Store) -> Check:
+    for entry in store.list(""):
+        store.delete(entry.name)
+    return "delete", _OK, "and removed again"
 
 
 def _hard_links(store: LocalStore) -> Check:
@@ -101,15 +183,16 @@ def _hard_links(store: LocalStore) -> Check:
     return "hard links", _FAIL, "create-if-absent does not hold: two jobs could both commit"
 
 
-def _clock(store: LocalStore) -> Check:
+def _clock(store: Store, dates: Dated, whose: str) -> Check:
     before = time.time()
     write_all(store, "clock", b"1")
-    off = max(before - store.changed("clock"), store.changed("clock") - time.time(), 0.0)
+    changed = dates.changed("clock")
+    off = max(before - changed, changed - time.time(), 0.0)
     if read_all(store, "clock", limit=1) != b"1":
         raise StoreError(f"{store}: what was written is not what is read")
     if off > _SKEW:
-        return "clock", _WARN, f"the file system's differs by {off:.1f} s from this node's: leases and gc go by it"
-    return "clock", _OK, "as the file system's"
+        return "clock", _WARN, f"the {whose}'s differs by {off:.1f} s from this node's: leases and gc go by it"
+    return "clock", _OK, f"as the {whose}'s"
 
 
 def _direct(probe: Path) -> Check:
@@ -124,7 +207,7 @@ def _direct(probe: Path) -> Check:
     return "O_DIRECT", _OK, "past the page cache" if direct else "not here: writes go through the page cache"
 
 
-def _timed(store: LocalStore) -> float:
+def _timed(store: Store) -> float:
     """Seconds of a durable write, after one to warm up."""
     piece = memoryview(bytearray(os.urandom(_PIECE)))
     store.write("rate", [piece], size=_PIECE, stable=FOR_GOOD)
@@ -133,22 +216,29 @@ def _timed(store: LocalStore) -> float:
     return time.monotonic() - started
 
 
-def _cost(root: Path, home: Path, nbytes: int | None, keep: int, rate: float) -> Iterator[Check]:
-    """Room for so many checkpoints, and how long one takes to write."""
+def _newest(store: Store) -> int | None:
+    """Bytes of the run's newest checkpoint; None where there is none."""
+    return next((c.candidate.nbytes for c in listed(History(store)) if c.candidate.nbytes), None)
+
+
+def _room(home: Path, nbytes: int | None, keep: int) -> Check:
+    """Room for so many checkpoints."""
     status = os.statvfs(home)
     free = status.f_bavail * status.f_frsize
     if nbytes is None:
-        newest = next((c.candidate for c in listed(History(LocalStore(root))) if c.candidate.nbytes), None)
-        nbytes = newest.nbytes if newest else None
-    if nbytes is None:
-        yield "room", _WARN, f"{size_text(free)} free; --bytes says how much one checkpoint has"
-        return
+        return "room", _WARN, f"{size_text(free)} free; --bytes says how much one checkpoint has"
     state = _OK if free >= keep * nbytes else _FAIL if free < 2 * nbytes else _WARN
-    yield (
+    return (
         "room",
         state,
         f"{size_text(free)} free; {keep} checkpoints of {size_text(nbytes)} take {size_text(keep * nbytes)}",
     )
+
+
+def _save(nbytes: int | None, rate: float) -> Iterator[Check]:
+    """How long a checkpoint takes to write."""
+    if nbytes is None:
+        return
     seconds = nbytes / rate
     grace = GRACE
     state = _OK if seconds < grace else _WARN

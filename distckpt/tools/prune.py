@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 def options(parser: argparse.ArgumentParser) -> None:
     """Add the command's options."""
     add = parser.add_argument
-    add("run_path", metavar="RUN", help="directory of a run")
+    add("run_path", metavar="RUN", help="directory or URI of a run")
     add("--last", type=int, metavar="N", help="keep the N newest")
     add("--every-steps", type=int, metavar="N", help="keep the first at or after each multiple of N steps")
     add("--per-epoch", action="store_true", default=None, help="keep the newest of each epoch")

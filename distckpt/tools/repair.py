@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 def options(parser: argparse.ArgumentParser) -> None:
     """Add the command's options."""
-    parser.add_argument("run_path", metavar="RUN", help="directory of a run")
+    parser.add_argument("run_path", metavar="RUN", help="directory or URI of a run")
     parser.add_argument(
         "--best", type=best_rule, metavar="METRIC:min", help="what best.json goes by, where meta.json does not tell"
     )

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 def options(parser: argparse.ArgumentParser) -> None:
     """Add the command's options."""
-    parser.add_argument("path", metavar="CHECKPOINT", help="a step directory, `last`, or a run (its newest)")
+    parser.add_argument("path", metavar="CHECKPOINT", help="a step, `last`, or a run (its newest); a path or URI")
     parser.add_argument("--step", type=int, help="step of the run")
     parser.add_argument("--tensors", action="store_true", help="list every tensor")
 

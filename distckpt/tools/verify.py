@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from distckpt.errors import Corrupt, FormatError, StoreError
@@ -16,14 +18,14 @@ if TYPE_CHECKING:
     import argparse
     from collections.abc import Iterator
 
-    from distckpt.loading.open import Checkpoint
+    from distckpt.loading.open import Checkpoint, DataFile
 
 _WINDOW = 16 * BLOCK
 
 
 def options(parser: argparse.ArgumentParser) -> None:
     """Add the command's options."""
-    parser.add_argument("path", metavar="CHECKPOINT", help="a step directory, `last`, or a run (its newest)")
+    parser.add_argument("path", metavar="CHECKPOINT", help="a step, `last`, or a run (its newest); a path or URI")
     parser.add_argument("--step", type=int, help="step of the run")
     parser.add_argument("--all", action="store_true", help="every committed checkpoint of the run")
 
@@ -55,7 +57,9 @@ def run(given: argparse.Namespace) -> Answer:
 
 def damage(checkpoint: Checkpoint) -> list[str]:
     """What is wrong with a checkpoint's files: everything that can be told, not only the first."""
-    problems = [problem for index in range(len(checkpoint.manifest.files)) for problem in _of_file(checkpoint, index)]
+    files = range(len(checkpoint.manifest.files))
+    with ThreadPoolExecutor(checkpoint.store.pace.in_flight, "distckpt-verify") as pool:
+        problems = [problem for index in files for problem in _of_file(checkpoint, index, pool)]
     for name in checkpoint.manifest.objects:
         try:
             checkpoint.object(name)
@@ -64,22 +68,23 @@ def damage(checkpoint: Checkpoint) -> list[str]:
     return problems
 
 
-def _of_file(checkpoint: Checkpoint, index: int) -> Iterator[str]:
+def _of_file(checkpoint: Checkpoint, index: int, pool: ThreadPoolExecutor) -> Iterator[str]:
+    """Problems of one file, several windows of which are read at once; where one cannot be read, no further ones."""
     try:
         file = checkpoint.data_file(index)
+        for problems in pool.map(partial(_of_window, checkpoint, file), range(0, file.covered, _WINDOW)):
+            yield from problems
     except (Corrupt, FormatError, StoreError) as e:
         yield str(e)
-        return
-    window = memoryview(bytearray(min(_WINDOW, file.covered)))
-    for start in range(0, file.covered, _WINDOW):
-        view = window[: file.covered - start]
+
+
+def _of_window(checkpoint: Checkpoint, file: DataFile, start: int) -> list[str]:
+    view = memoryview(bytearray(min(_WINDOW, file.covered - start)))
+    checkpoint.read(file.key, start, [view])
+    problems = []
+    for offset in range(0, len(view), BLOCK):
         try:
-            checkpoint.read(file.key, start, [view])
-        except (Corrupt, StoreError) as e:
-            yield str(e)
-            return
-        for offset in range(0, len(view), BLOCK):
-            try:
-                file.verify((start + offset) // BLOCK, [[view[offset : offset + BLOCK]]])
-            except Corrupt as e:  # noqa: PERF203  the next block may be damaged, too
-                yield str(e)
+            file.verify((start + offset) // BLOCK, [[view[offset : offset + BLOCK]]])
+        except Corrupt as e:  # noqa: PERF203  the next block may be damaged, too
+            problems.append(str(e))
+    return problems

@@ -9,13 +9,15 @@ import json
 import time
 from contextlib import ExitStack
 from datetime import datetime
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from distckpt.errors import KeyMissing, NotACheckpoint
+from distckpt.errors import KeyMissing, NotACheckpoint, Unsupported
 from distckpt.format.layout import EVENTS, beat_file
 from distckpt.run.events import Following
 from distckpt.run.goodput import goodput
-from distckpt.store.local import LocalStore, local_path
+from distckpt.store.local import LocalStore
+from distckpt.store.open import located
 from distckpt.tools.answer import Answer, tell
 from distckpt.tools.sinks import opened
 from distckpt.units import size_text
@@ -23,7 +25,6 @@ from distckpt.units import size_text
 if TYPE_CHECKING:
     import argparse
     from collections.abc import Mapping, Sequence
-    from pathlib import Path
 
     from distckpt.tools.sinks import Sink
 
@@ -41,7 +42,11 @@ def options(parser: argparse.ArgumentParser) -> None:
 
 def run(given: argparse.Namespace) -> Answer:
     """Answer the command; without --once, print events until interrupted."""
-    root = local_path(given.run_path)
+    root = located(given.run_path)
+    if not isinstance(root, Path):
+        raise Unsupported(
+            f"{root}: no {EVENTS} is kept at a URI, so there is nothing to watch: `distckpt ls` looks there"
+        )
     if root.exists() and not root.is_dir():
         raise NotACheckpoint(f"{root}: is a file, not a run's directory")
     with ExitStack() as stack:
