@@ -16,6 +16,7 @@ _HOMES = {
     "ElasticSampler": "distckpt.run.sampler",
     "Export": "distckpt.run.after",
     "Keep": "distckpt.run.keep",
+    "Local": "distckpt.run.replicate",
     "LoadReport": "distckpt.loading.report",
     "Progress": "distckpt.run.trainstate",
     "TrainState": "distckpt.run.trainstate",
@@ -31,6 +32,7 @@ __all__ = [
     "Export",
     "Keep",
     "LoadReport",
+    "Local",
     "Progress",
     "TrainState",
     "TrialLoad",
@@ -46,6 +48,7 @@ if TYPE_CHECKING:
     from distckpt.run.direct import load, save
     from distckpt.run.full import full_state_dict
     from distckpt.run.keep import Keep
+    from distckpt.run.replicate import Local
     from distckpt.run.sampler import ElasticSampler
     from distckpt.run.trainstate import Progress, TrainState
 

@@ -6,25 +6,26 @@ import bisect
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from distckpt.errors import Corrupt, FormatError, KeyMissing, KeyTruncated, NewerFormat, NotACheckpoint
 from distckpt.format import datafile, manifest, objects
 from distckpt.format.checksum import BLOCK, crc_of, digest
 from distckpt.format.layout import CHECKSUMS_CHUNK, COMMIT, OBJECTS_CHUNK, StepDir, fqn_of
-from distckpt.store.base import Pace, read_all
+from distckpt.store.base import Copied, Pace, read_all
 
 if TYPE_CHECKING:
     from array import array
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
     from distckpt.format.datafile import Stored
-    from distckpt.format.manifest import Manifest
+    from distckpt.format.manifest import FileInfo, Manifest, ObjectInfo
     from distckpt.loading.plan import Item
     from distckpt.store.base import Store
 
 
 _PAGE = 4096
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +78,16 @@ class Readable(Protocol):
     def read(self, key: str, start: int, buffers: Sequence[memoryview]) -> None:
         """Fill the buffers in order from byte `start` on."""
         ...
+
+
+def or_other_copy(store: object, key: str, attempt: Callable[[], T]) -> T:
+    """Do what reads and verifies a key; once more with another copy of it, if the first is damaged and there is one."""
+    try:
+        return attempt()
+    except (Corrupt, FormatError):
+        if not (isinstance(store, Copied) and store.distrust(key)):
+            raise
+        return attempt()
 
 
 class Checkpoint:
@@ -141,6 +152,9 @@ class Checkpoint:
     def _opened(self, index: int) -> DataFile:
         info = self.manifest.files[index]
         key = info.name if "/" in info.name else f"{self.directory}/{info.name}"
+        return or_other_copy(self.store, key, lambda: self._read_tables(key, info))
+
+    def _read_tables(self, key: str, info: FileInfo) -> DataFile:
         self._measure(key, info.size)
         header = memoryview(bytearray(info.header))
         self.read(key, 0, [header])
@@ -175,10 +189,22 @@ class Checkpoint:
         with self._lock:
             self._bytes_read += sum(map(len, buffers))
 
+    def read_verified(self, file: DataFile, first: int, buffers: list[memoryview]) -> None:
+        """Fill the buffers with the blocks of a data file from number `first` on. Corrupt, with the fqns."""
+
+        def attempt() -> None:
+            self.read(file.key, first * file.grain, buffers)
+            file.verify(first, list(_blocks(buffers)))
+
+        or_other_copy(self.store, file.key, attempt)
+
     def object(self, name: str) -> Any:
         """Rank-independent object of this name, verified."""
         info = self.manifest.objects[name]
         key = f"{self.directory}/{info.name}"
+        return or_other_copy(self.store, key, lambda: self._read_object(key, name, info))
+
+    def _read_object(self, key: str, name: str, info: ObjectInfo) -> Any:
         self._measure(key, info.size)
         data = memoryview(bytearray(info.size))
         self.read(key, 0, [data])
@@ -193,12 +219,29 @@ class Checkpoint:
         first, last = chunk.start // BLOCK, -(-chunk.stop // BLOCK)
         data = bytearray(min(last * BLOCK, file.covered) - first * BLOCK)
         view = memoryview(data)
-        self.read(file.key, first * BLOCK, [view])
-        file.verify(first, [[view[i : i + BLOCK]] for i in range(0, len(view), BLOCK)])
+        self.read_verified(file, first, [view])
         found = _decoded(file.key, view[chunk.start - first * BLOCK : chunk.stop - first * BLOCK])
         if not isinstance(found, dict):
             raise Corrupt(f"{file.key}: {OBJECTS_CHUNK} is not a JSON object")
         return found
+
+
+def _blocks(buffers: list[memoryview]) -> Iterator[list[memoryview]]:
+    """Cut consecutive buffers into blocks, each the list of its pieces."""
+    block: list[memoryview] = []
+    room = BLOCK
+    for buffer in buffers:
+        position = 0
+        while position < len(buffer):
+            piece = buffer[position : position + room]
+            block.append(piece)
+            position += len(piece)
+            room -= len(piece)
+            if not room:
+                yield block
+                block, room = [], BLOCK
+    if block:
+        yield block
 
 
 def _decoded(key: str, data: memoryview) -> Any:
@@ -225,6 +268,10 @@ def open_checkpoint(store: Store, directory: StepDir) -> Checkpoint:
     NotACheckpoint where there is no commit; Corrupt or FormatError where it is damaged; NewerFormat.
     """
     key = f"{directory}/{COMMIT}"
+    return or_other_copy(store, key, lambda: _opened(store, directory, key))
+
+
+def _opened(store: Store, directory: StepDir, key: str) -> Checkpoint:
     try:
         data = read_all(store, key, limit=manifest.MAX_BYTES)
     except KeyMissing as e:

@@ -18,7 +18,6 @@ import torch
 
 from distckpt.errors import Corrupt
 from distckpt.format.box import Box, overlaps, spans, strides
-from distckpt.format.checksum import BLOCK
 from distckpt.format.layout import fqn_of
 from distckpt.format.partition import Copies
 from distckpt.loading.pattern import cut, run, strided
@@ -268,8 +267,7 @@ def _read_run(checkpoint: Checkpoint, wanted: Run, slabs: Slabs) -> None:
     file, start, stop = wanted.file, wanted.start, wanted.stop
     buffers = _scatter(wanted.pieces, start, stop)
     if buffers is not None:
-        checkpoint.read(file.key, start, buffers)
-        file.verify(start // file.grain, list(_blocks(buffers)))
+        checkpoint.read_verified(file, start // file.grain, buffers)
         return
     scratch, start = read_blocks(checkpoint, file, start, stop, slabs)
     with torch.no_grad():
@@ -285,9 +283,7 @@ def read_blocks(
     first = start // file.grain
     start, stop = first * file.grain, min(-(-stop // file.grain) * file.grain, file.covered)
     slab = slabs.take(stop - start)
-    buffers = [as_bytes(slab)[: stop - start]]
-    checkpoint.read(file.key, start, buffers)
-    file.verify(first, list(_blocks(buffers)))
+    checkpoint.read_verified(file, first, [as_bytes(slab)[: stop - start]])
     return slab, start
 
 
@@ -304,21 +300,3 @@ def _scatter(pieces: list[Piece], start: int, stop: int) -> list[memoryview] | N
     if position < stop:
         buffers.append(memoryview(bytearray(stop - position)))
     return buffers
-
-
-def _blocks(buffers: list[memoryview]) -> Iterator[list[memoryview]]:
-    """Cut consecutive buffers into blocks, each the list of its pieces."""
-    block: list[memoryview] = []
-    room = BLOCK
-    for buffer in buffers:
-        position = 0
-        while position < len(buffer):
-            piece = buffer[position : position + room]
-            block.append(piece)
-            position += len(piece)
-            room -= len(piece)
-            if not room:
-                yield block
-                block, room = [], BLOCK
-    if block:
-        yield block

@@ -5,12 +5,22 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
+import warnings
 import weakref
 from dataclasses import dataclass, field
 from itertools import count
 from typing import TYPE_CHECKING, Any
 
-from distckpt.errors import Corrupt, DistckptError, FormatError, RanksMissing, StoreError, by_name, failure_text
+from distckpt.errors import (
+    Corrupt,
+    DistckptError,
+    FormatError,
+    RanksMissing,
+    StateWarning,
+    StoreError,
+    by_name,
+    failure_text,
+)
 from distckpt.format.layout import ack_file
 from distckpt.run.line import Line
 from distckpt.run.writer import brief
@@ -54,11 +64,13 @@ class Background:
     """The writer process of this rank. Started when first needed, and again if it has died.
 
     timeout: seconds that any wait for it lasts at most. limit: most bytes of an arena. hold: see Checkpointer,
-    in seconds.
+    in seconds. replication: see Places.
     """
 
-    def __init__(self, timeout: float, limit: int | None = None, hold: float = 0.0) -> None:
-        self._timeout, self._hold = timeout, hold
+    def __init__(
+        self, timeout: float, limit: int | None = None, hold: float = 0.0, replication: dict[str, Any] | None = None
+    ) -> None:
+        self._timeout, self._hold, self._replication = timeout, hold, replication
         self.limit = limit
         self._arenas: dict[int, Arena] = {}
         self._known: set[int] = set()
@@ -77,7 +89,13 @@ class Background:
         if not self._line:
             self._line, self._known = Line(self._timeout, self._hold), set()
             self._forgotten = weakref.finalize(self, self._line.forgotten).detach
+            self.replicate()
         return self._line
+
+    def replicate(self) -> None:
+        """Have the process look for what is to be replicated, if anything ever is."""
+        if self._replication:
+            self._send({"do": "replicate", **self._replication})
 
     def close(self) -> None:
         """Wait until the process has finished what was staged, and end it; give the arenas back."""
@@ -110,6 +128,9 @@ class Background:
             line.wait(timeout)
         with self._taking:
             while self._line and (said := self._line.answer()):
+                if "warn" in said:
+                    warnings.warn(said["warn"], StateWarning, stacklevel=4)
+                    continue
                 job = next((j for j in self._jobs if j.number == said["job"]), None)
                 if job:
                     kind, text = said.get("error") or (None, "")

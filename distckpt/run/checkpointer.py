@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from operator import index
 from typing import TYPE_CHECKING, Any, Literal, overload
 
-from distckpt import __version__, comm
+from distckpt import __version__
+from distckpt import comm as comms
 from distckpt.errors import (
     DistckptError,
     NotACheckpoint,
@@ -27,6 +28,7 @@ from distckpt.run.history import History
 from distckpt.run.job import Job
 from distckpt.run.preemption import Preemption, Reason, Watch
 from distckpt.run.publish import Retention, Then, now
+from distckpt.run.replicate import Local, Places
 from distckpt.run.save import plain_metrics
 from distckpt.run.saver import Saver
 from distckpt.run.schedule import Due, Schedule
@@ -34,7 +36,6 @@ from distckpt.run.source import foreign_root, load_source
 from distckpt.run.triggers import Triggers, best_interval, duration
 from distckpt.saving.save import Request
 from distckpt.store.local import LocalStore
-from distckpt.store.open import open_store
 
 if TYPE_CHECKING:
     import os
@@ -87,11 +88,13 @@ class Checkpointer:
     so that `step` can save and say so. wait: what `save` does by default. when_busy: what a save does that comes while
     two others are still being written: "wait" for one of them, or "skip" itself. arena_bytes: most host memory that one
     save may be staged in on this rank; a larger one is written by the call itself (None: no limit). keep: what stays
-    (None: everything); the rest is removed after each commit, off the training path. after_commit: commands that run on
-    what was committed, off the training path: `After(("python", "evaluate.py", "{checkpoint}"))`, `Export(...)`,
-    `TrialLoad()` (run/after.py). hold: how long ("2 min") this rank's writer holds in memory what it staged last if
-    this process is killed, so that a job which is started again on this machine reads it from there. timeout: seconds
-    that any wait for others lasts at most. What happens is noted in the run's events.jsonl (docs/events.md).
+    (None: everything); the rest is removed after each commit, off the training path. local: a directory in front of
+    root (or a Local): saves commit there, and are replicated to root in the background; root's `keep` is for root,
+    Local has one of its own. after_commit: commands that run on what was committed, off the training path:
+    `After(("python", "evaluate.py", "{checkpoint}"))`, `Export(...)`, `TrialLoad()` (run/after.py). hold: how long ("2
+    min") this rank's writer holds in memory what it staged last if this process is killed, so that a job which is
+    started again on this machine reads it from there. timeout: seconds that any wait for others lasts at most. What
+    happens is noted in the run's events.jsonl (docs/events.md).
     """
 
     def __init__(
@@ -104,29 +107,33 @@ class Checkpointer:
         when_busy: Literal["wait", "skip"] = "wait",
         arena_bytes: int | None = None,
         keep: Keep | None = None,
+        local: Local | str | os.PathLike[str] | None = None,
         after_commit: Iterable[After] = (),
         hold: str | float | None = None,
         timeout: float = 600.0,
         comm: Comm | None = None,
     ) -> None:
         triggers = Triggers.of(every)
-        self._store = open_store(root)
-        self._comm = comm or _default_comm(timeout)
-        self._given = comm is not None
+        self._places = Places(root, local, keep)
+        self._store = self._places.near
+        self._comm, self._given = comm or comms.default(timeout), comm is not None
         self._history = History(self._store)
-        self._keep = keep
-        self._hold = duration(hold, "hold") if hold is not None else 0.0
-        self._then = Then(Retention(keep) if keep else None, checked(after_commit))
-        self._saver = Saver(self._comm, when_busy=when_busy, arena_bytes=arena_bytes, hold=self._hold)
+        self._whole = History(self._places.whole) if local is not None else self._history
+        self._keep = self._places.keep
+        self._hold = duration(hold, "hold") if hold else 0.0
+        self._then = Then(Retention(self._keep) if self._keep else None, checked(after_commit))
+        sends = self._places.replication()
+        self._saver = Saver(
+            self._comm, when_busy=when_busy, arena_bytes=arena_bytes, hold=self._hold, replication=sends
+        )
         looks = self._store.root if isinstance(self._store, LocalStore) and self._comm.rank == 0 else None
         self._watch = Watch(preemption if isinstance(preemption, Preemption) else Preemption(), looks)
         self._schedule = Schedule(self._comm, triggers, self._watch if preemption else None)
         if preemption:
             self._watch.start()
-        self._job = Job(self._comm, self._history)
+        self._job = Job(self._comm, self._history, self._places)
         self._wait = wait
-        self._prepared = False
-        self._closed = False
+        self._prepared = self._closed = False
 
     def __enter__(self) -> Self:
         return self
@@ -290,14 +297,15 @@ class Checkpointer:
     def _generation(self, step: int) -> int:
         """Generation of a step about to be saved. Asked on rank 0."""
         self._job.refuse_if_superseded()
-        return self._saver.next_generation(self._store, step, self._history.next_generation(step))
+        free = max(self._history.next_generation(step), self._places.generation(step))
+        return self._saver.next_generation(self._store, step, free)
 
     def _check(self, state: Any) -> None:
         if self._closed:
             raise ValueError("this Checkpointer was closed (its `with` block has ended): make another")
         if not (hasattr(state, "capture") and hasattr(state, "unusable")):
             raise Unsupported(f"state is a {type(state).__qualname__}; a TrainState is expected: TrainState(model=...)")
-        ranks = comm.current().world_size
+        ranks = comms.current().world_size
         if not self._given and ranks != self._comm.world_size:
             raise RunConflict(
                 f"this Checkpointer was made for {self._comm.world_size} rank(s), torch.distributed has {ranks} now: "
@@ -332,7 +340,7 @@ class Checkpointer:
             strict=strict, only=only, cast=cast, rename=rename, per_rank=dict(per_rank or {}), verify=verify
         )
         notes = self._job.settle()
-        search = Search(self._comm, self._history, step)
+        search = Search(self._comm, self._whole, step)
         with held(self._store) if self._hold and isinstance(self._store, LocalStore) else nullcontext(0) as files:
             report, _ = load_newest(search, state, options, then=self._job.open) or (None, None)
         if report and files:
@@ -346,8 +354,9 @@ class Checkpointer:
             self._note("resumed", step=report.step, **said, fell_back_from=report.fell_back_from or None)
             self._prepare(state)
         self._schedule.resumed(getattr(state, "epoch", None))
-        if report and notes:
-            report.notes.append(notes)
+        if report:
+            report.notes += filter(None, [notes, *self._places.notes()])
+        self._saver.replicate()
         return report
 
     def load(
@@ -381,15 +390,11 @@ class Checkpointer:
         )
         if source is not None:
             return load_source(self._comm, source, state, options, step=step, names=names)
-        loaded = load_newest(Search(self._comm, self._history, step), state, options)
+        loaded = load_newest(Search(self._comm, self._whole, step), state, options)
         if loaded is None:
-            raise NotACheckpoint(f"{self._store} holds no committed checkpoint: {self._history.why_nothing()}")
+            raise NotACheckpoint(f"{self._whole.store} holds no committed checkpoint: {self._whole.why_nothing()}")
         return loaded[0]
 
     def steps(self) -> list[int]:
         """Steps of the checkpoints that count and can be opened, ascending. Not collective."""
-        return sorted({c.directory.step for c in self._history.valid()})
-
-
-def _default_comm(timeout: float) -> Comm:
-    return comm.default(timeout)  # where `comm` is also the name of an argument
+        return sorted({c.directory.step for c in self._whole.valid()})

@@ -36,6 +36,8 @@ NAMES = (
     "started",
     "exited",
     "after",
+    "replicated",
+    "behind",
 )
 _MOST_TEXT = 2000
 _BEGINS = b'{"time": '

@@ -11,6 +11,7 @@ from distckpt.comm import together
 from distckpt.errors import RunConflict
 from distckpt.run.events import note
 from distckpt.run.heartbeat import Heartbeat, refuse_living
+from distckpt.run.history import History
 from distckpt.run.launches import job_name, open_launch, read_launches
 from distckpt.run.publish import now
 from distckpt.run.sweep import clear_up
@@ -20,16 +21,18 @@ if TYPE_CHECKING:
 
     from distckpt.comm import Comm
     from distckpt.format.layout import StepDir
-    from distckpt.run.history import History
+    from distckpt.run.replicate import Places
 
 _NUMBER = 8  # bytes of a number in a message
 
 
 class Job:
-    """launch: its number, None before it is opened."""
+    """history: of the near store. launch: its number, None before it is opened."""
 
-    def __init__(self, comm: Comm, history: History) -> None:
-        self._comm, self._history, self._store = comm, history, history.store
+    def __init__(self, comm: Comm, history: History, places: Places) -> None:
+        self._comm, self._history, self._places = comm, history, places
+        self._whole = History(places.whole) if places.whole is not places.near else history
+        self._store = places.whole
         self._made = time.monotonic()
         self._heartbeat = Heartbeat(self._store)
         self.launch: int | None = None
@@ -54,7 +57,7 @@ class Job:
         """Open one for a job that saves without having resumed: only where there is nothing to resume from."""
 
         def nothing() -> None:
-            if newest := next((found for found in self._history.committed() if not found.superseded), None):
+            if newest := next((found for found in self._whole.committed() if not found.superseded), None):
                 raise RunConflict(
                     f"{self._store} holds {newest.directory}: call resume() before save(), or use another directory"
                 )
@@ -65,14 +68,16 @@ class Job:
         def begin() -> bytes:
             if self._comm.rank:
                 return b""
-            self._history.refuse_checkpoint()
+            self._whole.refuse_checkpoint()
+            self._places.open()
             resumed, ranks = resumed_from(), self._comm.world_size
             number = open_launch(self._store, resumed, ranks, now())
             who = {"job": job_name(), "host": socket.gethostname(), "pid": os.getpid()}
             step, since = resumed.step if resumed else None, round(time.monotonic() - self._made, 3)
-            note(self._store, "launched", launch=number, step=step, world_size=ranks, seconds=since, **who)
+            note(self._places.near, "launched", launch=number, step=step, world_size=ranks, seconds=since, **who)
             self._heartbeat.start(number)
-            clear_up(self._history)
+            for history in dict.fromkeys((self._history, self._whole)):
+                clear_up(history)
             return number.to_bytes(_NUMBER, "little")
 
         self.launch = int.from_bytes(together(self._comm, "opening a launch", begin)[0], "little")
@@ -80,7 +85,7 @@ class Job:
 
     def refuse_if_superseded(self) -> None:
         """RunConflict once a later launch has begun: what this one saves would never be resumed. Not collective."""
-        if later := [launch for launch in read_launches(self._store) if launch.number > (self.launch or 0)]:
+        if later := [launch for launch in read_launches(self._places.near) if launch.number > (self.launch or 0)]:
             newest = later[-1]
             raise RunConflict(
                 f"{self._store}: launch {newest.number} ({newest.job} on {newest.host}, {newest.date}) has resumed "

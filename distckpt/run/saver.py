@@ -6,7 +6,7 @@ import time
 import warnings
 from contextlib import suppress
 from dataclasses import replace
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from distckpt.errors import StateWarning
 from distckpt.run.background import ARENAS, Background
@@ -29,7 +29,10 @@ _FAILED, _BUSY = 1, 2
 
 
 class Saver:
-    """when_busy, arena_bytes, hold: as in Checkpointer. To a store in memory, every save is waited for."""
+    """when_busy, arena_bytes, hold: as in Checkpointer. replication: see Places.
+
+    To a store in memory, every save is waited for.
+    """
 
     def __init__(
         self,
@@ -38,6 +41,7 @@ class Saver:
         when_busy: Literal["wait", "skip"] = "wait",
         arena_bytes: int | None = None,
         hold: float = 0.0,
+        replication: dict[str, Any] | None = None,
     ) -> None:
         if arena_bytes is not None and (type(arena_bytes) is not int or arena_bytes < 0):
             raise ValueError(f"arena_bytes={arena_bytes!r}: a number of bytes, or None for no limit")
@@ -45,7 +49,7 @@ class Saver:
             raise ValueError(f"when_busy={when_busy!r}: 'wait' or 'skip'")
         self._comm = comm
         self.when_busy: Literal["wait", "skip"] = when_busy
-        self._background = Background(comm.timeout, arena_bytes, hold)
+        self._background = Background(comm.timeout, arena_bytes, hold, None if comm.rank else replication)
         self._pending: list[PendingSave] = []
         self.blocked = 0.0
         """Seconds that the latest save kept training waiting."""
@@ -65,6 +69,7 @@ class Saver:
         seconds = time.monotonic() - started
         self.blocked = self._seconds = seconds
         self._committed = True
+        self.replicate()
         return SaveReport(made.directory.step, str(made.directory), made.nbytes, seconds, made.notes)
 
     def _in_background(
@@ -123,6 +128,10 @@ class Saver:
         """Have the first save find what it needs: the writer process, and an arena of its size."""
         with suppress(Exception):  # on this rank alone; the save itself meets it again, and all ranks learn of it
             self._background.prepare(local_bytes(capture(), self._comm.world_size))
+
+    def replicate(self) -> None:
+        """Have the writer process send what the far store lacks, where there is one (run/replicate.py)."""
+        self._background.replicate()
 
     def finish(self) -> None:
         """Wait for saves in flight. Raises what the first that failed raised; none is in flight then."""

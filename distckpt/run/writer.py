@@ -9,6 +9,7 @@ and then ends. It imports neither torch nor numpy. It is told by messages on a s
     staged  {job, arena, header, covered, size, told}: its image lies in [0, covered) of the arena, and after it at
             `told` what else is to be written. It answers {job, notes, seconds} once that is done (on rank 0:
             committed), or {job, error: [class, message]}
+    replicate {near, far, rules}: copy what is committed near to the far store (run/replicate.py), from now on
     commit  {job}: the training process has written its part itself (rank 0). forget {job}: so it has (other ranks)
     give-up {job, error}: the training process failed to stage it
     end     {}: nothing more comes, for all is well: nothing is to be held (see run/held.py)
@@ -33,6 +34,7 @@ from distckpt.loading.open import Checkpoint
 from distckpt.run.held import hold
 from distckpt.run.history import History
 from distckpt.run.publish import Then, publish
+from distckpt.run.replicate import Replicator
 from distckpt.saving.arena import Arena
 from distckpt.saving.commit import Attempt, commit_when_acked, remove_acks, write_refusal
 from distckpt.saving.part import Part, Summed, write_part
@@ -55,6 +57,8 @@ _MOST_TEXT = 4000
 _MOST_NOTE, _MOST_NOTES = 500, 8
 """Most characters, and notes, in a message: each character may be as many as 12 bytes there."""
 _NICE = 5
+_REPLICATING = 0.8
+"""Share of the timeout that the writer goes on replicating after all is written: the rest is for what it is told."""
 
 
 def main(arguments: list[str]) -> None:
@@ -91,6 +95,7 @@ class _Writer:
         self._arenas: dict[int, Arena] = {}
         self._begun: dict[int, _Begun] = {}
         self._trainer = trainer
+        self._replicator: Replicator | None = None
         self.told_to_end = False
         self.newest: tuple[Path, str, Arena, int] | None = None
         """Run and key of the data file that was written last, and where in memory its first so many bytes lie."""
@@ -112,6 +117,11 @@ class _Writer:
                     self._answer(message["job"], self._done(self._commit, self._begun.pop(message["job"])))
                 case "forget":
                     del self._begun[message["job"]]
+                case "replicate":
+                    if self._replicator:
+                        self._replicator.wake()
+                    else:
+                        self._replicator = Replicator(message, self._warn)
                 case "end":
                     self.told_to_end = True
                 case "give-up":
@@ -120,6 +130,8 @@ class _Writer:
                     self._answer(message["job"], {"error": [kind, text]})
         for begun in self._begun.values():
             self._refuse(begun, RanksMissing("the training process ended before it had staged its state"))
+        if self._replicator:
+            self._replicator.finish(_REPLICATING * self._timeout)
 
     def _messages(self) -> Any:
         """Messages and their descriptors, until the training process closes its end or is gone.
@@ -193,6 +205,8 @@ class _Writer:
         remove_acks(begun.store, attempt)
         seconds = time.monotonic() - begun.at
         publish(begun.history, Checkpoint(begun.store, attempt.directory, made), begun.then, seconds)
+        if self._replicator:
+            self._replicator.wake(attempt.directory)
 
     def _refuse(self, begun: _Begun, error: Exception) -> None:
         with contextlib.suppress(StoreError):  # those who wait for this rank find out by their own timeout
@@ -201,6 +215,10 @@ class _Writer:
     def _answer(self, job: int, said: Mapping[str, Any]) -> None:
         with contextlib.suppress(OSError):  # the training process is gone: what is staged is finished all the same
             self._line.send(json.dumps({"job": job, **said}).encode())
+
+    def _warn(self, text: str) -> None:
+        with contextlib.suppress(OSError):
+            self._line.send(json.dumps({"warn": text[:_MOST_TEXT]}).encode())
 
 
 def brief(error: BaseException) -> list[str]:

@@ -94,6 +94,15 @@ class Dated(Protocol):
         ...
 
 
+@runtime_checkable
+class Copied(Protocol):
+    """A store that has some keys twice."""
+
+    def distrust(self, key: str) -> bool:
+        """Read the other copy of a key from now on, for this one is damaged. False if there is none."""
+        ...
+
+
 def check(key: str, *, prefix: bool = False) -> str:
     """Return the key itself; StoreError for one that could lead out of the store or name a hidden file."""
     if not (prefix and not key) and not all(_PART.fullmatch(part) for part in key.split("/")):

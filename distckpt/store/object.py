@@ -410,6 +410,8 @@ def _advice(known: Any, error: Exception) -> str:
     refused = isinstance(error, (known.PermissionDeniedError, known.UnauthenticatedError))
     if refused or re.search(r"status code: 40[13]|\b40[13] (Forbidden|Unauthorized)", str(error)):
         return " (check the credentials, and that they may read, write, list and delete here)"
+    if "169.254.169.254" in str(error) or "metadata.google" in str(error):
+        return " (no credentials were found, here or from the cloud's own machines: docs/object-stores.md)"
     if "timed out" in str(error) or "error sending request" in str(error):
         return " (the server does not answer: check endpoint, region and network)"
     return ""

@@ -83,13 +83,13 @@ def _counted_fsdp(root):
     import distckpt.run.checkpointer as module
 
     made = []
-    original = module.comm.default
+    original = module.comms.default
 
     def counting(timeout):
         made.append(CountingComm(original(timeout)))
         return made[-1]
 
-    module.comm.default = counting
+    module.comms.default = counting
     model, optimizer = layouts.build("tp2fsdp2")
     layouts.make_moments(model, optimizer)
     with Checkpointer(root, timeout=20, wait=True) as c:

@@ -1,0 +1,96 @@
+"""A run that lies in two places: near, fast and small, such as a node's own disk; and far, which lasts.
+
+Saves go to the near store alone, and are replicated (run/replicate.py). This is how both are seen as one: what is in
+either is there; the near copy of a key is read, and the far one where there is none, or the near one is damaged. What
+is written through it (launches, heartbeats, leases) goes to both, to the far one first, which decides.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from typing import TYPE_CHECKING, TypeVar
+
+from distckpt.errors import KeyMissing, KeyTruncated
+from distckpt.store.base import FOR_GOOD, Dated, Entry, read_all
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Sequence
+
+    from distckpt.store.base import Store
+
+T = TypeVar("T")
+
+_MOST_BYTES = 1 << 28
+
+
+class Tiers:
+    """near and far, as one store. `fetched`: keys that were read from the far one."""
+
+    address = None
+
+    def __init__(self, near: Store, far: Store) -> None:
+        self.near, self.far, self.pace = near, far, far.pace
+        self.fetched: set[str] = set()
+        self._distrusted: set[str] = set()
+
+    def __repr__(self) -> str:
+        return f"{self.near!r} in front of {self.far!r}"
+
+    def list(self, prefix: str) -> list[Entry]:
+        """See Store.list."""
+        both = {entry.name: entry for store in (self.far, self.near) for entry in store.list(prefix)}
+        return sorted(both.values())
+
+    def head(self, key: str) -> int:
+        """See Store.head."""
+        return self._nearest(key, lambda store: store.head(key))
+
+    def changed(self, key: str) -> float:
+        """When a key was written: see Dated."""
+        return self._nearest(key, lambda store: store.changed(key) if isinstance(store, Dated) else 0.0)
+
+    def read(self, key: str, start: int, buffers: Sequence[memoryview]) -> None:
+        """See Store.read."""
+        self._nearest(key, lambda store: store.read(key, start, buffers))
+
+    def _nearest(self, key: str, ask: Callable[[Store], T]) -> T:
+        if key not in self._distrusted:
+            with contextlib.suppress(KeyMissing, KeyTruncated):
+                return ask(self.near)
+        answer = ask(self.far)
+        self.fetched.add(key)
+        return answer
+
+    def distrust(self, key: str) -> bool:
+        """Read a key from the far store from now on, for the near copy is damaged. False if that is all there is."""
+        if key in self._distrusted or key in self.fetched:
+            return False
+        with contextlib.suppress(KeyMissing):
+            self.far.head(key)
+            self._distrusted.add(key)
+            return True
+        return False
+
+    def write(self, key: str, pieces: Iterable[memoryview], *, size: int, stable: int = 0) -> None:  # noqa: ARG002
+        """See Store.write. Held in memory meanwhile: what is large is replicated instead."""
+        data = [memoryview(bytes(piece)) for piece in pieces]
+        for store in (self.far, self.near):
+            store.write(key, data, size=size, stable=FOR_GOOD)
+
+    def create(self, key: str, data: bytes) -> None:
+        """See Store.create."""
+        self.far.create(key, data)
+        self.near.create(key, data)
+
+    def delete(self, key: str) -> None:
+        """See Store.delete."""
+        self.near.delete(key)
+        self.far.delete(key)
+
+    def bring_near(self, prefix: str) -> None:
+        """Copy the keys directly below a prefix that the near store lacks."""
+        here = {entry.name for entry in self.near.list(prefix)}
+        for entry in self.far.list(prefix):
+            if entry.size is not None and entry.name not in here:
+                key = f"{prefix}/{entry.name}"
+                self.near.create(key, read_all(self.far, key, limit=_MOST_BYTES))
