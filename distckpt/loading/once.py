@@ -11,18 +11,20 @@ from bisect import bisect_left
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, NamedTuple
 
-import torch
-
 from distckpt.comm import exchange, together
 from distckpt.format.checksum import BLOCK
 from distckpt.loading.deal import deal
 from distckpt.loading.pattern import Need, plainest
-from distckpt.loading.read import WINDOW, Slabs, fill, read_blocks, runs_of
+from distckpt.loading.read import WINDOW, fill, read_blocks, runs_of
+from distckpt.slabs import Slabs
 from distckpt.state import as_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
     from concurrent.futures import Future
+
+    import torch
+    from typing_extensions import Self
 
     from distckpt.comm import Comm
     from distckpt.loading.deal import Unit
@@ -40,7 +42,7 @@ def read_once(comm: Comm, checkpoint: Checkpoint, runs: Sequence[Run]) -> None:
     needs = [Need.decode(said) for said in told]
     units = deal([need.stretches(BLOCK) for need in needs])
     rounds = _Rounds(comm, checkpoint, units, needs, [piece for _, _, piece in found])
-    with ThreadPoolExecutor(checkpoint.store.pace.in_flight, "distckpt-read") as pool:
+    with rounds, ThreadPoolExecutor(checkpoint.store.pace.in_flight, "distckpt-read") as pool:
         rounds.begin(0, pool)
         alone = _alone(checkpoint, [(file, piece) for file, _, piece in found], units)
         together(comm, f"reading {checkpoint.name}", lambda: fill(checkpoint, alone))
@@ -95,7 +97,7 @@ class _Message(NamedTuple):
 
 
 class _Rounds:
-    """This rank's side of the rounds."""
+    """This rank's side of the rounds. All is placed once its block ends."""
 
     def __init__(
         self, comm: Comm, checkpoint: Checkpoint, units: Sequence[Unit], needs: Sequence[Need], pieces: Sequence[Piece]
@@ -107,7 +109,14 @@ class _Rounds:
         self._reads: list[_Read] = []
         self._outgoing: dict[int, _Message] = {}
         self._incoming: dict[int, _Message] = {}
-        self._slabs, self._letters = Slabs(), Slabs()
+        self._slabs, self._letters = (Slabs(piece.target.device for piece in pieces) for _ in range(2))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for slabs in (self._slabs, self._letters):
+            slabs.arrived()
 
     def begin(self, number: int, pool: ThreadPoolExecutor) -> None:
         """Begin this rank's reads of a round."""
@@ -120,11 +129,12 @@ class _Rounds:
 
     def turn(self, number: int, pool: ThreadPoolExecutor) -> None:
         """Place what came in the round before, finish this round's reads, and begin the next one's."""
-        with torch.no_grad():
+        with self._letters.copying():
             for message in self._incoming.values():
                 _take(message)
             for message in (*self._incoming.values(), *self._outgoing.values()):
                 self._letters.give(message.slab)
+        with self._slabs.copying():
             found = [(read.unit, *read.blocks.result()) for read in self._reads]
             self.begin(number + 1, pool)
             others = (rank for rank in range(self._comm.world_size) if rank != self._comm.rank)

@@ -3,13 +3,11 @@
 A file is read in windows, several in flight. Within a window, blocks that are needed and adjacent (or nearly so, where
 asking again costs more) are one read. Where every piece of such a read is plain contiguous memory it is a scatter read:
 gaps go into scratch, the rest in place.
-Otherwise it goes through scratch, and pieces are copied (and cast, or sent to a device) out of it once verified.
+Otherwise it goes through a slab, and pieces are copied (and cast, or sent to a device) out of it once verified.
 """
 
 from __future__ import annotations
 
-import contextlib
-import mmap
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from math import prod
 from typing import TYPE_CHECKING, NamedTuple
@@ -22,6 +20,7 @@ from distckpt.format.layout import fqn_of
 from distckpt.format.partition import Copies
 from distckpt.loading.pattern import cut, run, strided
 from distckpt.loading.plan import items_of
+from distckpt.slabs import Slabs
 from distckpt.state import Shard, as_bytes, is_plain_memory, part_of, torch_dtype
 
 if TYPE_CHECKING:
@@ -72,16 +71,19 @@ class Piece(NamedTuple):
                 yield Piece(part.start, part.stop, target, None, (dtype, part.sizes[:-1], steps))
 
     def take(self, data: torch.Tensor) -> None:
-        """Fill it with its bytes (uint8), one after another."""
+        """Fill it with its bytes (uint8), one after another. See `place`."""
         if self.memory is not None:
             self.memory[:] = as_bytes(data)
         elif self.source is not None:
             dtype, sizes, _ = self.source
             data = data.clone() if data.storage_offset() % dtype.itemsize else data
-            self.target.copy_(data.view(dtype).view(sizes))
+            self.target.copy_(data.view(dtype).view(sizes), non_blocking=self.target.is_cuda)
 
     def place(self, scratch: torch.Tensor, start: int) -> None:
-        """Copy the piece out of `scratch` (uint8), which holds the file from byte `start` on."""
+        """Copy the piece out of `scratch` (uint8), which holds the file from byte `start` on.
+
+        To a CUDA device the copy has only begun on return, on its current stream: see Slabs.copying.
+        """
         data = scratch[self.start - start : self.stop - start]
         if self.memory is not None:
             self.memory[:] = as_bytes(data)
@@ -89,31 +91,7 @@ class Piece(NamedTuple):
             dtype, sizes, steps = self.source
             if data.storage_offset() % dtype.itemsize:  # other tools align nothing
                 data = data.clone()
-            self.target.copy_(data.view(dtype).as_strided(sizes, steps))
-
-
-class Slabs:
-    """Memory for what is on its way, used again, and given back in the end: malloc would keep the most it ever was."""
-
-    def __init__(self) -> None:
-        self._free: list[torch.Tensor] = []
-
-    def take(self, nbytes: int) -> torch.Tensor:
-        """Memory (uint8) of so many bytes or more."""
-        while self._free:
-            slab = self._free.pop()
-            if len(slab) >= nbytes:
-                return slab
-        memory = mmap.mmap(-1, max(1, nbytes), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        with contextlib.suppress(
-            OSError
-        ):  # a kernel without large pages; page by page it takes as long to get as to fill
-            memory.madvise(mmap.MADV_HUGEPAGE)
-        return torch.frombuffer(memory, dtype=torch.uint8)
-
-    def give(self, slab: torch.Tensor) -> None:
-        """Take memory back."""
-        self._free.append(slab)
+            self.target.copy_(data.view(dtype).as_strided(sizes, steps), non_blocking=self.target.is_cuda)
 
 
 class Run(NamedTuple):
@@ -165,8 +143,8 @@ def fill(checkpoint: Checkpoint, wanted: Iterable[Run]) -> None:
             jobs[-1].append(each)
         else:
             jobs.append([each])
-    slabs = Slabs()
-    with ThreadPoolExecutor(checkpoint.store.pace.in_flight, "distckpt-read") as pool:
+    devices = (piece.target.device for job in jobs for each in job for piece in each.pieces)
+    with Slabs(devices) as slabs, ThreadPoolExecutor(checkpoint.store.pace.in_flight, "distckpt-read") as pool:
         futures = [pool.submit(_read_runs, checkpoint, job, slabs) for job in jobs]
         done, pending = wait(futures, return_when=FIRST_EXCEPTION)
         for future in pending:
@@ -270,7 +248,7 @@ def _read_run(checkpoint: Checkpoint, wanted: Run, slabs: Slabs) -> None:
         checkpoint.read_verified(file, start // file.grain, buffers)
         return
     scratch, start = read_blocks(checkpoint, file, start, stop, slabs)
-    with torch.no_grad():
+    with slabs.copying():
         for piece in wanted.pieces:
             piece.place(scratch, start)
     slabs.give(scratch)
