@@ -1,7 +1,6 @@
 """Planning and index of large models at large world sizes, beside DCP's planner and metadata; and rank 0's commit.
 
-Ranks are simulated: one rank of each class that describes the same runs the real `agree` on a thread, the others answer
-as it does. What is told is the CPU time of one rank.
+Ranks are simulated (`agreed`). What is told is the CPU time of one rank.
 """
 
 from __future__ import annotations
@@ -11,52 +10,42 @@ import pickle
 import statistics
 import sys
 import time
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 
-from benchmarks.covers import served, written_once
+from benchmarks.agreed import agreement_of
+from benchmarks.covers import any_region, served, written_once
 from benchmarks.meter import seconds
 from benchmarks.report import Report, Table
 from benchmarks.rounds import Ratio
-from benchmarks.simulated import MODELS, PARALLELISMS, TP, Sharding, index_of
-from distckpt.comm_threads import ThreadComm
+from benchmarks.simulated import MODELS, PARALLELISMS, TP, index_of
 from distckpt.format import manifest
 from distckpt.format.layout import StepDir
 from distckpt.format.partition import regions_of
 from distckpt.loading.open import open_checkpoint
 from distckpt.loading.plan import Options as LoadOptions
 from distckpt.loading.plan import plan as plan_load
-from distckpt.saving.agree import agree
 from distckpt.saving.commit import Attempt, acked_ranks, commit, complete, remove_acks, write_ack
 from distckpt.saving.divide import divide
 from distckpt.state import GlobalTensor, Saved, Shard, State
 from distckpt.store.local import LocalStore
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable
     from pathlib import Path
 
     from benchmarks.options import Options
     from benchmarks.ranks import World
-    from benchmarks.simulated import Model
+    from benchmarks.simulated import Model, Sharding
     from distckpt.format.manifest import Manifest
     from distckpt.format.partition import Partition
-    from distckpt.saving.agree import Agreement
 
-FULL = {
-    "Llama-3 8B": (8, 1024, 16384, 100_000),
-    "Llama-3 70B": (100_000,),
-    "Llama-3 405B": (100_000,),
-    "MoE": (16384, 100_000),
-}
-QUICK = {"Llama-3 8B": (8,)}
+FULL = (8, 1024, 16384, 100_000)
+QUICK = (8,)
 READERS = ("FSDP", "TP x FSDP", "ZeRO-3")
 """Layouts that each checkpoint is planned to be loaded into, on half as many ranks."""
-_PATIENCE = 120.0
-_MOST_RECEIVED = 1 << 30
 
 
 def plan(world: World, options: Options) -> Report:
@@ -98,31 +87,34 @@ class Planned:
 
 
 COLUMNS = "model, layout|ranks|plan, ms|agree|divide|own chunks|bytes sent|load plan, ms|commit.json, MB|open, ms"
-PROVEN = ["shards", "regions"]
+PROVEN = ["chunks proven", "regions found"]
+TITLE = (
+    "planning: CPU milliseconds of one rank; every chunk of each kind of cut proven written once; regions of FSDP, "
+    "TP x FSDP and ZeRO-3 readers (all up to 64 ranks, else a sample of 7) and any others (a sample) found whole"
+)
+_REGIONS = 2
+"""Boxes and runs, of any place and size, that are asked of each kind of cut."""
 
 
 def _tell(report: Report, options: Options, place: Path) -> None:
-    rows, dense = [[*COLUMNS.split("|"), *PROVEN]], list[Planned]()
-    for name, sizes in (QUICK if options.quick else FULL).items():
+    sizes = QUICK if options.quick else FULL
+    rows = [[*COLUMNS.split("|"), *PROVEN]]
+    wide = [["model, layout", *(f"{n:,} ranks" for n in sizes)]]
+    dense = list[Planned]()
+    for name in list(MODELS)[:1] if options.quick else MODELS:
         model = MODELS[name]()
         for kind in ("FSDP", "PP") if options.quick else PARALLELISMS:
+            wide.append([f"{name}, {kind}"])
             for n in sizes:
-                try:
-                    found = _planned(model, kind, n, 1 if options.quick or len(model) > 10_000 else 5)
-                except TooMuch as e:
-                    rows.append([f"{name}, {kind}", str(n), str(e), *[""] * 10])
-                    report.notes.append(f"{name}, {kind}, {n} ranks: {e}")
-                    continue
+                found = _planned(model, kind, n, 1 if options.quick or len(model) > 10_000 else 3)
                 rows.append([f"{name}, {kind}", str(n), *found.row()])
+                wide[-1].append(f"{found.save:.1f} / {found.load:.1f}")
                 print(" | ".join(rows[-1]), file=sys.stderr, flush=True)
                 if found.tensors == 873 and kind == "FSDP":
                     dense.append(found)
-    title = (
-        "planning: CPU milliseconds of one rank; every shard proven written once, every reader (above 64: three) served"
-    )
-    report.tables.append(Table(title, rows))
-    ranks = 64 if options.quick else 16384
-    report.tables.append(_commit(report, place, ranks))
+    report.tables.append(Table(TITLE, rows))
+    report.tables.append(Table("plan of a save / of a load, CPU milliseconds of one rank", wide))
+    report.tables.append(_commit(report, place, 64 if options.quick else 16384))
     report.tables.append(_beside_dcp((8,) if options.quick else (8, 64)))
     report.ratios["plan_ms"] = Ratio.of([max(p.save for p in dense)])
     report.ratios["load_plan_ms"] = Ratio.of([max(p.load for p in dense)])
@@ -134,12 +126,13 @@ def _tell(report: Report, options: Options, place: Path) -> None:
 
 def _planned(model: Model, kind: str, n: int, repeats: int) -> Planned:
     sharding = PARALLELISMS[kind](model, n)
-    agreement, agreed, sent = _agree(model, sharding)
+    agreement, agreed, sent = agreement_of(model, sharding, repeats)
     partitions = divide(agreement.tensors)
     content = index_of(model, partitions, n)
     data = manifest.encode(content)
     shards, regions = written_once(partitions, n), 0
     readers = {reader: PARALLELISMS[reader](model, max(TP, n // 2)) for reader in READERS}
+    regions += any_region(partitions, _REGIONS)
     for reader in readers.values():
         regions += served(partitions, reader.layouts, reader.world_size, every=n <= 64)
     return Planned(
@@ -158,62 +151,14 @@ def _planned(model: Model, kind: str, n: int, repeats: int) -> Planned:
 
 
 def _milliseconds(act: Callable[[], object], repeats: int) -> float:
-    return statistics.median(seconds(act) for _ in range(repeats)) * 1e3
+    """CPU milliseconds of an act: the median of its repeats."""
+    return statistics.median(_cpu_seconds(act) for _ in range(repeats)) * 1e3
 
 
-class TooMuch(Exception):
-    """A collective that no rank could take part in."""
-
-
-@dataclass(slots=True)
-class SimulatedComm:
-    """A rank of many: those of a class answer as its one member that runs."""
-
-    inner: ThreadComm
-    rank: int
-    world_size: int
-    timeout: float
-    sent: int = 0
-    ranks_of: list[int] = field(default_factory=list)
-
-    def all_gather(self, what: str, payload: bytes) -> list[bytes]:
-        """See Comm.all_gather."""
-        self.sent += len(payload)
-        if (received := len(payload) * self.world_size) > _MOST_RECEIVED:
-            raise TooMuch(f"{what}: each rank would receive {received / 1e9:.0f} GB")
-        said = self.inner.all_gather(what, payload)
-        return [said[c] for c in self.ranks_of]
-
-    def broadcast(self, what: str, buffer: memoryview, source: int) -> None:
-        """See Comm.broadcast. Only the first rank of a class speaks, and that is the one that runs."""
-        self.sent += len(buffer) if self.rank == source else 0
-        self.inner.broadcast(what, buffer, self.ranks_of[source])
-
-    def swap(self, what: str, outgoing: Mapping[int, memoryview], incoming: Mapping[int, memoryview]) -> None:
-        """See Comm.swap. Nothing is sent to plan."""
-        raise NotImplementedError(what)
-
-    def close(self) -> None:
-        """See Comm.close."""
-
-
-def _agree(model: Model, sharding: Sharding) -> tuple[Agreement, float, int]:
-    """(what all ranks agree on, CPU milliseconds of rank 0, bytes that a rank hands to collectives)."""
-    n = sharding.world_size
-    classes = [sharding.class_of(rank) for rank in range(n)]
-
-    def one(of_class: int, inner: ThreadComm) -> tuple[Agreement, float, int, int]:
-        state = sharding.state(model, of_class)
-        comm = SimulatedComm(inner, classes.index(of_class), n, inner.timeout, ranks_of=classes)
-        started = time.thread_time()
-        _, agreement = agree(comm, lambda: state, step=1, generation=lambda: 1)
-        return agreement, (time.thread_time() - started) * 1e3, comm.sent, of_class
-
-    comms = ThreadComm.group(sharding.classes, _PATIENCE)
-    with ThreadPoolExecutor(sharding.classes) as pool:
-        done, _ = wait([pool.submit(one, *pair) for pair in enumerate(comms)], return_when=FIRST_EXCEPTION)
-        results = [future.result() for future in done]
-    return next(found for found in results if found[3] == 0)[:3]
+def _cpu_seconds(act: Callable[[], object]) -> float:
+    started = time.thread_time()
+    act()
+    return time.thread_time() - started
 
 
 def _load(model: Model, content: Manifest, reader: Sharding, repeats: int) -> float:
@@ -231,7 +176,7 @@ def _load(model: Model, content: Manifest, reader: Sharding, repeats: int) -> fl
 def _commit(report: Report, place: Path, ranks: int) -> Table:
     """Rank 0's work once all have written: list and read the acks, check, commit, remove the acks."""
     model = MODELS["Llama-3 8B"]()
-    partitions: dict[str, Partition] = divide(_agree(model, PARALLELISMS["FSDP"](model, ranks))[0].tensors)
+    partitions: dict[str, Partition] = divide(agreement_of(model, PARALLELISMS["FSDP"](model, ranks), 1)[0].tensors)
     content = index_of(model, partitions, ranks)
     store, attempt = LocalStore(place), Attempt(StepDir(1), content.attempt, ranks)
     for rank, file in enumerate(content.files):

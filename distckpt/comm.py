@@ -13,7 +13,7 @@ import json
 import os
 import time
 import warnings
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from distckpt.errors import DistckptError, OutOfStep, RankFailed, RanksMissing, StateWarning, by_name
 
@@ -24,8 +24,6 @@ MESSAGE = 120
 """Bytes of the message of `together`: what the rank is at (a digest), a status byte, a length byte, the payload."""
 _PLACE = 4
 MAX_PAYLOAD = MESSAGE - _PLACE - 2
-
-T = TypeVar("T")
 
 
 class Comm(Protocol):
@@ -75,9 +73,10 @@ def together(comm: Comm, what: str, fn: Callable[[], bytes | None]) -> list[byte
             raise failure
         return [payload]
     message = bytes([failure is not None, len(payload) if not failure else 0]) + (b"" if failure else payload)
-    replies = _meet(comm, what, message)
-    if not any(reply[_PLACE] for reply in set(replies)):
-        return _each(replies, lambda reply: reply[_PLACE + 2 : _PLACE + 2 + reply[_PLACE + 1]])
+    replies, distinct = _meet(comm, what, message)
+    if not any(reply[_PLACE] for reply in distinct):
+        payloads = {reply: reply[_PLACE + 2 : _PLACE + 2 + reply[_PLACE + 1]] for reply in distinct}
+        return [payloads[reply] for reply in replies]
     text = json.dumps([type(failure).__name__, str(failure) or repr(failure)] if failure else None)
     causes = {
         rank: cause
@@ -108,8 +107,9 @@ def ranks_text(ranks: Sequence[int], world_size: int) -> str:
 
 def exchange(comm: Comm, what: str, data: bytes) -> list[bytes]:
     """Every rank's bytes, of any length, by rank; for what is rare. Few that have something each send it to all."""
-    said = _meet(comm, what, len(data).to_bytes(8, "little"))
-    lengths = _each(said, lambda reply: int.from_bytes(reply[_PLACE : _PLACE + 8], "little"))
+    said, distinct = _meet(comm, what, len(data).to_bytes(8, "little"))
+    told = {reply: int.from_bytes(reply[_PLACE : _PLACE + 8], "little") for reply in distinct}
+    lengths = [told[reply] for reply in said]
     speakers = [rank for rank, length in enumerate(lengths) if length]
     if len(speakers) > max(1, comm.world_size // 4):
         replies = comm.all_gather(what, data.ljust(max(1, *lengths), b"\0"))
@@ -122,16 +122,19 @@ def exchange(comm: Comm, what: str, data: bytes) -> list[bytes]:
     return found
 
 
-def _meet(comm: Comm, what: str, body: bytes) -> list[bytes]:
-    """Every rank's message (its body from _PLACE on), by rank. RankFailed on all unless all are at the same point.
+def _meet(comm: Comm, what: str, body: bytes) -> tuple[list[bytes], set[bytes]]:
+    """Every rank's message (its body from _PLACE on), by rank; and the few different ones, however many ranks.
+
+    OutOfStep on every rank unless all are at the same point.
 
     All messages that begin an exchange have the same length: so ranks that went different ways find out here, and not
     by taking each other's bytes for something else.
     """
     place = hashlib.blake2b(what.encode(), digest_size=_PLACE).digest()
     replies = comm.all_gather(what, (place + body).ljust(MESSAGE, b"\0"))
-    if all(reply[:_PLACE] == place for reply in set(replies)):
-        return replies
+    distinct = set(replies)
+    if all(reply[:_PLACE] == place for reply in distinct):
+        return replies, distinct
     said = what.encode()[:MESSAGE]
     at: dict[str, list[int]] = {}
     for rank, text in enumerate(comm.all_gather("telling where each rank is", said.ljust(MESSAGE, b"\0"))):
@@ -141,12 +144,6 @@ def _meet(comm: Comm, what: str, body: bytes) -> list[bytes]:
         f"ranks are not at the same point ({told}): every rank must call the same methods of Checkpointer, with the "
         "same options, in the same order; restart the job if one of them was interrupted in the middle of a call"
     )
-
-
-def _each(replies: list[bytes], make: Callable[[bytes], T]) -> list[T]:
-    """What `make` makes of each reply: made once for equal ones, for most are, however many ranks there are."""
-    made = {reply: make(reply) for reply in set(replies)}
-    return [made[reply] for reply in replies]
 
 
 class SoloComm:

@@ -25,3 +25,7 @@ class Latest(Generic[T]):
         for old in list(self._made)[:-_MOST]:
             self._made.pop(old, None)
         return found
+
+    def clear(self) -> None:
+        """Forget them all."""
+        self._made.clear()

@@ -154,6 +154,8 @@ def overlaps(source: Region, target: Region, shape: Sequence[int]) -> Iterator[O
 
 def overlap_numel(a: Region, b: Region, shape: Sequence[int]) -> int:
     """Count the elements that two regions of one tensor share."""
+    if isinstance(a, Run) and isinstance(b, Run):
+        return max(0, min(a.stop, b.stop) - max(a.start, b.start))
     return sum(o.box.numel for o in overlaps(a, b, shape))
 
 

@@ -87,11 +87,11 @@ class Grid:
             return
         index = {}
         for split in reversed(self._by_stride()):
-            index[split] = min(rest // split.stride, split.count - 1)
-            rest -= index[split] * split.stride
+            index[split.stride] = min(rest // split.stride, split.count - 1)
+            rest -= index[split.stride] * split.stride
         if rest:
             return
-        box = self.cell([[index.get(s, 0) for s in splits] for splits in self.splits])
+        box = self.cell([[index[s.stride] if s.count > 1 else 0 for s in splits] for splits in self.splits])
         if box.numel:
             yield box
 

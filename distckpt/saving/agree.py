@@ -7,6 +7,7 @@ distinct is exchanged.
 
 from __future__ import annotations
 
+import itertools
 import json
 import secrets
 import struct
@@ -52,7 +53,8 @@ class Agreement:
     notes: list[str] = field(default_factory=list)
 
 
-_MERGED: Latest[Merged] = Latest()
+MERGED: Latest[Merged] = Latest()
+"""What was put together for the latest descriptions: ranks hold the same from save to save."""
 
 
 @dataclass(slots=True)
@@ -97,7 +99,7 @@ def agree(
     different = {reply[_NONCE:] for reply in set(replies)}  # few, however many ranks there are
     same = [len({said[a - _NONCE : b - _NONCE] for said in different}) == 1 for a, b in cuts]
     if len({said[-_PLACE.size :][:8] for said in different}) > 1:
-        raise _othersteps_of(replies)
+        raise _other_steps(replies)
     (_, chosen, _) = _PLACE.unpack(replies[0][-_PLACE.size :])
     agreement = Agreement(replies[0][:_NONCE].hex(), {}, {}, generation=chosen)
     agreement.flags = [reply[-1] for reply in replies] if any(said[-1] for said in different) else []
@@ -105,11 +107,12 @@ def agree(
     distinct: Distinct = []
     if same[0]:
         key = replies[0][cut] + comm.world_size.to_bytes(4, "little")
-        view = _MERGED.get(key, lambda: uniform(own.state, comm.world_size))
+        view = MERGED.get(key, lambda: uniform(own.state, comm.world_size))
     else:
-        distinct = _distinct(comm, replies, cut, own.described)
-        key = digest(b"".join(reply[cut] for reply in replies)).encode()
-        view = _MERGED.get(key, lambda: merged(distinct))
+        runs = _runs(replies, cut)
+        distinct = _distinct(comm, runs, own.described)
+        key = digest(b"".join(said + count.to_bytes(4, "little") for said, count in runs)).encode()
+        view = MERGED.get(key, lambda: merged(distinct))
     agreement.key = key if same[2] else b""
     agreement.tensors = dict(view.tensors)  # its own: what ranks hold unequal copies of is changed below
     agreement.aliases, agreement.policies = view.aliases, view.policies
@@ -126,17 +129,24 @@ def agree(
     return own.state, agreement
 
 
-def _othersteps_of(replies: Sequence[bytes]) -> Mismatch:
+def _other_steps(replies: Sequence[bytes]) -> Mismatch:
     places = [_PLACE.unpack(reply[-_PLACE.size :]) for reply in replies[:16]]
     told = ", ".join(f"rank {rank}: {at}" for rank, (at, *_) in enumerate(places))
     return Mismatch(f"ranks save different steps ({told}): call save on every rank at the same step")
 
 
-def _distinct(comm: Comm, replies: Sequence[bytes], cut: slice, mine: bytes) -> Distinct:
+def _runs(replies: Sequence[bytes], cut: slice) -> list[tuple[bytes, int]]:
+    """(what ranks say there, how many of them in a row): few, however many ranks there are."""
+    return [(said[cut], len(list(run))) for said, run in itertools.groupby(replies)]
+
+
+def _distinct(comm: Comm, runs: Sequence[tuple[bytes, int]], mine: bytes) -> Distinct:
     """(ranks, description) of each distinct description; the first rank that has one sends it."""
     ranks: dict[bytes, list[int]] = {}
-    for rank, reply in enumerate(replies):
-        ranks.setdefault(reply[cut], []).append(rank)
+    first = 0
+    for said, count in runs:
+        ranks.setdefault(said, []).extend(range(first, first + count))
+        first += count
     speaks = any(comm.rank == holders[0] for holders in ranks.values())
     sent = exchange(comm, "exchanging distinct descriptions", mine if speaks else b"")
     return [(holders, json.loads(sent[holders[0]])) for holders in ranks.values()]

@@ -14,17 +14,17 @@ import torch.distributed as dist
 
 from benchmarks import __main__ as command
 from benchmarks import rounds
+from benchmarks.agreed import agreement_of
 from benchmarks.cache import StillCached, evict, resident
-from benchmarks.covers import Uncovered, served, written_once
+from benchmarks.covers import Uncovered, _check_tiles, any_region, served, written_once
 from benchmarks.meter import Failed, measure
 from benchmarks.peers import Distckpt, Raw, TorchSave
-from benchmarks.plan import _agree
 from benchmarks.ranks import Ranks
 from benchmarks.simulated import MODELS, PARALLELISMS
 from benchmarks.workload import Sharded
 from distckpt import comm
-from distckpt.format.box import Box
-from distckpt.format.partition import Grid, Pieces, Split
+from distckpt.format.box import Box, Run
+from distckpt.format.partition import FlatEven, Grid, Pieces, Split
 from distckpt.saving.divide import divide
 from distckpt.saving.merge import Agreed
 from distckpt.state import Layout
@@ -132,7 +132,7 @@ def test_each_simulated_layout_is_written_once_and_serves_every_reader(kind):
 def test_simulated_ranks_agree_on_the_layouts_that_they_describe(kind):
     model = {name: w for name, w in MODELS["Llama-3 8B"]().items() if w.layer in {-1, 0, 9, 31, 32}}
     sharding = PARALLELISMS[kind](model, 48)
-    agreement, _, _ = _agree(model, sharding)
+    agreement, _, _ = agreement_of(model, sharding, 1)
     assert {fqn: tensor.layout for fqn, tensor in agreement.tensors.items()} == sharding.layouts
 
 
@@ -144,8 +144,37 @@ def test_a_division_with_a_hole_or_an_overlap_is_found_out():
             written_once({"w": wrong}, 2)
     with pytest.raises(Uncovered, match="28 of the 32 elements"):
         served({"w": hole}, {"w": Layout(Grid((8, 4), ((), ()), 0))}, 1, every=True)
+    with pytest.raises(Uncovered, match="elements of"):
+        any_region({"w": hole}, 20)
     with pytest.raises(Uncovered, match="not what a reader finds"):
         written_once({"w": Grid((8, 4), ((Split(4, 1),), ()), 0)}, 3)
+
+
+class _Idle(Grid):
+    """A division whose first rank writes nothing."""
+
+    def of_file(self, file):
+        return iter(()) if file == self.first else super().of_file(file)
+
+
+class _Twice(FlatEven):
+    """A division whose ranks each write one element of the next."""
+
+    def _run(self, k):
+        run = super()._run(k)
+        return Run(run.start, min(run.stop + 1, self.shape[0]))
+
+
+def test_a_division_that_is_not_what_its_kind_says_is_found_out():
+    honest = {f"w{i}": Grid((8, 4), ((Split(4, 1),), ()), i) for i in range(3)}
+    assert written_once(honest, 8) == 12
+    with pytest.raises(Uncovered, match="w3: rank 3 writes"):
+        written_once(honest | {"w3": _Idle((8, 4), ((Split(4, 1),), ()), 3)}, 8)
+    assert written_once({"w": FlatEven((8,), 3, 7, 1)}, 8) == 3
+    with pytest.raises(Uncovered, match="w: rank"):
+        written_once({"w": _Twice((8,), 3, 7, 1)}, 8)
+    with pytest.raises(Uncovered, match="chunks overlap, or leave a hole"):
+        _check_tiles(FlatEven((8,), 3, 0, 0), [Run(0, 4), Run(3, 6), Run(6, 8)])
 
 
 class Forgetful(TorchSave):
