@@ -55,6 +55,7 @@ rgw_data = {dir}/rgw
 rgw_frontends = beast endpoint=127.0.0.1:{port}
 rgw_enable_apis = s3, admin
 rgw_thread_pool_size = 64
+rgw_multipart_min_part_size = 1
 rgw_enable_ops_log = false
 rgw_enable_usage_log = false
 rgw_run_sync_thread = false
@@ -124,7 +125,7 @@ enable_by_default = false
 [filter:s3api]
 use = egg:swift#s3api
 location = us-east-1
-min_segment_size = 5242880
+min_segment_size = 1
 auth_pipeline_check = false
 [filter:tempauth]
 use = egg:swift#tempauth

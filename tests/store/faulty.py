@@ -6,6 +6,7 @@ told by what it is (`PUT /bucket/key?partNumber=2`) and by its number among thos
 
 from __future__ import annotations
 
+import random
 import re
 import socket
 import struct
@@ -86,6 +87,7 @@ class Faulty:
         self._address = address
         self._up, self._down = _Link(), _Link()
         self._rules: list[_Rule] = []
+        self._chance: tuple[random.Random, list[Fault], float] | None = None
         self._lock = threading.Lock()
         self._ended = threading.Event()
         self._threads: list[threading.Thread] = []
@@ -113,10 +115,16 @@ class Faulty:
         with self._lock:
             self._rules.append(_Rule(re.compile(pattern), fault, after, times))
 
+    def shake(self, seed: int, faults: list[Fault], share: float) -> None:
+        """Let that share of the requests that no rule meets suffer one of the faults, both drawn from the seed."""
+        with self._lock:
+            self._chance = (random.Random(seed), faults, share)
+
     def clear(self) -> None:
-        """Forget the rules and the requests seen."""
+        """Forget rules, chance and the requests seen."""
         with self._lock:
             self._rules.clear()
+            self._chance = None
             self.requests.clear()
 
     def bandwidth(self, rate: float | None) -> None:
@@ -189,6 +197,10 @@ class Faulty:
                         rule.times -= 1
                         fault = rule.fault
                     break
+            else:
+                if self._chance:
+                    draw, faults, share = self._chance
+                    fault = draw.choice(faults) if draw.random() < share else FINE
             self.requests.append(Request(line, fault))
         return fault
 

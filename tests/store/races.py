@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from distckpt.errors import KeyExists
-from distckpt.store.local import LocalStore
+from distckpt.store.open import reopened
+
+if TYPE_CHECKING:
+    from distckpt.store.base import Store
 
 
-def create(root: str, key: str, data: bytes, start: Any) -> bool:
+def create(store: Store, key: str, data: bytes, start: Any) -> bool:
     """Create a key once every process is ready. Whether it was this one that did."""
-    start.wait(30)
+    start.wait(60)
     try:
-        LocalStore(root).create(key, data)
+        store.create(key, data)
     except KeyExists:
         return False
     return True
 
 
-def compete(root: str, keys: list[str], data: bytes, start: Any, won: Any) -> None:
+def compete(address: dict[str, Any], keys: list[str], data: bytes, start: Any, won: Any) -> None:
     """Race for each key in turn, and put the ones won."""
-    won.put([key for key in keys if create(root, key, data, start)])
+    store = reopened(address)
+    won.put([key for key in keys if create(store, key, data, start)])

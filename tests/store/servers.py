@@ -114,23 +114,7 @@ class Server:
 
     def make(self, bucket: str) -> None:
         """Create a bucket."""
-        self.client.create_bucket(Bucket=bucket)
-
-    @functools.cached_property
-    def client(self):
-        """A client of Amazon's, for what no store does: buckets, and a look at unfinished uploads."""
-        import boto3
-        from botocore.config import Config
-
-        options = self.options
-        return boto3.client(
-            "s3",
-            endpoint_url=options["endpoint"],
-            region_name=options["region"],
-            aws_access_key_id=options["access_key_id"],
-            aws_secret_access_key=options["secret_access_key"],
-            config=Config(s3={"addressing_style": "path"}, read_timeout=_TIMEOUT, connect_timeout=_TIMEOUT),
-        )
+        client(**self.options).create_bucket(Bucket=bucket)
 
     def daemon(self, *command: str, **variables: str) -> None:
         """Start a program that stays."""
@@ -175,13 +159,14 @@ class Server:
 
 
 class Moto(Server):
-    """S3 as moto imitates it: every condition atomic, any secret accepted."""
+    """S3 as moto imitates it: every condition atomic, any secret accepted. Like all here it takes parts of any size."""
 
     programs = ("setpriv", "moto_server")
     hint = "pip install 'moto[server]'"
 
     def up(self) -> None:
-        self.daemon("moto_server", "-H", "127.0.0.1", "-p", str(self.port))
+        small = {"S3_UPLOAD_PART_MIN_SIZE": "1", "MOTO_S3_DEFAULT_KEY_BUFFER_SIZE": str(1 << 24)}
+        self.daemon("moto_server", "-H", "127.0.0.1", "-p", str(self.port), **small)
         self.until_it_listens()
 
 
@@ -314,6 +299,35 @@ def _started(name: str) -> Server:
     server, owner = SERVERS[name](), os.getpid()
     atexit.register(lambda: server.stop() if os.getpid() == owner else None)
     return server
+
+
+def leftovers(uri: str, options: dict[str, str]) -> list[str]:
+    """What lies below a URI that no store lists: names that begin with a dot, and (S3) uploads that never ended."""
+    from obstore.store import from_url
+
+    bucket, prefix = uri.partition("://")[2].split("/", 1)
+    found = from_url(uri, config=options, client_options={"allow_http": True}).list().collect()
+    names = [each["path"] for each in found if "/." in f"/{each['path']}"]
+    if uri.startswith("s3:"):
+        uploads = client(**options).list_multipart_uploads(Bucket=bucket, Prefix=prefix)
+        names += [each["Key"] for each in uploads.get("Uploads", [])]
+    return names
+
+
+@functools.cache
+def client(endpoint: str, region: str, access_key_id: str, secret_access_key: str):
+    """A client of Amazon's, for what no store does: buckets, and a look at unfinished uploads."""
+    import boto3
+    from botocore.config import Config
+
+    return boto3.client(
+        "s3",
+        endpoint_url=endpoint,
+        region_name=region,
+        aws_access_key_id=access_key_id,
+        aws_secret_access_key=secret_access_key,
+        config=Config(s3={"addressing_style": "path"}, read_timeout=_TIMEOUT, connect_timeout=_TIMEOUT),
+    )
 
 
 def free_port() -> int:

@@ -14,14 +14,26 @@ from distckpt.errors import KeyExists, KeyMissing, KeyTruncated, StoreError
 from distckpt.store.base import Entry, read_all, write_all
 from distckpt.store.local import LocalStore
 from distckpt.store.memory import MemoryStore
-from tests.store import races
+from distckpt.store.object import ObjectStore
+from tests.store import races, servers
 
-STORES = {"memory": lambda path: MemoryStore(), "local": lambda path: LocalStore(path / "run")}
+STORES = ["memory", "local", *servers.params]
+
+
+def make(name, path):
+    """A new store of that name; what it has of a file system lies in `path`."""
+    match name:
+        case "memory":
+            return MemoryStore()
+        case "local":
+            return LocalStore(path / "run")
+    bucket = servers.start(name).bucket()
+    return ObjectStore(bucket.uri, bucket.options)
 
 
 @pytest.fixture(params=STORES)
 def store(request, tmp_path):
-    return STORES[request.param](tmp_path)
+    return make(request.param, tmp_path)
 
 
 def get(store, key):
@@ -29,7 +41,9 @@ def get(store, key):
 
 
 def hidden(store):
-    """Files of the store's directory that no listing shows: temp files left behind."""
+    """What no listing shows and a write or create has left behind: temp files, claims, unfinished uploads."""
+    if isinstance(store, ObjectStore):
+        return servers.leftovers(store.root, store.address["options"])
     return [p for p in store.root.rglob("*") if p.name.startswith(".")] if isinstance(store, LocalStore) else []
 
 
@@ -133,13 +147,13 @@ def test_write_puts_the_pieces_one_after_another(store):
     assert get(store, "a/b/c") == b"abcde"
 
 
+@pytest.mark.parametrize("name", STORES)
 @settings(max_examples=15, deadline=None)
 @given(pieces=st.lists(st.binary(max_size=2000), max_size=8))
-def test_what_is_written_is_read(tmp_path_factory, pieces):
-    for make in STORES.values():
-        store = make(tmp_path_factory.mktemp("store"))
-        store.write("a", map(memoryview, pieces), size=sum(map(len, pieces)))
-        assert get(store, "a") == b"".join(pieces)
+def test_what_is_written_is_read(name, tmp_path_factory, pieces):
+    store = make(name, tmp_path_factory.mktemp("store"))
+    store.write("a", map(memoryview, pieces), size=sum(map(len, pieces)))
+    assert get(store, "a") == b"".join(pieces)
 
 
 def test_write_replaces_a_longer_content_wholly(store):
@@ -282,12 +296,14 @@ def test_of_racing_threads_exactly_one_creates_the_key(store):
     assert hidden(store) == []
 
 
-def test_of_racing_processes_exactly_one_creates_the_key(tmp_path):
+def test_of_racing_processes_exactly_one_creates_the_key(store):
+    if store.address is None:
+        pytest.skip("memory of one process")
     context = multiprocessing.get_context("spawn")
     start, won = context.Barrier(3), context.Queue()
     keys = [f"d{k}/commit" for k in range(20)]
     racers = [
-        context.Process(target=races.compete, args=(str(tmp_path), keys, bytes([i]), start, won)) for i in range(3)
+        context.Process(target=races.compete, args=(store.address, keys, bytes([i]), start, won)) for i in range(3)
     ]
     for racer in racers:
         racer.start()
@@ -298,7 +314,7 @@ def test_of_racing_processes_exactly_one_creates_the_key(tmp_path):
     won.close()
     won.join_thread()
     assert sorted(key for some in found for key in some) == sorted(keys)
-    assert hidden(LocalStore(tmp_path)) == []
+    assert hidden(store) == []
 
 
 # delete
