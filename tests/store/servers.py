@@ -159,14 +159,17 @@ class Server:
 
 
 class Moto(Server):
-    """S3 as moto imitates it: every condition atomic, any secret accepted. Like all here it takes parts of any size."""
+    """S3 as moto imitates it, one request at a time: every condition atomic, any secret accepted.
+
+    Like all here it takes parts of any size.
+    """
 
     programs = ("setpriv", "moto_server")
     hint = "pip install 'moto[server]'"
 
     def up(self) -> None:
         small = {"S3_UPLOAD_PART_MIN_SIZE": "1", "MOTO_S3_DEFAULT_KEY_BUFFER_SIZE": str(1 << 24)}
-        self.daemon("moto_server", "-H", "127.0.0.1", "-p", str(self.port), **small)
+        self.daemon(sys.executable, str(Path(__file__).parent / "moto_serial.py"), str(self.port), **small)
         self.until_it_listens()
 
 
@@ -291,12 +294,19 @@ def start(name: str) -> Server:
         if name in IN_CI and os.environ.get("CI") == "true":
             pytest.fail(why)
         pytest.skip(why)
-    return _started(name)
+    started = _started(name)
+    if isinstance(started, AssertionError):
+        raise started
+    return started
 
 
 @functools.cache
-def _started(name: str) -> Server:
-    server, owner = SERVERS[name](), os.getpid()
+def _started(name: str) -> Server | AssertionError:
+    """The server, or why it does not start: that takes its time once, and not in each test."""
+    try:
+        server, owner = SERVERS[name](), os.getpid()
+    except AssertionError as e:
+        return e
     atexit.register(lambda: server.stop() if os.getpid() == owner else None)
     return server
 

@@ -35,6 +35,9 @@ def bucket(request):
     return servers.start(request.param).bucket()
 
 
+KEEPS_CONDITIONS = {"moto", "azurite", "ceph"}
+
+
 @pytest.fixture(autouse=True)
 def all_is_small_and_soon(monkeypatch):
     monkeypatch.setattr(objects, "PART", PART)
@@ -54,15 +57,13 @@ def direct(bucket):
 
 
 @pytest.fixture
-def through(bucket, proxy):
-    """A store by way of the proxy, with a deadline, its server tried for conditions already."""
+def through(bucket, proxy, monkeypatch):
+    """A store by way of the proxy, with a deadline. Whether its server keeps conditions is known."""
 
     def open_it(seconds):
         there = bucket.at(proxy.endpoint)
-        made = ObjectStore(there.uri, there.options, timeout=seconds)
-        made._keeps_conditions()
-        proxy.clear()
-        return made
+        monkeypatch.setattr(ObjectStore, "_probe", lambda _: bucket.server in KEEPS_CONDITIONS)
+        return ObjectStore(there.uri, there.options, timeout=seconds)
 
     return open_it
 
@@ -192,9 +193,9 @@ def test_a_create_that_another_overtakes_while_it_retries_is_not_ours(store, dir
     assert read_all(direct, "d/commit", limit=LIMIT) == b"them"
 
 
-def test_a_create_with_a_hang_at_its_answer_is_settled_by_reading(store, direct, proxy):
+def test_a_create_with_a_hang_at_its_answer_is_settled_by_reading(through, direct, proxy):
     proxy.on("PUT .*/commit$", Fault(hang=True))
-    store.create("d/commit", b"ours")
+    through(3).create("d/commit", b"ours")
     assert read_all(direct, "d/commit", limit=LIMIT) == b"ours"
 
 
@@ -206,7 +207,7 @@ def test_whether_a_server_keeps_conditions_is_found_out_behind_faults_too(bucket
         proxy.on("PUT", PASSING[fault], after=nth, times=2)
         objects._keeps_conditions.clear()
         kept = ObjectStore(there.uri, there.options, timeout=20)._keeps_conditions()
-        assert kept == (bucket.server in {"moto", "azurite", "ceph"})
+        assert kept == (bucket.server in KEEPS_CONDITIONS)
     assert servers.leftovers(bucket.uri, bucket.options) == []
 
 
@@ -241,16 +242,20 @@ def test_a_body_that_always_ends_early_is_an_error(through, direct, proxy):
     ],
     ids=["500", "503", "429", "reset", "broken", "cut", "lost", "hang"],
 )
-def test_a_large_write_survives_a_fault_at_any_of_its_requests(through, direct, proxy, fault):
-    store = through(3)
+def test_a_large_write_survives_a_fault_at_any_of_its_requests(bucket, store, direct, proxy, fault):
     store.write("seen", in_pieces(LARGE), size=len(LARGE))
-    requests = len(proxy.requests)
-    for nth in range(requests):
-        proxy.clear()
-        proxy.on("", fault, after=nth)
-        data = LARGE[nth:] + bytes(nth)
-        store.write("a", in_pieces(data), size=len(data))
-        assert read_all(direct, "a", limit=LIMIT) == data
+
+    def write(nth):
+        with Faulty(bucket.address) as proxy:
+            proxy.on("", fault, after=nth)
+            there = bucket.at(proxy.endpoint)
+            data = LARGE[nth:] + bytes(nth)
+            ObjectStore(there.uri, there.options, timeout=5).write(f"a{nth}", in_pieces(data), size=len(data))
+            assert any(request.fault == fault for request in proxy.requests)
+        assert read_all(direct, f"a{nth}", limit=LIMIT) == data
+
+    with ThreadPoolExecutor(16) as pool:
+        list(pool.map(write, range(len(proxy.requests))))
 
 
 @pytest.mark.parametrize("stable", [0, FOR_GOOD])
