@@ -114,7 +114,12 @@ class Server:
 
     def make(self, bucket: str) -> None:
         """Create a bucket."""
-        client(**self.options).create_bucket(Bucket=bucket)
+        self.client.create_bucket(Bucket=bucket)
+
+    @property
+    def client(self):
+        """A client of Amazon's, for what no store does: buckets, and a look at unfinished uploads."""
+        return client(**self.options)
 
     def daemon(self, *command: str, **variables: str) -> None:
         """Start a program that stays."""
@@ -326,7 +331,7 @@ def leftovers(uri: str, options: dict[str, str]) -> list[str]:
 
 @functools.cache
 def client(endpoint: str, region: str, access_key_id: str, secret_access_key: str):
-    """A client of Amazon's, for what no store does: buckets, and a look at unfinished uploads."""
+    """See Server.client."""
     import boto3
     from botocore.config import Config
 
