@@ -32,6 +32,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = arguments(__doc__)
     parser.add_argument("--stage", type=int, default=2, help="of ZeRO")
+    parser.add_argument("--offload", action="store_true", help="optimizer and, at stage 3, parameters in host memory")
     return parser.parse_args(argv)
 
 
@@ -42,12 +43,16 @@ def build_engine(args: argparse.Namespace, shape: Shape) -> Any:
     torch.manual_seed(args.seed)  # the same on every rank
     model = GPT(shape)
     optimizer = build_optimizer(model, args.lr)
+    host = {"device": "cpu"}
+    zero: dict[str, Any] = {"stage": args.stage}
+    if args.offload:
+        zero |= {"offload_optimizer": host} | ({"offload_param": host} if args.stage == 3 else {})
     config = {
         "train_micro_batch_size_per_gpu": part,
         "gradient_accumulation_steps": share // part,
         "gradient_clipping": 1.0,
         "steps_per_print": 1 << 62,
-        "zero_optimization": {"stage": args.stage},
+        "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
     }

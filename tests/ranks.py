@@ -93,21 +93,26 @@ def run(size, fn, *args, timeout=60.0, may_die=(), preload=()):
         kill(group)
         if hung:
             raise RankError(f"ranks {hung} did not finish within {timeout} s")
-        results, errors = [], []
-        for rank in range(size):
-            path = Path(folder, f"answer-{rank}")
-            if not path.exists():
-                if rank not in may_die:
-                    errors.append(f"rank {rank} died with exit code {group[rank].exitcode}")
-                results.append(None)
-                continue
-            kind, value = pickle.loads(path.read_bytes())
-            if kind == "error":
-                errors.append(value)
-            results.append(value)
-        if errors:
-            raise RankError("\n".join(errors))
-        return results
+        return answers(group, folder, may_die=may_die)
+
+
+def answers(group, folder, *, may_die=()):
+    """What ranks that have ended returned, by rank; see `run`."""
+    results, errors = [], []
+    for rank, process in enumerate(group):
+        path = Path(folder, f"answer-{rank}")
+        if not path.exists():
+            if rank not in may_die:
+                errors.append(f"rank {rank} died with exit code {process.exitcode}")
+            results.append(None)
+            continue
+        kind, value = pickle.loads(path.read_bytes())
+        if kind == "error":
+            errors.append(value)
+        results.append(value)
+    if errors:
+        raise RankError("\n".join(errors))
+    return results
 
 
 def start(size, fn, *args, folder, preload=()):

@@ -47,6 +47,22 @@ _PATH = os.pathsep.join(
 _KEY, _SECRET = "test", "testtest"
 
 
+_VARIABLES = {
+    "s3": {
+        "endpoint": "AWS_ENDPOINT_URL",
+        "region": "AWS_REGION",
+        "access_key_id": "AWS_ACCESS_KEY_ID",
+        "secret_access_key": "AWS_SECRET_ACCESS_KEY",
+    },
+    "az": {
+        "endpoint": "AZURE_STORAGE_ENDPOINT",
+        "account_name": "AZURE_STORAGE_ACCOUNT_NAME",
+        "account_key": "AZURE_STORAGE_ACCOUNT_KEY",
+    },
+}
+"""Where each cloud's own tools look for the options."""
+
+
 class Bucket(NamedTuple):
     """An empty bucket (Azure: container), and a prefix in it."""
 
@@ -58,6 +74,12 @@ class Bucket(NamedTuple):
         """The same bucket by way of a proxy, which listens at `http://host:port`."""
         path = self.options["endpoint"].split("/", 3)[3:]
         return self._replace(options=self.options | {"endpoint": "/".join([endpoint, *path])})
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """The options as the environment has them."""
+        names = _VARIABLES[self.uri.split(":")[0]]
+        return {names[option]: value for option, value in self.options.items()}
 
     @property
     def address(self) -> tuple[str, int]:

@@ -17,26 +17,14 @@ from distckpt.store.object import ObjectStore
 from distckpt.tools import preflight
 from tests.store import servers
 
-NAMES = {
-    "endpoint": "AWS_ENDPOINT_URL",
-    "region": "AWS_REGION",
-    "access_key_id": "AWS_ACCESS_KEY_ID",
-    "secret_access_key": "AWS_SECRET_ACCESS_KEY",
-}
-AZURE = {
-    "endpoint": "AZURE_STORAGE_ENDPOINT",
-    "account_name": "AZURE_STORAGE_ACCOUNT_NAME",
-    "account_key": "AZURE_STORAGE_ACCOUNT_KEY",
-}
-
 
 @pytest.fixture(scope="module")
 def bucket():
     """A bucket of moto, by what the environment says."""
     found = servers.start("moto").bucket()
     with pytest.MonkeyPatch.context() as patch:
-        for option, name in NAMES.items():
-            patch.setenv(name, found.options[option])
+        for name, value in found.environment.items():
+            patch.setenv(name, value)
         yield found
 
 
@@ -199,8 +187,8 @@ def test_preflight_fails_where_there_is_no_bucket(bucket, capsys):
 
 def test_wrong_credentials_are_one_line(capsys, monkeypatch):
     bucket = servers.start("azurite").bucket()
-    for option, name in AZURE.items():
-        monkeypatch.setenv(name, bucket.options[option])
+    for name, value in bucket.environment.items():
+        monkeypatch.setenv(name, value)
     assert "there is nothing" in said(capsys, "ls", bucket.uri, code=3)
     monkeypatch.setenv("AZURE_STORAGE_ACCOUNT_KEY", "d3Jvbmc=")
     assert "check the credentials" in said(capsys, "ls", bucket.uri, code=4)
