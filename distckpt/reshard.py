@@ -2,6 +2,7 @@
 
     python -m distckpt.reshard runs/first exported.safetensors --only model --dtype bfloat16
     python -m distckpt.reshard dcp_dir runs/next --step 4000 --world-size 8 --workers 4
+    python -m distckpt.reshard runs/first s3://bucket/first --verify
     python -m distckpt.reshard runs/first tags --to deepspeed --zero-stage 3 --world-size 16 --dtype bf16
     srun python -m distckpt.reshard runs/first /shared/dcp --to dcp      # tasks share the files out
 
@@ -70,8 +71,8 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m distckpt.reshard", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("source", metavar="SRC", help="a run or a step of one, a DCP directory, a DeepSpeed tag, .pt, safetensors")
-    add("destination", metavar="DST", help="a run's directory, a directory, or a file, by --to")
+    add("source", metavar="SRC", help="a run or a step of one (path or URI), a DCP directory, a DeepSpeed tag, ...")
+    add("destination", metavar="DST", help="a run's directory or URI, a directory, or a file, by --to")
     add(
         "--to",
         choices=("distckpt", "dcp", "deepspeed", "safetensors", "torch"),

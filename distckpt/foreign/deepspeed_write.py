@@ -85,7 +85,7 @@ class DeepSpeed:
         except StoreError as e:
             raise ValueError(f"tag {self.tag!r}: {e}") from e
 
-    def sink(self, checkpoint: Checkpoint, destination: Path, attempt: str, room: int) -> Sink:  # noqa: ARG002
+    def sink(self, checkpoint: Checkpoint, destination: str | Path, attempt: str, room: int) -> Sink:  # noqa: ARG002
         """Plan the files of the tag. Unsupported for what ZeRO has no place for, Mismatch for steps that differ."""
         return _Tag(checkpoint, self, room).sink()
 

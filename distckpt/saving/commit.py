@@ -68,7 +68,7 @@ def acked_ranks(store: Store, attempt: Attempt) -> set[int]:
     return {rank for rank in ranks if rank is not None}
 
 
-def _read_ack(store: Store, attempt: Attempt, rank: int) -> dict[str, Any]:
+def read_ack(store: Store, attempt: Attempt, rank: int) -> dict[str, Any]:
     """What a rank said. KeyMissing; Corrupt or FormatError where it is damaged."""
     key = attempt.key(ack_file(rank, attempt.id))
     said: dict[str, Any] = unseal(read_all(store, key, limit=_MOST_ACK))
@@ -94,7 +94,7 @@ def launch_of(store: Store, directory: StepDir, attempt: str) -> int | None:
 
 def _draft(store: Store, directory: StepDir, attempt: str) -> Manifest | None:
     try:
-        said = _read_ack(store, Attempt(directory, attempt, 0), 0)
+        said = read_ack(store, Attempt(directory, attempt, 0), 0)
         return manifest.from_json(said["draft"]) if "draft" in said else None
     except (KeyMissing, Corrupt, FormatError):
         return None
@@ -105,7 +105,7 @@ def complete(store: Store, attempt: Attempt, draft: Manifest | None = None) -> M
 
     RunConflict if one refused; KeyMissing, Corrupt or FormatError where an ack cannot be used.
     """
-    said = [_read_ack(store, attempt, rank) for rank in range(attempt.world_size)]
+    said = [read_ack(store, attempt, rank) for rank in range(attempt.world_size)]
     for rank, ack in enumerate(said):
         if "error" in ack:
             raise RunConflict(f"{attempt.directory}: rank {rank} gave the attempt up: {ack['error']}")

@@ -18,16 +18,17 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from distckpt.errors import Corrupt, RankFailed, StateWarning, StoreError
+from distckpt import __version__
+from distckpt.errors import Corrupt, RankFailed, StateWarning, StoreError, Unsupported
 from distckpt.foreign.files import PlainFile
 from distckpt.format import manifest
 from distckpt.format.checksum import digest
 from distckpt.loading.stream import ROOM
 from distckpt.run.source import open_source
-from distckpt.store.base import write_all
-from distckpt.store.local import LocalStore, local_path
-from distckpt.tools.formats import FORMATS, DeepSpeed, Format, Safetensors, Torch, is_taken, refuse_taken
-from distckpt.tools.transfer import Staging, Worker, collect, move_into_place, outputs_of, write_share
+from distckpt.store.open import located
+from distckpt.tools.formats import FORMATS, DeepSpeed, Distckpt, Format, Safetensors, Torch, is_taken, refuse_taken
+from distckpt.tools.in_place import InPlace
+from distckpt.tools.transfer import Staging, Worker, collect, outputs_of, write_share
 from distckpt.tools.view import Change, View
 
 if TYPE_CHECKING:
@@ -98,13 +99,13 @@ def copy(
 ) -> CopyReport:
     """Copy a checkpoint, as another format or the same.
 
-    to: "distckpt" (the destination is a run), "dcp" (a directory), "safetensors" (a file `*.safetensors`, or a
-    directory as Hugging Face has it), "torch" (a file); or a value of tools/formats.py, such as `DeepSpeed(stage=3,
-    ranks=16)`, which puts a tag into the destination. change: what is left out, renamed, cast, divided otherwise.
-    verify: check another tool's records against their CRC-32 first, and read the result back. memory: bytes that
-    buffers take at most. worker: this process's share of a copy that several do, through a file system they share; the
-    first finishes it. dry_run: only plan. tell: called with the bytes of each file written. What cannot be carried is
-    warned of, and noted.
+    destination: a path; of a run, a URI too. to: "distckpt" (the destination is a run), "dcp" (a directory),
+    "safetensors" (a file `*.safetensors`, or a directory as Hugging Face has it), "torch" (a file); or a value of
+    tools/formats.py, such as `DeepSpeed(stage=3, ranks=16)`, which puts a tag into the destination. change: what is
+    left out, renamed, cast, divided otherwise. verify: check another tool's records against their CRC-32 first, and
+    read the result back. memory: bytes that buffers take at most. worker: this process's share of a copy that several
+    do, who share the destination; the first finishes it. dry_run: only plan. tell: called with the bytes of each file
+    written. What cannot be carried is warned of, and noted.
     """
     room = ROOM if memory is None else max(_LEAST_ROOM, min(_MOST_ROOM, memory // worker.processes // 8))
     origin = source if isinstance(source, Source) else Source(str(source))
@@ -149,6 +150,11 @@ class _Plan:
     def __init__(self, request: _Request) -> None:
         self._to, change = request.to, request.change
         self.destination = _resolved(request.destination)
+        if not isinstance(self.destination, Path) and not isinstance(request.to, Distckpt):
+            raise Unsupported(
+                f"{self.destination}: only distckpt's own format is written to a URI, not {type(request.to).__name__}: "
+                "give a directory, and upload what is there then"
+            )
         if isinstance(request.to, DeepSpeed) and (change.dtype or change.files):
             raise ValueError("a tag's dtype and number of ranks are DeepSpeed(dtype=, ranks=), not a Change's")
         if isinstance(request.to, (Safetensors, Torch)) and change.files:
@@ -156,20 +162,24 @@ class _Plan:
         checkpoint = request.source.open()
         change = replace(change, step=request.source.step if checkpoint.foreign else None)
         self.view = View(checkpoint, change, request.source.order or ())
-        told = [manifest.to_json(self.view.manifest), asdict(change), repr(request.to)]
+        told = [__version__, manifest.to_json(self.view.manifest), asdict(change), repr(request.to)]
         identity = [
-            str(Path(request.source.path).absolute()),
+            str(located(request.source.path)),
             str(self.destination),
             *map(repr, _files_of(self.view)),
         ]
         self.attempt = digest(json.dumps([told, identity], sort_keys=True, default=str).encode())[:12]
-        self.staging = Staging(self.destination, self.attempt)
         self.sink = request.to.sink(self.view, self.destination, self.attempt, request.room)
+        self.staging: Staging | InPlace = (
+            Staging(self.sink, self.destination, self.attempt)
+            if isinstance(self.destination, Path)
+            else InPlace(self.sink, self.destination, self.attempt)
+        )
 
     @property
     def where(self) -> str:
         """What the copy is called in the end."""
-        return str(self.destination / self.sink.top) if self.sink.kind == "inside" else str(self.destination)
+        return f"{self.destination}/{self.sink.top}" if self.sink.kind == "inside" else str(self.destination)
 
     def write(self, request: _Request, shares: list[Worker], tell: Callable[[int], None], *, verify: bool) -> None:
         """Write these shares: by processes of their own, if there are several. Corrupt if the source has changed."""
@@ -189,19 +199,17 @@ class _Plan:
                 raise Corrupt(f"{name}: was changed while it was being copied: start again once nobody writes it")
 
     def finish(self, results: Mapping[str, Any], *, verify: bool) -> None:
-        """Write what makes the copy whole, check it, and move it into place."""
-        for name, data in self.sink.finish(results):
-            self.staging.data.discard_temporary(name)
-            write_all(self.staging.data, name, data)
-        top = self.destination.name if self.sink.kind == "file" else self.sink.top
-        self._check(self.staging.data.root / top, verify=verify)
-        move_into_place(self.sink, self.staging, self.destination, top)
-        for name, data in self.sink.pointers:
-            write_all(LocalStore(self.destination), name, data)
+        """Write what makes the copy whole, check it, and put it where it is to be."""
+        try:
+            self._check(self.staging.complete(self.sink.finish(results)), verify=verify)
+        except Corrupt:
+            self.staging.forget()
+            raise
+        refuse_taken(self.sink, self.destination)
+        self.staging.publish()
 
-    def _check(self, written: Path, *, verify: bool) -> None:
+    def _check(self, copied: Checkpoint, *, verify: bool) -> None:
         """Corrupt unless what was written opens, and has the tensors that it should."""
-        copied = open_source(written, order=self.sink.order)
         for index in range(len(copied.manifest.files)):
             copied.data_file(index)
         lacking = [
@@ -212,7 +220,7 @@ class _Plan:
             or (found.shape, found.dtype) != (info.shape, self.sink.dtypes.get(fqn, info.dtype))
         ]
         if lacking:
-            raise Corrupt(f"{written}: was written without {lacking[:5]}; it was not moved to {self.where}")
+            raise Corrupt(f"{copied.name}: was written without {lacking[:5]}; it was not put at {self.where}")
         if verify:
             again = View(copied, Change())
             if not isinstance(self._to, Safetensors):
@@ -220,10 +228,11 @@ class _Plan:
             again.read_all()
 
 
-def _resolved(destination: str) -> Path:
-    """Path that nothing on the way to is a symlink. Unsupported, StoreError."""
+def _resolved(destination: str) -> str | Path:
+    """URI, or path that nothing on the way to is a symlink. Unsupported, StoreError."""
+    place = located(destination)
     try:
-        return local_path(destination).resolve()
+        return place.resolve() if isinstance(place, Path) else place
     except (OSError, RuntimeError) as e:
         raise StoreError(f"cannot follow {destination}: {e}") from e
 

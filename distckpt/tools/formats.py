@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from distckpt.errors import RunConflict, StoreError
@@ -11,17 +12,17 @@ from distckpt.foreign.dcp_write import dcp_sink
 from distckpt.foreign.deepspeed_write import DeepSpeed
 from distckpt.foreign.safetensors_write import safetensors_sink
 from distckpt.foreign.torch_write import torch_sink
-from distckpt.format.layout import StepDir
+from distckpt.format.layout import StepDir, attempt_of
 from distckpt.run.history import History
 from distckpt.run.launches import read_launches
-from distckpt.store.local import LocalStore
+from distckpt.store.open import open_store, parted
 from distckpt.tools.run_sink import run_sink
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from pathlib import Path
 
     from distckpt.foreign.sink import Sink
+    from distckpt.store.base import Store
     from distckpt.tools.view import View
 
 __all__ = ["DCP", "FORMATS", "DeepSpeed", "Distckpt", "Format", "Safetensors", "Torch", "is_taken", "refuse_taken"]
@@ -30,7 +31,7 @@ __all__ = ["DCP", "FORMATS", "DeepSpeed", "Distckpt", "Format", "Safetensors", "
 class Format(Protocol):
     """A format with its options."""
 
-    def sink(self, view: View, destination: Path, attempt: str, room: int) -> Sink:
+    def sink(self, view: View, destination: str | Path, attempt: str, room: int) -> Sink:
         """Plan the files. attempt: a name for this copy. room: bytes that buffers take."""
         ...
 
@@ -39,18 +40,16 @@ class Format(Protocol):
 class Distckpt:
     """A run: the checkpoint becomes a step of it."""
 
-    def sink(self, view: View, destination: Path, attempt: str, room: int) -> Sink:
+    def sink(self, view: View, destination: str | Path, attempt: str, room: int) -> Sink:
         """See Format."""
-        step = view.manifest.step
-        taken = History(LocalStore(destination)).next_generation(step) if destination.is_dir() else 1
-        return run_sink(view, StepDir(step, taken), attempt, room)
+        return run_sink(view, _step_dir(open_store(destination), view.manifest.step, attempt), attempt, room)
 
 
 @dataclass(frozen=True, slots=True)
 class DCP:
     """A directory of torch.distributed.checkpoint."""
 
-    def sink(self, view: View, destination: Path, attempt: str, room: int) -> Sink:  # noqa: ARG002
+    def sink(self, view: View, destination: str | Path, attempt: str, room: int) -> Sink:  # noqa: ARG002
         """See Format."""
         return dcp_sink(view, room)
 
@@ -64,9 +63,10 @@ class Safetensors:
 
     shard_bytes: int = 5_000_000_000
 
-    def sink(self, view: View, destination: Path, attempt: str, room: int) -> Sink:  # noqa: ARG002
+    def sink(self, view: View, destination: str | Path, attempt: str, room: int) -> Sink:  # noqa: ARG002
         """See Format."""
-        alone = destination.name if destination.suffix == ".safetensors" else None
+        name = parted(destination)[1]
+        alone = name if Path(name).suffix == ".safetensors" else None
         return safetensors_sink(view, alone, self.shard_bytes, room)
 
 
@@ -74,9 +74,9 @@ class Safetensors:
 class Torch:
     """A file that torch.load reads."""
 
-    def sink(self, view: View, destination: Path, attempt: str, room: int) -> Sink:  # noqa: ARG002
+    def sink(self, view: View, destination: str | Path, attempt: str, room: int) -> Sink:  # noqa: ARG002
         """See Format."""
-        return torch_sink(view, destination.name, room)
+        return torch_sink(view, parted(destination)[1], room)
 
 
 FORMATS: dict[str, Callable[[], Format]] = {
@@ -89,7 +89,15 @@ FORMATS: dict[str, Callable[[], Format]] = {
 """Formats by name. That of DeepSpeed needs options."""
 
 
-def refuse_taken(sink: Sink, destination: Path) -> None:
+def _step_dir(store: Store, step: int, attempt: str) -> StepDir:
+    """Directory of a step in which a try before this one has left files; else one that nothing has taken."""
+    history = History(store)
+    same = (d for d in history.directories() if d.step == step)
+    begun = (d for d in same if any(attempt_of(entry.name) == attempt for entry in store.list(str(d))))
+    return next(begun, None) or StepDir(step, history.next_generation(step))
+
+
+def refuse_taken(sink: Sink, destination: str | Path) -> None:
     """RunConflict where the destination holds something already. StoreError where nothing can be moved to it."""
     if os.path.ismount(destination):
         raise StoreError(f"{destination}: is a mount point, which no directory can be moved to: give a path below it")
@@ -100,16 +108,17 @@ def refuse_taken(sink: Sink, destination: Path) -> None:
                 "would not count: copy into a new directory"
             )
     elif is_taken(sink, destination):
-        target, tag = (destination / sink.top, "tag or ") if sink.kind == "inside" else (destination, "")
+        target, tag = (f"{destination}/{sink.top}", "tag or ") if sink.kind == "inside" else (destination, "")
         raise RunConflict(f"{target}: exists already; give another {tag}destination, or remove it first")
 
 
-def is_taken(sink: Sink, destination: Path) -> bool:
+def is_taken(sink: Sink, destination: str | Path) -> bool:
     """Whether the destination holds something already."""
+    path = Path(destination)
     if sink.kind != "inside":
-        return destination.exists() and not (destination.is_dir() and not any(destination.iterdir()))
+        return path.exists() and not (path.is_dir() and not any(path.iterdir()))
     step = StepDir.parse(sink.top)
-    if step is None or not destination.is_dir():
-        return (destination / sink.top).exists()
-    store = LocalStore(destination)
+    if step is None:
+        return (path / sink.top).exists()
+    store = open_store(destination)
     return bool(read_launches(store)) or any(f.directory.step == step.step for f in History(store).committed())

@@ -1,7 +1,9 @@
 """Write the files of a sink, by several processes or nodes, so that nothing is there before all of it is.
 
-Everything is written below a hidden directory beside the destination, whose name tells source and options: a transfer
-that was interrupted goes on where it stopped. The last one moves the whole into place.
+In a file system everything is written below a hidden directory beside the destination, and moved into place as a whole.
+At a URI, where nothing can be moved, it is written in place as an attempt of a step, which is nothing before its commit
+(tools/in_place.py). What names either tells source and options: a transfer that was interrupted goes on where it
+stopped.
 """
 
 from __future__ import annotations
@@ -18,14 +20,17 @@ from distckpt.errors import KeyExists, KeyMissing, RanksMissing, RunConflict, St
 from distckpt.foreign.dcp_write import Folder
 from distckpt.format.checksum import digest
 from distckpt.format.text import read_json
+from distckpt.run.source import open_source
 from distckpt.store.base import read_all, write_all
 from distckpt.store.local import LocalStore
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
     from pathlib import Path
 
     from distckpt.foreign.sink import Output, Sink
+    from distckpt.loading.open import Checkpoint
+    from distckpt.tools.in_place import InPlace
 
 _MOST = 1 << 20
 _LONGEST = 200
@@ -62,7 +67,9 @@ class Staging:
 
     DONE, LOCK = "done", "lock"
 
-    def __init__(self, destination: Path, attempt: str) -> None:
+    def __init__(self, sink: Sink, destination: Path, attempt: str) -> None:
+        self._sink, self._destination = sink, destination
+        self._top = destination.name if sink.kind == "file" else sink.top
         self.root = destination.parent / f".{destination.name[:_LONGEST]}.{attempt}.partial"
         self.data = Folder(self.root / "data", also=destination.name)
         self._done = LocalStore(self.root / self.DONE)
@@ -87,13 +94,15 @@ class Staging:
             if made or not self.data.root.exists():
                 shutil.rmtree(self.root)
 
-    def result(self, output: Output) -> dict[str, Any] | None:
-        """What an output returned, as `result`; None if it is not finished."""
-        try:
-            found: dict[str, Any] = read_json(read_all(self._done, _key(output), limit=_MOST))
-            return found if self.data.head(output.name) == output.size else None
-        except KeyMissing:
-            return None
+    def finished(self, outputs: Iterable[Output]) -> dict[str, Any]:
+        """What those of the outputs returned that are finished, by name."""
+        found = {}
+        for output in outputs:
+            with contextlib.suppress(KeyMissing):
+                said: Any = read_json(read_all(self._done, _key(output), limit=_MOST))
+                if self.data.head(output.name) == output.size:
+                    found[output.name] = said["result"]
+        return found
 
     def make(self, output: Output) -> None:
         """Write an output, and say that it is written. What a killed try left of it goes first."""
@@ -101,15 +110,36 @@ class Staging:
         result = output.write(self.data)
         write_all(self._done, _key(output), json.dumps({"result": result}).encode())
 
+    def complete(self, files: Iterable[tuple[str, bytes]]) -> Checkpoint:
+        """Write what makes the copy whole, and open it as it lies here."""
+        for name, data in files:
+            self.data.discard_temporary(name)
+            write_all(self.data, name, data)
+        return open_source(self.data.root / self._top, order=self._sink.order)
+
+    def forget(self) -> None:
+        """Take no output for finished any more: what was written is not what is there."""
+        for entry in self._done.list(""):
+            if entry.name != self.LOCK:
+                self._done.delete(entry.name)
+
+    def publish(self) -> None:
+        """Move the whole into place, and switch what points there."""
+        move_into_place(self._sink, self, self._destination, self._top)
+        for name, data in self._sink.pointers:
+            write_all(LocalStore(self._destination), name, data)
+
 
 def _key(output: Output) -> str:
     return digest(output.name.encode()) + ".json"
 
 
-def write_share(sink: Sink, staging: Staging, worker: Worker, tell: Callable[[int], None]) -> None:
+def write_share(sink: Sink, staging: Staging | InPlace, worker: Worker, tell: Callable[[int], None]) -> None:
     """Write the outputs that are this worker's. `tell` learns of the bytes of each."""
-    for output in outputs_of(sink, worker):
-        if staging.result(output) is None:
+    mine = outputs_of(sink, worker)
+    finished = staging.finished(mine)
+    for output in mine:
+        if output.name not in finished:
             staging.make(output)
         tell(output.size)
 
@@ -130,15 +160,14 @@ def shares(sink: Sink, count: int) -> list[list[Output]]:
     return found
 
 
-def collect(sink: Sink, staging: Staging, worker: Worker) -> dict[str, Any]:
+def collect(sink: Sink, staging: Staging | InPlace, worker: Worker) -> dict[str, Any]:
     """Wait for every output. RanksMissing, with the workers and files, once none has come for too long."""
     results: dict[str, Any] = {}
     changed = time.monotonic()
     while True:
-        for output in sink.outputs:
-            if output.name not in results and (found := staging.result(output)) is not None:
-                results[output.name] = found["result"]
-                changed = time.monotonic()
+        if found := staging.finished(o for o in sink.outputs if o.name not in results):
+            results |= found
+            changed = time.monotonic()
         missing = [o.name for o in sink.outputs if o.name not in results]
         if not missing:
             return results

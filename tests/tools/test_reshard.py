@@ -196,7 +196,7 @@ def test_a_killed_one_leaves_nothing_under_its_name(runs, tmp_path):
     code = (
         "import os, signal\nfrom distckpt.tools import copy, transfer\n"
         "def die(*args):\n    os.kill(os.getpid(), signal.SIGKILL)\n"
-        "transfer.move_into_place = copy.move_into_place = die\n"
+        "transfer.move_into_place = die\n"
         f"copy.copy({str(runs / 'one')!r}, {str(out)!r})\n"
     )
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], timeout=60)

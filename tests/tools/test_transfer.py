@@ -206,10 +206,10 @@ def test_where_nothing_can_be_moved_to_is_said_before_anything_is_written(source
         with pytest.raises(StoreError, match=r"mount: is a mount point, .* give a path below it"):
             copy(source, tmp_path / "mount", to)
     for uri in ("s3://bucket/x", "s3://bucket/x.pt"):
-        with pytest.raises(Unsupported, match="is a URI"):
+        with pytest.raises(Unsupported, match="only distckpt's own format is written to a URI, not Torch"):
             copy(source, uri, "torch")
-        with pytest.raises(Unsupported, match="is a URI"):
-            copy(uri, tmp_path / "out")
+    with pytest.raises(NotACheckpoint, match="of others, bring the files here"):
+        copy("memory://nothing", tmp_path / "out")
     assert hidden(tmp_path) == []
 
 
