@@ -1,0 +1,237 @@
+"""A directory in front of a run's root: saves commit there, and are replicated to the root in the background."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+
+import pytest
+import torch
+from torch import nn
+
+from distckpt import Checkpointer, Keep, Local, TrainState
+from distckpt.errors import Corrupt, StateWarning
+from distckpt.run.history import History
+from distckpt.store.local import LocalStore
+from distckpt.store.tiers import Tiers
+
+
+@pytest.fixture
+def near(tmp_path):
+    return tmp_path / "nvme"
+
+
+@pytest.fixture
+def far(tmp_path):
+    return tmp_path / "root"
+
+
+class Training:
+    """A small model that is trained and saved."""
+
+    def __init__(self):
+        torch.manual_seed(0)
+        self.model = nn.Linear(64, 64)
+        self.optimizer = torch.optim.AdamW(self.model.parameters())
+        self.state = TrainState(model=self.model, optimizer=self.optimizer)
+
+    def step(self):
+        self.optimizer.zero_grad()
+        self.model(torch.randn(4, 64)).square().sum().backward()
+        self.optimizer.step()
+
+    def content(self):
+        moments = [v for state in self.optimizer.state.values() for _, v in sorted(state.items())]
+        return [t.clone() for t in (*self.model.parameters(), *moments)]
+
+
+def train(far, near, steps, training=None, *, wait=False, **options):
+    """Save after each of these steps; what the state was after the last."""
+    training = training or Training()
+    with Checkpointer(far, local=near, timeout=30, **options) as c:
+        c.resume(training.state)
+        for step in steps:
+            training.step()
+            c.save(step, training.state, wait=wait)
+    return training.content()
+
+
+def resumed(far, near=None, **options):
+    training = Training()
+    with Checkpointer(far, local=near, timeout=30, **options) as c:
+        report = c.resume(training.state)
+    return training.content(), report
+
+
+def same(a, b):
+    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def steps_at(root):
+    return sorted({c.directory.step for c in History(LocalStore(root)).valid()})
+
+
+def events(near):
+    return [json.loads(line) for line in (near / "events.jsonl").read_text().splitlines()]
+
+
+def data_file(root, step):
+    return next((root / f"step-{step:08d}").glob("rank-*.safetensors"))
+
+
+@pytest.mark.parametrize("wait", [False, True])
+def test_what_is_saved_lies_in_both_when_the_checkpointer_is_closed(near, far, wait):
+    saved = train(far, near, [1, 2], wait=wait)
+    for root in (near, far):
+        assert steps_at(root) == [1, 2]
+        assert json.loads((root / "last.json").read_text())["step"] == 2
+    assert same(resumed(far)[0], saved)
+    assert data_file(far, 2).read_bytes() == data_file(near, 2).read_bytes()
+
+
+def test_each_tier_keeps_by_its_own_rules(near, far):
+    for first in (1, 4):
+        train(far, Local(near, keep=Keep(last=2)), range(first, first + 3), wait=True, keep=Keep(last=4))
+    assert steps_at(near) == [5, 6]
+    assert len(steps_at(far)) <= 4
+    assert steps_at(far)[-1] == 6
+
+
+def test_where_the_near_directory_is_gone_a_resume_reads_the_root_and_goes_on(near, far):
+    saved = train(far, near, [1, 2])
+    shutil.rmtree(near)
+    loaded, report = resumed(far, near)
+    assert same(loaded, saved)
+    assert report.step == 2
+    assert any("read from" in note for note in report.notes)
+    train(far, near, [3])
+    assert steps_at(far) == [1, 2, 3]
+    assert [launch.name for launch in sorted((near / "launches").glob("????.json"))] == [
+        f"000{n}.json" for n in (1, 2, 3)
+    ]
+
+
+def test_a_near_resume_reads_nothing_from_the_root(near, far):
+    saved = train(far, near, [1, 2])
+    for file in far.rglob("*.safetensors"):
+        file.write_bytes(b"")
+    loaded, report = resumed(far, near)
+    assert same(loaded, saved)
+    assert not any("read from" in note for note in report.notes)
+
+
+@pytest.mark.parametrize("harm", ["flip", "cut", "header", "table", "remove", "commit", "object"])
+def test_what_is_damaged_near_is_read_from_the_root_and_nothing_else(near, far, harm):
+    saved = train(far, near, [1, 2])
+    victim = data_file(near, 2)
+    if harm == "commit":
+        victim = victim.with_name("commit.json")
+    if harm == "object":
+        victim = next(victim.parent.glob("optim.*.json"))
+    data = bytearray(victim.read_bytes())
+    at = {"flip": len(data) // 2, "header": 30, "table": len(data) - 2}.get(harm, len(data) // 2)
+    data[at] ^= 1
+    victim.write_bytes(data[: len(data) // 2] if harm == "cut" else data)
+    if harm == "remove":
+        victim.unlink()
+    places = Tiers(LocalStore(near), LocalStore(far))
+    training = Training()
+    with Checkpointer(far, local=near, timeout=30) as c:
+        assert c.resume(training.state).step == 2
+        places = c._places.whole
+    assert same(training.content(), saved)
+    assert {key for key in places.fetched if key.startswith("step-")} == {f"step-00000002/{victim.name}"}
+
+
+def test_what_is_damaged_in_both_makes_it_fall_back(near, far):
+    train(far, near, [1])
+    before = resumed(far)[0]
+    train(far, near, [2])
+    for root in (near, far):
+        victim = data_file(root, 2)
+        data = bytearray(victim.read_bytes())
+        data[len(data) // 2] ^= 1
+        victim.write_bytes(data)
+    with pytest.warns(StateWarning, match="falling back"):
+        loaded, report = resumed(far, near)
+    assert same(loaded, before)
+    assert report.step == 1
+
+
+def test_what_is_damaged_near_is_not_sent(near, far):
+    train(far, near, [1])
+    training = Training()
+    shutil.rmtree(far / "step-00000001")
+    victim = data_file(near, 1)
+    data = bytearray(victim.read_bytes())
+    data[len(data) // 2] ^= 1
+    victim.write_bytes(data)
+    with pytest.warns(StateWarning, match="do not match their checksum"), Checkpointer(far, local=near, timeout=4) as c:
+        with pytest.raises(Corrupt):
+            c.load(training.state)
+        c._saver.replicate()
+        time.sleep(0.5)
+    assert not (far / "step-00000001" / "commit.json").exists()
+
+
+def test_what_a_job_could_not_send_the_next_one_sends(near, far):
+    saved = train(far, near, [1, 2])
+    sent = data_file(far, 2)
+    shutil.rmtree(far / "step-00000001")
+    (far / "step-00000002" / "commit.json").unlink()
+    before = sent.stat().st_ino
+    assert resumed(far, near)[1].step == 2
+    assert steps_at(far) == [1, 2]
+    assert sent.stat().st_ino == before  # it was there: only the commit was missing
+    assert same(resumed(far)[0], saved)
+    assert [e["bytes"] for e in events(near) if e["event"] == "replicated"][-2] == 0
+
+
+def test_a_step_that_the_root_has_from_another_machine_is_saved_as_its_next_generation(near, far, tmp_path):
+    train(far, near, [1, 2])
+    training = Training()
+    with Checkpointer(far, local=tmp_path / "elsewhere", timeout=30) as c:
+        c.resume(training.state, step=1)
+        training.step()
+        c.save(2, training.state)
+    assert sorted(p.name for p in far.glob("step-*")) == ["step-00000001", "step-00000002", "step-00000002.2"]
+    loaded, report = resumed(far, near)  # this machine has the step that was left behind: it does not count
+    assert same(loaded, training.content())
+    assert report.step == 2
+
+
+def test_a_job_that_was_superseded_from_another_machine_sends_nothing_more(near, far, tmp_path):
+    train(far, near, [1])
+    training = Training()
+    with Checkpointer(far, local=near, timeout=30) as c:
+        c.resume(training.state)
+        resumed(far, tmp_path / "elsewhere")
+        training.step()
+        c.save(2, training.state, wait=True)
+        with pytest.warns(StateWarning, match="a later launch, elsewhere"):
+            c.close()
+    assert steps_at(far) == [1]
+
+
+def test_it_is_warned_of_a_root_that_cannot_be_written_and_saves_go_on(near, far):
+    training = Training()
+    with pytest.warns(StateWarning, match="replicating to"), Checkpointer(far, local=near, timeout=4) as c:
+        c.resume(training.state)
+        (far / "step-00000001").write_text("in the way")
+        training.step()
+        c.save(1, training.state, wait=True)
+        assert steps_at(near) == [1]
+        time.sleep(0.3)
+    (far / "step-00000001").unlink()
+    resumed(far, near)
+    assert steps_at(far) == [1]
+
+
+def test_the_two_places_must_differ(near):
+    with pytest.raises(ValueError, match="two different places"):
+        Checkpointer(near, local=near)
+    with pytest.raises(ValueError, match="behind"):
+        Checkpointer(near / "a", local=Local(near, behind="soon"))
+    with pytest.raises(ValueError, match="a size such as"):
+        Checkpointer(near / "a", local=Local(near, bandwidth="fast"))
