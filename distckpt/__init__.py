@@ -16,7 +16,7 @@ _HOMES = {
     "ElasticSampler": "distckpt.run.sampler",
     "Export": "distckpt.run.after",
     "Keep": "distckpt.run.keep",
-    "Local": "distckpt.run.replicate",
+    "Local": "distckpt.run.places",
     "LoadReport": "distckpt.loading.report",
     "Progress": "distckpt.run.trainstate",
     "TrainState": "distckpt.run.trainstate",
@@ -48,7 +48,7 @@ if TYPE_CHECKING:
     from distckpt.run.direct import load, save
     from distckpt.run.full import full_state_dict
     from distckpt.run.keep import Keep
-    from distckpt.run.replicate import Local
+    from distckpt.run.places import Local
     from distckpt.run.sampler import ElasticSampler
     from distckpt.run.trainstate import Progress, TrainState
 

@@ -212,7 +212,7 @@ class Described(Checkpoint):
         """See Checkpoint.bytes_read."""
         return self._index_bytes + self._all_files.read_count
 
-    def read(self, key: str, start: int, buffers: list[memoryview]) -> None:
+    def read(self, key: str, start: int, buffers: Sequence[memoryview]) -> None:
         """See Checkpoint.read."""
         try:
             self._all_files.read(key, start, buffers)

@@ -95,6 +95,7 @@ class Checkpoint:
 
     def __init__(self, store: Readable, directory: StepDir, content: Manifest) -> None:
         self.store, self.directory, self.manifest = store, directory, content
+        self.pace = store.pace
         self.name = str(directory)
         self.foreign = False
         """Whether it is of another tool: such a one has no values of ranks, environment or generators."""
@@ -152,35 +153,16 @@ class Checkpoint:
     def _opened(self, index: int) -> DataFile:
         info = self.manifest.files[index]
         key = info.name if "/" in info.name else f"{self.directory}/{info.name}"
-        return or_other_copy(self.store, key, lambda: self._read_tables(key, info))
+        return or_other_copy(self.store, key, lambda: opened(self, key, info))
 
-    def _read_tables(self, key: str, info: FileInfo) -> DataFile:
-        self._measure(key, info.size)
-        header = memoryview(bytearray(info.header))
-        self.read(key, 0, [header])
-        covered = _covered(info.size)
-        table = memoryview(bytearray(info.size - covered))
-        self.read(key, covered, [table])
-        if datafile.file_digest(header, table) != info.digest:
-            raise Corrupt(f"{key}: its header or checksum table does not match the commit's digest")
+    def head(self, key: str) -> int:
+        """Store.head; what is gone is Corrupt."""
         try:
-            chunks = datafile.decode_header(bytes(header), info.size)
-            if chunks[CHECKSUMS_CHUNK].start != covered:
-                raise FormatError(f"{CHECKSUMS_CHUNK} begins at byte {chunks[CHECKSUMS_CHUNK].start}, not {covered}")
-            return DataFile(key, chunks, datafile.decode_table(bytes(table), covered), covered)
-        except FormatError as e:
-            raise Corrupt(f"{key}: {e}") from e
-
-    def _measure(self, key: str, size: int) -> None:
-        """Corrupt unless a key has `size` bytes: asked before memory is taken for them."""
-        try:
-            found = self.store.head(key)
+            return self.store.head(key)
         except KeyMissing as e:
             raise Corrupt(f"{self.directory} is committed, but {e}") from e
-        if found != size:
-            raise Corrupt(f"{key}: has {found} bytes, the commit says {size}")
 
-    def read(self, key: str, start: int, buffers: list[memoryview]) -> None:
+    def read(self, key: str, start: int, buffers: Sequence[memoryview]) -> None:
         """Store.read, counted; what is gone or cut short is Corrupt."""
         try:
             self.store.read(key, start, buffers)
@@ -194,7 +176,7 @@ class Checkpoint:
 
         def attempt() -> None:
             self.read(file.key, first * file.grain, buffers)
-            file.verify(first, list(_blocks(buffers)))
+            file.verify(first, list(blocks(buffers)))
 
         or_other_copy(self.store, file.key, attempt)
 
@@ -205,7 +187,7 @@ class Checkpoint:
         return or_other_copy(self.store, key, lambda: self._read_object(key, name, info))
 
     def _read_object(self, key: str, name: str, info: ObjectInfo) -> Any:
-        self._measure(key, info.size)
+        _measure(self, key, info.size)
         data = memoryview(bytearray(info.size))
         self.read(key, 0, [data])
         if digest(data) != info.digest:
@@ -226,7 +208,7 @@ class Checkpoint:
         return found
 
 
-def _blocks(buffers: list[memoryview]) -> Iterator[list[memoryview]]:
+def blocks(buffers: list[memoryview]) -> Iterator[list[memoryview]]:
     """Cut consecutive buffers into blocks, each the list of its pieces."""
     block: list[memoryview] = []
     room = BLOCK
@@ -251,15 +233,38 @@ def _decoded(key: str, data: memoryview) -> Any:
         raise Corrupt(f"{key}: {e}") from e
 
 
+def _measure(source: Readable, key: str, size: int) -> None:
+    """Corrupt unless a key has `size` bytes: asked before memory is taken for them."""
+    if (found := source.head(key)) != size:
+        raise Corrupt(f"{key}: has {found} bytes, the commit says {size}")
+
+
 def _covered(size: int) -> int:
     """Bytes before the checksum table of a file of `size` bytes: the table's length follows from it."""
-    blocks = bisect.bisect_left(
-        range(size // BLOCK + 2), size, key=lambda b: b * BLOCK + datafile.table_size(b * BLOCK)
-    )
-    covered = size - datafile.table_size(blocks * BLOCK)
+    count = bisect.bisect_left(range(size // BLOCK + 2), size, key=lambda b: b * BLOCK + datafile.table_size(b * BLOCK))
+    covered = size - datafile.table_size(count * BLOCK)
     if covered < 0 or covered + datafile.table_size(covered) != size:
         raise FormatError(f"no data file has {size} bytes")
     return covered
+
+
+def opened(source: Readable, key: str, info: FileInfo) -> DataFile:
+    """Data file of this key. Corrupt unless header and table are as `info` says."""
+    _measure(source, key, info.size)
+    header = memoryview(bytearray(info.header))
+    source.read(key, 0, [header])
+    covered = _covered(info.size)
+    table = memoryview(bytearray(info.size - covered))
+    source.read(key, covered, [table])
+    if datafile.file_digest(header, table) != info.digest:
+        raise Corrupt(f"{key}: its header or checksum table does not match the commit's digest")
+    try:
+        chunks = datafile.decode_header(bytes(header), info.size)
+        if chunks[CHECKSUMS_CHUNK].start != covered:
+            raise FormatError(f"{CHECKSUMS_CHUNK} begins at byte {chunks[CHECKSUMS_CHUNK].start}, not {covered}")
+        return DataFile(key, chunks, datafile.decode_table(bytes(table), covered), covered)
+    except FormatError as e:
+        raise Corrupt(f"{key}: {e}") from e
 
 
 def open_checkpoint(store: Store, directory: StepDir) -> Checkpoint:

@@ -64,13 +64,12 @@ class Background:
     """The writer process of this rank. Started when first needed, and again if it has died.
 
     timeout: seconds that any wait for it lasts at most. limit: most bytes of an arena. hold: see Checkpointer,
-    in seconds. replication: see Places.
+    in seconds.
     """
 
-    def __init__(
-        self, timeout: float, limit: int | None = None, hold: float = 0.0, replication: dict[str, Any] | None = None
-    ) -> None:
-        self._timeout, self._hold, self._replication = timeout, hold, replication
+    def __init__(self, timeout: float, limit: int | None = None, hold: float = 0.0) -> None:
+        self._timeout, self._hold = timeout, hold
+        self._replication: dict[str, Any] | None = None
         self.limit = limit
         self._arenas: dict[int, Arena] = {}
         self._known: set[int] = set()
@@ -89,13 +88,14 @@ class Background:
         if not self._line:
             self._line, self._known = Line(self._timeout, self._hold), set()
             self._forgotten = weakref.finalize(self, self._line.forgotten).detach
-            self.replicate()
+            if self._replication:
+                self._line.send(self._replication)
         return self._line
 
-    def replicate(self) -> None:
-        """Have the process look for what is to be replicated, if anything ever is."""
-        if self._replication:
-            self._send({"do": "replicate", **self._replication})
+    def replicate(self, message: dict[str, Any]) -> None:
+        """Have the process look for what is to be replicated, now and after each save: see Places.replication."""
+        self._replication = {"do": "replicate", **message}
+        self._send(self._replication)
 
     def close(self) -> None:
         """Wait until the process has finished what was staged, and end it; give the arenas back."""

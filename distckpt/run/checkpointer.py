@@ -26,9 +26,9 @@ from distckpt.run.events import note
 from distckpt.run.held import held
 from distckpt.run.history import History
 from distckpt.run.job import Job
+from distckpt.run.places import Local, Places
 from distckpt.run.preemption import Preemption, Reason, Watch
 from distckpt.run.publish import Retention, Then, now
-from distckpt.run.replicate import Local, Places
 from distckpt.run.save import plain_metrics
 from distckpt.run.saver import Saver
 from distckpt.run.schedule import Due, Schedule
@@ -122,10 +122,7 @@ class Checkpointer:
         self._keep = self._places.keep
         self._hold = duration(hold, "hold") if hold else 0.0
         self._then = Then(Retention(self._keep) if self._keep else None, checked(after_commit))
-        sends = self._places.replication()
-        self._saver = Saver(
-            self._comm, when_busy=when_busy, arena_bytes=arena_bytes, hold=self._hold, replication=sends
-        )
+        self._saver = Saver(self._comm, self._places, when_busy=when_busy, arena_bytes=arena_bytes, hold=self._hold)
         looks = self._store.root if isinstance(self._store, LocalStore) and self._comm.rank == 0 else None
         self._watch = Watch(preemption if isinstance(preemption, Preemption) else Preemption(), looks)
         self._schedule = Schedule(self._comm, triggers, self._watch if preemption else None)
@@ -340,6 +337,7 @@ class Checkpointer:
             strict=strict, only=only, cast=cast, rename=rename, per_rank=dict(per_rank or {}), verify=verify
         )
         notes = self._job.settle()
+        self._saver.replicate()  # others may need what lies here alone
         search = Search(self._comm, self._whole, step)
         with held(self._store) if self._hold and isinstance(self._store, LocalStore) else nullcontext(0) as files:
             report, _ = load_newest(search, state, options, then=self._job.open) or (None, None)
@@ -356,7 +354,6 @@ class Checkpointer:
         self._schedule.resumed(getattr(state, "epoch", None))
         if report:
             report.notes += filter(None, [notes, *self._places.notes()])
-        self._saver.replicate()
         return report
 
     def load(

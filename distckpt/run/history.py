@@ -27,7 +27,7 @@ from distckpt.store.local import LocalStore
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
-    from distckpt.format.manifest import TensorInfo
+    from distckpt.format.manifest import Manifest, TensorInfo
     from distckpt.store.base import Store
 
 
@@ -142,15 +142,11 @@ class History:
         awaited = False
         while True:
             pending = self._pending()
-            notes += [
-                f"{attempt.directory}: all ranks had acked; committed for the job that died"
-                for attempt in pending
-                if self._roll_forward(attempt)
-            ]
+            notes += self.roll_forward(pending)
             arriving = self._arriving()
             awaited = awaited or bool(pending or arriving)
             now = time.monotonic()
-            state = [self.store.list(str(directory)) for directory in self._unfinished()], arriving
+            state = [self.store.list(str(directory)) for directory in self.unfinished()], arriving
             if state != seen:
                 seen, changed = state, now
             if not awaited or (not arriving and now - changed >= quiet):
@@ -165,12 +161,12 @@ class History:
     def _pending(self) -> list[Attempt]:
         """Attempts of which there are files in unfinished directories."""
         found = []
-        for directory in self._unfinished():
+        for directory in self.unfinished():
             names = (attempt_of(entry.name) for entry in self.store.list(str(directory)))
             found += [found_attempt(self.store, directory, a) for a in sorted({n for n in names if n})]
         return found
 
-    def _unfinished(self) -> list[StepDir]:
+    def unfinished(self) -> list[StepDir]:
         """Directories without a commit that are newer than the newest checkpoint that counts."""
         newest = next(self.valid(), None)
         newer = (d for d in self.directories() if not newest or d > newest.directory)
@@ -180,9 +176,21 @@ class History:
         """Keys in unfinished directories that living processes are writing."""
         if not isinstance(self.store, LocalStore):
             return []
-        return [f"{d}/{name}" for d in self._unfinished() for name in sorted(self.store.arriving(str(d)))]
+        return [f"{d}/{name}" for d in self.unfinished() for name in sorted(self.store.arriving(str(d)))]
 
-    def _roll_forward(self, attempt: Attempt) -> bool:
+    def roll_forward(self, attempts: list[Attempt] | None = None, *, apart: bool = False) -> list[str]:
+        """Commit attempts that every rank has acked. apart: of which files may lie on other nodes. Returns notes."""
+        return [
+            f"{attempt.directory}: all ranks had acked; committed for the job that died"
+            for attempt in (self._pending() if attempts is None else attempts)
+            if self._roll_forward(attempt, apart=apart)
+        ]
+
+    def _has_all(self, attempt: Attempt, whole: Manifest, *, apart: bool) -> bool:
+        here = {entry.name: entry.size for entry in self.store.list(str(attempt.directory))}
+        return all(here.get(f.name, f.size if apart else None) == f.size for f in whole.files)
+
+    def _roll_forward(self, attempt: Attempt, *, apart: bool) -> bool:
         """Commit an attempt whose every rank has acked, and whose files are all there."""
         if not attempt.world_size or not acked_ranks(self.store, attempt) >= set(range(attempt.world_size)):
             return False
@@ -190,7 +198,7 @@ class History:
             whole = complete(self.store, attempt)
             if not counts(attempt.directory, whole.launch, read_launches(self.store)):
                 return False  # of a superseded launch: committed, it would not count
-            if any(self.store.head(attempt.key(f.name)) != f.size for f in whole.files):
+            if not self._has_all(attempt, whole, apart=apart):
                 return False
             commit(self.store, attempt, whole)
         except (KeyMissing, RunConflict):

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from distckpt.comm import Comm
     from distckpt.format.layout import StepDir
-    from distckpt.run.replicate import Places
+    from distckpt.run.places import Places
 
 _NUMBER = 8  # bytes of a number in a message
 
@@ -41,13 +41,17 @@ class Job:
         """Refuse a run that another job trains on; wait for saves that a lost job left behind. Returns notes."""
 
         def look() -> bytes:
-            if self._comm.rank:
+            if self._comm.rank == 0:
+                refuse_living(self._store, self._comm.timeout / 2)
+            if not self._places.leads:
                 return b""
-            refuse_living(self._store, self._comm.timeout / 2)
+            self._places.open()
             quiet = min(1.0, self._comm.timeout / 4)
             return "; ".join(self._history.settle(quiet=quiet, limit=self._comm.timeout / 2))[:100].encode()
 
-        return together(self._comm, "looking for unfinished saves", look)[0].decode(errors="ignore")
+        self._places.meet(self._comm)
+        notes = together(self._comm, "looking for unfinished saves", look)[0].decode(errors="ignore")
+        return "; ".join(filter(None, [notes, *self._places.settle(self._comm, self._history, self._whole)]))
 
     def open(self, resumed_from: StepDir | None) -> None:
         """Open a launch, given what was resumed from, as rank 0 knows it."""
@@ -62,6 +66,7 @@ class Job:
                     f"{self._store} holds {newest.directory}: call resume() before save(), or use another directory"
                 )
 
+        self._places.meet(self._comm)
         return self._open(nothing)
 
     def _open(self, resumed_from: Callable[[], StepDir | None]) -> int:
@@ -76,12 +81,22 @@ class Job:
             step, since = resumed.step if resumed else None, round(time.monotonic() - self._made, 3)
             note(self._places.near, "launched", launch=number, step=step, world_size=ranks, seconds=since, **who)
             self._heartbeat.start(number)
-            for history in dict.fromkeys((self._history, self._whole)):
-                clear_up(history)
+            if not self._places.apart:
+                clear_up(self._history)
+            if self._whole is not self._history:
+                clear_up(self._whole)
             return number.to_bytes(_NUMBER, "little")
 
         self.launch = int.from_bytes(together(self._comm, "opening a launch", begin)[0], "little")
+        if self._places.apart:
+            together(self._comm, "opening a launch on every node", self._open_here)
         return self.launch
+
+    def _open_here(self) -> None:
+        """What each node does that has a directory of its own."""
+        if self._places.leads:
+            self._places.open()
+            clear_up(self._history)
 
     def refuse_if_superseded(self) -> None:
         """RunConflict once a later launch has begun: what this one saves would never be resumed. Not collective."""

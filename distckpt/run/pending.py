@@ -36,7 +36,7 @@ class PendingSave:
 
     def __init__(self, comm: Comm, store: Store, background: Background, planned: Planned, then: Then) -> None:
         self._started = time.monotonic()
-        self._noted = then.noted and comm.rank == 0
+        self._noted, self._apart = then.noted and comm.rank == 0, then.apart
         self._comm, self._store, self._background, self._part = comm, store, background, planned.part
         self.directory: StepDir = planned.part.attempt.directory
         self.notes = planned.notes
@@ -70,7 +70,9 @@ class PendingSave:
     def committed(self) -> bool:
         """Whether the checkpoint is there, as far as this rank can see. Not collective."""
         self._background.poll()
-        return self._job.ended and not self._job.error and is_committed(self._store, self.directory)
+        if not self._job.ended or self._job.error:
+            return False
+        return self._apart or is_committed(self._store, self.directory)
 
     @property
     def seconds(self) -> float:

@@ -52,14 +52,15 @@ class Retention:
 class Then:
     """What follows a commit besides `last` and the registry. Whoever commits does it, and is told of it in JSON.
 
-    after: see run/after.py. named_by: a file, and what it is to say: DeepSpeed's `latest`. noted: whether the run keeps
-    events.
+    apart: nobody sees the acks of all ranks, so it is for run/replicate.py to commit. after: see run/after.py.
+    named_by: a file, and what it is to say: DeepSpeed's `latest`. noted: whether the run keeps events.
     """
 
     retention: Retention | None = None
     after: tuple[After, ...] = ()
     named_by: tuple[str, str] | None = None
     noted: bool = True
+    apart: bool = False
 
     def to_json(self) -> dict[str, Any]:
         """What from_json takes."""
@@ -69,6 +70,7 @@ class Then:
             "after": [after.to_json() for after in self.after],
             "named_by": self.named_by,
             "noted": self.noted,
+            "apart": self.apart,
         }
 
     @staticmethod
@@ -81,6 +83,7 @@ class Then:
             tuple(After.from_json(after) for after in said["after"]),
             (named[0], named[1]) if named else None,
             said["noted"],
+            said["apart"],
         )
 
 

@@ -6,7 +6,7 @@ import time
 import warnings
 from contextlib import suppress
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from distckpt.errors import StateWarning
 from distckpt.run.background import ARENAS, Background
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from distckpt.comm import Comm
     from distckpt.run.history import History
+    from distckpt.run.places import Places
     from distckpt.run.publish import Then
     from distckpt.state import State
     from distckpt.store.base import Store
@@ -29,27 +30,24 @@ _FAILED, _BUSY = 1, 2
 
 
 class Saver:
-    """when_busy, arena_bytes, hold: as in Checkpointer. replication: see Places.
-
-    To a store in memory, every save is waited for.
-    """
+    """when_busy, arena_bytes, hold: as in Checkpointer. To a store in memory, every save is waited for."""
 
     def __init__(
         self,
         comm: Comm,
+        places: Places | None = None,
         *,
         when_busy: Literal["wait", "skip"] = "wait",
         arena_bytes: int | None = None,
         hold: float = 0.0,
-        replication: dict[str, Any] | None = None,
     ) -> None:
         if arena_bytes is not None and (type(arena_bytes) is not int or arena_bytes < 0):
             raise ValueError(f"arena_bytes={arena_bytes!r}: a number of bytes, or None for no limit")
         if when_busy not in {"wait", "skip"}:
             raise ValueError(f"when_busy={when_busy!r}: 'wait' or 'skip'")
-        self._comm = comm
+        self._comm, self._places = comm, places
         self.when_busy: Literal["wait", "skip"] = when_busy
-        self._background = Background(comm.timeout, arena_bytes, hold, None if comm.rank else replication)
+        self._background = Background(comm.timeout, arena_bytes, hold)
         self._pending: list[PendingSave] = []
         self.blocked = 0.0
         """Seconds that the latest save kept training waiting."""
@@ -60,8 +58,11 @@ class Saver:
         self, history: History, capture: Callable[[], State], request: Request, then: Then, *, wait: bool
     ) -> PendingSave | SaveReport | None:
         """Save what `capture` gives in a run, and have `then` follow. None: skipped, and said so."""
-        if history.store.address and not wait:
-            return self._in_background(history.store, capture, request, then)
+        apart = self._places is not None and self._places.apart
+        if history.store.address and (apart or not wait):
+            self.replicate()
+            pending = self._in_background(history.store, capture, request, replace(then, apart=apart))
+            return pending.result() if pending and wait else pending
         self.finish()
         started = time.monotonic()
         request = replace(request, arena_bytes=self._background.limit)
@@ -130,8 +131,10 @@ class Saver:
             self._background.prepare(local_bytes(capture(), self._comm.world_size))
 
     def replicate(self) -> None:
-        """Have the writer process send what the far store lacks, where there is one (run/replicate.py)."""
-        self._background.replicate()
+        """Have the writer process send what a far store lacks, now and after each save, if this rank's is to."""
+        message = self._places.replication() if self._places else None
+        if message:
+            self._background.replicate(message)
 
     def finish(self) -> None:
         """Wait for saves in flight. Raises what the first that failed raised; none is in flight then."""

@@ -195,12 +195,16 @@ class _Writer:
         if isinstance(begun.store, LocalStore):
             key = part.attempt.key(part.name)
             self.newest = begun.store.root, key, self._arenas[message["arena"]], message["covered"]
-        if part.rank == 0:
+        if part.rank == 0 or begun.then.apart:
             self._commit(begun, draft)
 
     def _commit(self, begun: _Begun, draft: Manifest | None = None) -> None:
         """Wait for the other ranks' acks, commit, and do what follows."""
         attempt = begun.part.attempt
+        if begun.then.apart:
+            if self._replicator:
+                self._replicator.wake(attempt.directory)
+            return
         made = commit_when_acked(begun.store, attempt, draft, timeout=self._timeout)
         remove_acks(begun.store, attempt)
         seconds = time.monotonic() - begun.at

@@ -80,6 +80,14 @@ def read_ack(store: Store, attempt: Attempt, rank: int) -> dict[str, Any]:
     raise FormatError(f"{key} is not an ack of rank {rank}")
 
 
+def acked_part(store: Store, attempt: Attempt, rank: int) -> tuple[FileInfo, Manifest | None]:
+    """Return what a rank has finished, and (rank 0) the draft. RunConflict if it refused; KeyMissing, Corrupt."""
+    said = _read_ack(store, attempt, rank)
+    if "error" in said:
+        raise RunConflict(f"{attempt.directory}: rank {rank} gave the attempt up: {said['error']}")
+    return FileInfo(*said["file"]), manifest.from_json(said["draft"]) if "draft" in said else None
+
+
 def found_attempt(store: Store, directory: StepDir, attempt: str) -> Attempt:
     """Attempt of this id; its world size is what rank 0's ack tells, 0 where that cannot be read."""
     draft = _draft(store, directory, attempt)

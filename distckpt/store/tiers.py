@@ -8,6 +8,7 @@ is written through it (launches, heartbeats, leases) goes to both, to the far on
 from __future__ import annotations
 
 import contextlib
+import time
 from typing import TYPE_CHECKING, TypeVar
 
 from distckpt.errors import KeyMissing, KeyTruncated
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 _MOST_BYTES = 1 << 28
+_LOOKS = 0.2
+"""Seconds between looks for what another machine sends."""
 
 
 class Tiers:
@@ -32,6 +35,8 @@ class Tiers:
         self.near, self.far, self.pace = near, far, far.pace
         self.fetched: set[str] = set()
         self._distrusted: set[str] = set()
+        self._awaits: Callable[[str], bool] = lambda _: False
+        self._patience = 0.0
 
     def __repr__(self) -> str:
         return f"{self.near!r} in front of {self.far!r}"
@@ -57,16 +62,22 @@ class Tiers:
         if key not in self._distrusted:
             with contextlib.suppress(KeyMissing, KeyTruncated):
                 return ask(self.near)
+        deadline = time.monotonic() + self._patience
+        while self._awaits(key) and not _is_there(self.far, key) and time.monotonic() < deadline:
+            time.sleep(_LOOKS)
         answer = ask(self.far)
         self.fetched.add(key)
         return answer
+
+    def await_keys(self, which: Callable[[str], bool], seconds: float) -> None:
+        """Wait for such keys, for so long each, where neither store has them yet: another machine sends them."""
+        self._awaits, self._patience = which, seconds
 
     def distrust(self, key: str) -> bool:
         """Read a key from the far store from now on, for the near copy is damaged. False if that is all there is."""
         if key in self._distrusted or key in self.fetched:
             return False
-        with contextlib.suppress(KeyMissing):
-            self.far.head(key)
+        if _is_there(self.far, key):
             self._distrusted.add(key)
             return True
         return False
@@ -94,3 +105,11 @@ class Tiers:
             if entry.size is not None and entry.name not in here:
                 key = f"{prefix}/{entry.name}"
                 self.near.create(key, read_all(self.far, key, limit=_MOST_BYTES))
+
+
+def _is_there(store: Store, key: str) -> bool:
+    try:
+        store.head(key)
+    except KeyMissing:
+        return False
+    return True

@@ -167,11 +167,13 @@ def test_what_is_damaged_near_is_not_sent(near, far):
     data = bytearray(victim.read_bytes())
     data[len(data) // 2] ^= 1
     victim.write_bytes(data)
-    with pytest.warns(StateWarning, match="do not match their checksum"), Checkpointer(far, local=near, timeout=4) as c:
-        with pytest.raises(Corrupt):
-            c.load(training.state)
-        c._saver.replicate()
-        time.sleep(0.5)
+    c = Checkpointer(far, local=near, timeout=4)
+    with pytest.raises(Corrupt):
+        c.load(training.state)
+    c._saver.replicate()
+    time.sleep(0.5)
+    with pytest.warns(StateWarning, match="do not match their checksum"):
+        c.close()
     assert not (far / "step-00000001" / "commit.json").exists()
 
 
@@ -216,13 +218,14 @@ def test_a_job_that_was_superseded_from_another_machine_sends_nothing_more(near,
 
 def test_it_is_warned_of_a_root_that_cannot_be_written_and_saves_go_on(near, far):
     training = Training()
-    with pytest.warns(StateWarning, match="replicating to"), Checkpointer(far, local=near, timeout=4) as c:
-        c.resume(training.state)
-        (far / "step-00000001").write_text("in the way")
-        training.step()
-        c.save(1, training.state, wait=True)
-        assert steps_at(near) == [1]
-        time.sleep(0.3)
+    c = Checkpointer(far, local=near, timeout=4)
+    c.resume(training.state)
+    (far / "step-00000001").write_text("in the way")
+    training.step()
+    c.save(1, training.state, wait=True)
+    assert steps_at(near) == [1]
+    with pytest.warns(StateWarning, match="replicating to"):
+        c.close()
     (far / "step-00000001").unlink()
     resumed(far, near)
     assert steps_at(far) == [1]

@@ -1,0 +1,80 @@
+"""Directories that not all ranks share: a disk in each node, in front of one root. Collective. Imports no torch.
+
+A rank writes its data file and its ack where it is; nobody there sees the acks of other nodes, so nobody commits. The
+acks are sent to the root after the files, and whoever sees them all there commits, as in a save to the root itself. A
+resume need not wait for that: nodes tell each other the acks they have, and an attempt that every rank has acked is
+committed on each of them. What lies on another node is read from the root, once that node has sent it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import secrets
+from typing import TYPE_CHECKING
+
+from distckpt.comm import exchange, together
+from distckpt.errors import KeyExists
+from distckpt.format.layout import ACK, NODE
+from distckpt.store.base import read_all, write_all
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from distckpt.comm import Comm
+    from distckpt.run.history import History
+    from distckpt.store.base import Store
+
+_MOST_BYTES = 1 << 30
+
+
+def sharing(comm: Comm, store: Store) -> list[int]:
+    """Ranks that share this one's store, ascending: those that read the same name in it. Collective."""
+
+    def look() -> bytes:
+        with contextlib.suppress(KeyExists):
+            store.create(NODE, json.dumps({"node": secrets.token_hex(8)}).encode())
+        return bytes.fromhex(json.loads(read_all(store, NODE, limit=_MOST_BYTES))["node"])
+
+    names = together(comm, "finding out which ranks share a directory", look)
+    return [rank for rank, name in enumerate(names) if name == names[comm.rank]]
+
+
+def settle_apart(comm: Comm, near: History, beside: Iterable[History], *, leads: bool) -> list[str]:
+    """Commit on every node what all ranks of the job that saved it have acked. Collective. Returns notes.
+
+    near: this node's. leads: whether this rank acts for it. beside: where acks may lie besides, as in the root, of a
+    node that is lost.
+    """
+    mine: dict[str, str] = {}
+
+    def look() -> None:
+        if leads:
+            for history in (*beside, near):
+                mine.update(_small_files(history))
+
+    together(comm, "looking for what each node has saved", look)
+    told = exchange(comm, "telling what each node has saved", json.dumps(mine).encode() if mine else b"")
+    notes: list[str] = []
+
+    def commit() -> None:
+        if leads:
+            for key, text in sorted(pair for said in told if said for pair in json.loads(said).items()):
+                if not key.rpartition("/")[2].startswith(ACK) or key not in mine:
+                    write_all(near.store, key, text.encode())
+            notes.extend(near.roll_forward(apart=True))
+
+    together(comm, "committing what all nodes have saved", commit)
+    return notes
+
+
+def _small_files(history: History) -> dict[str, str]:
+    """Acks of attempts that are not committed, and the objects that they name: key -> text."""
+    store = history.store
+    found: dict[str, str] = {}
+    for directory in history.unfinished():
+        for entry in store.list(str(directory)):
+            key = f"{directory}/{entry.name}"
+            if entry.size is not None and entry.name.endswith(".json"):
+                found[key] = read_all(store, key, limit=_MOST_BYTES).decode()
+    return found

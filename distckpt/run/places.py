@@ -1,0 +1,124 @@
+"""Where a run lies: in its root; with tiers, in a local directory that saves commit in, and in the root behind it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from distckpt.format.layout import ACK, LAUNCHES, StepDir, attempt_of
+from distckpt.run.history import History
+from distckpt.run.keep import Keep
+from distckpt.run.nodes import settle_apart, sharing
+from distckpt.run.replicate import Rules
+from distckpt.run.triggers import duration
+from distckpt.store.open import open_store
+from distckpt.store.tiers import Tiers
+from distckpt.units import as_bytes
+
+if TYPE_CHECKING:
+    import os
+
+    from distckpt.comm import Comm
+    from distckpt.store.base import Store
+
+
+@dataclass(frozen=True)
+class Local:
+    """A directory in front of a run's root: saves commit there, and are replicated in the background.
+
+    keep: what stays in it (what is being sent stays, too). bandwidth: bytes a second ("50 MB") that replication takes
+    at most. behind: how long ("30 min") the root may lack the newest checkpoint before a StateWarning says so.
+    """
+
+    path: str | os.PathLike[str]
+    keep: Keep | None = field(default_factory=lambda: Keep(last=2))
+    bandwidth: str | int | None = None
+    behind: str | float = "30 min"
+
+
+class Places:
+    """Where a run lies. near: where saves go; whole: all that there is of it. The same unless it has tiers.
+
+    keep: what is kept near. ranks: those that share this rank's near store, once they have met; leads: whether this one
+    acts for them; apart: whether there are others. ValueError and Unsupported for a `local` that cannot be.
+    """
+
+    apart = False
+    leads = True
+
+    def __init__(
+        self,
+        root: str | os.PathLike[str] | Store,
+        local: Local | str | os.PathLike[str] | None = None,
+        keep: Keep | None = None,
+    ) -> None:
+        self.near = self.whole = open_store(root)
+        self.keep, self._rules = keep, None
+        self._taken: list[StepDir] | None = None
+        self._ranks: list[int] = []
+        self._world_size = 0
+        if local is not None:
+            asked = local if isinstance(local, Local) else Local(local)
+            bandwidth = as_bytes(asked.bandwidth) if asked.bandwidth is not None else None
+            self._rules = Rules(keep, asked.keep, bandwidth, duration(asked.behind, "behind"))
+            self._far, self.near = self.near, open_store(asked.path)
+            if self._far.address is None or self.near.address in (None, self._far.address):
+                raise ValueError(f"local={asked.path!r}, root={root!r}: two different places on disk or in a store")
+            self.whole, self.keep = Tiers(self.near, self._far), asked.keep
+
+    def generation(self, step: int) -> int:
+        """Generation of a step that the far store has free, 1 where there is none."""
+        if not isinstance(self.whole, Tiers):
+            return 1
+        if self._taken is None:
+            self._taken = History(self.whole.far).directories()
+        return max((d.generation for d in self._taken if d.step == step and not self._is_near(d)), default=0) + 1
+
+    def _is_near(self, directory: StepDir) -> bool:
+        return bool(self.near.list(str(directory)))
+
+    def meet(self, comm: Comm) -> None:
+        """Find out which ranks share the near store. Collective; done once."""
+        self.leads = comm.rank == 0
+        if not isinstance(self.whole, Tiers) or comm.world_size == 1 or self._ranks:
+            return
+        self._ranks = sharing(comm, self.near)
+        self.leads = self._ranks[0] == comm.rank
+        self.apart = len(self._ranks) < comm.world_size
+        self._world_size = comm.world_size
+        if self.apart:
+            self.whole.await_keys(is_sent, comm.timeout / 2)
+
+    def settle(self, comm: Comm, near: History, whole: History) -> list[str]:
+        """Commit what a lost job had saved, where no node sees all of it. Collective. Returns notes."""
+        if not self.apart:
+            return []
+        return settle_apart(comm, near, [whole] if comm.rank == 0 else [], leads=self.leads)
+
+    def open(self) -> None:
+        """Bring what decides which checkpoints count to the near store. Done by those who lead."""
+        if isinstance(self.whole, Tiers):
+            self.whole.bring_near(LAUNCHES)
+
+    def notes(self) -> list[str]:
+        """What a load is to tell of where it read."""
+        if not isinstance(self.whole, Tiers):
+            return []
+        fetched = sorted(key for key in self.whole.fetched if key.endswith(".safetensors"))
+        if not fetched:
+            return []
+        some = ", ".join(fetched[:3]) + (f" and {len(fetched) - 3} more" if len(fetched) > 3 else "")
+        return [f"read from {self.whole.far}, for {self.whole.near} lacks it or has it damaged: {some}"]
+
+    def replication(self) -> dict[str, Any] | None:
+        """Message by which this rank's writer process begins to replicate; None where it has nothing to."""
+        if not self._rules or not self.leads:
+            return None
+        apart = {"ranks": self._ranks, "world_size": self._world_size} if self.apart else None
+        return {"near": self.near.address, "far": self._far.address, "rules": self._rules.to_json(), "apart": apart}
+
+
+def is_sent(key: str) -> bool:
+    """Whether a key is of what one node sends to the root for the others: data files and objects."""
+    name = key.rpartition("/")[2]
+    return attempt_of(name) is not None and not name.startswith(ACK)

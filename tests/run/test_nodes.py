@@ -1,0 +1,141 @@
+"""Local directories that not all ranks share: a disk in each node, in front of one root."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import time
+
+import pytest
+import torch
+from torch import nn
+
+from distckpt import Checkpointer, Keep, Local, TrainState
+from distckpt.run.history import History
+from distckpt.store.local import LocalStore
+from tests import ranks
+
+
+class Training:
+    """A small model, sharded over all ranks."""
+
+    def __init__(self):
+        from torch.distributed.fsdp import fully_shard
+
+        torch.manual_seed(0)
+        self.model = nn.Sequential(nn.Linear(48, 48), nn.Linear(48, 48))
+        for layer in self.model:
+            fully_shard(layer)
+        fully_shard(self.model)
+        self.optimizer = torch.optim.AdamW(self.model.parameters())
+        self.state = TrainState(model=self.model, optimizer=self.optimizer)
+
+    def step(self):
+        self.optimizer.zero_grad()
+        self.model(torch.full((4, 48), 0.5)).square().sum().backward()
+        self.optimizer.step()
+
+    def content(self):
+        moments = [v for state in self.optimizer.state.values() for _, v in sorted(state.items())]
+        return [t.full_tensor().tolist() if hasattr(t, "full_tensor") else t.tolist() for t in moments] + [
+            p.full_tensor().tolist() for p in self.model.parameters()
+        ]
+
+
+def train(far, nodes, steps):
+    """Resume and save after each of these steps, on a rank of `nodes[rank]`: (step resumed, its content, the last's)."""
+    training = Training()
+    local = Local(nodes[torch.distributed.get_rank()], keep=Keep(last=2))
+    c = Checkpointer(far, local=local, timeout=20)
+    report = c.resume(training.state)
+    loaded = training.content() if report else None
+    for step in steps:
+        training.step()
+        c.save(step, training.state).wait()
+    last = training.content()
+    c.close()
+    return report and report.step, loaded, last
+
+
+def last_words(far, nodes, steps, path):
+    """Train, note what was saved, and be killed before anything is sent."""
+    training = Training()
+    local = Local(nodes[torch.distributed.get_rank()], bandwidth=1000)
+    c = Checkpointer(far, local=local, timeout=20)
+    c.resume(training.state)
+    for step in steps:
+        training.step()
+        c.save(step, training.state).wait()
+    content = training.content()
+    if torch.distributed.get_rank() == 0:
+        path.write_text(json.dumps(content))
+    torch.distributed.barrier()
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def run(world, far, nodes, steps):
+    return ranks.run(world, train, far, nodes, steps, timeout=90)
+
+
+def steps_at(root):
+    return sorted({c.directory.step for c in History(LocalStore(root)).valid()})
+
+
+@pytest.fixture
+def far(tmp_path):
+    return tmp_path / "root"
+
+
+@pytest.fixture
+def nodes(tmp_path):
+    return [tmp_path / "a", tmp_path / "a", tmp_path / "b", tmp_path / "b"]
+
+
+def test_each_node_saves_on_its_own_and_the_root_gets_all_of_it(far, nodes):
+    saved = run(4, far, nodes, [1, 2, 3])[0][2]
+    assert steps_at(far)[-1] == 3
+    assert json.loads((far / "last.json").read_text())["step"] == 3
+    for node, numbers in ((nodes[0], {0, 1}), (nodes[2], {2, 3})):
+        files = {int(f.name[5:10]) for f in (node / "step-00000003").glob("rank-*")}
+        assert files == numbers
+        assert steps_at(node)[-1] == 3
+        assert not list(node.glob("step-*/ack-*"))
+    assert not list(far.glob("step-*/ack-*"))
+    for step, loaded, _ in run(4, far, nodes, []):
+        assert (step, loaded) == (3, saved)
+
+
+def test_a_node_that_is_replaced_reads_the_root_and_goes_on(far, nodes, tmp_path):
+    saved = run(4, far, nodes, [1, 2])[0][2]
+    shutil.rmtree(nodes[2])
+    for step, loaded, _ in run(4, far, [*nodes[:2], tmp_path / "new", tmp_path / "new"], [3]):
+        assert (step, loaded) == (2, saved)
+    assert steps_at(far)[-1] == 3
+
+
+def test_other_ranks_on_other_nodes_read_what_lies_elsewhere_from_the_root(far, nodes):
+    saved = run(4, far, nodes, [1, 2])[0][2]
+    for step, loaded, _ in run(3, far, [nodes[2], nodes[0], nodes[0]], [3]):
+        assert (step, loaded) == (2, saved)
+    assert steps_at(far)[-1] == 3
+
+
+def test_what_all_nodes_have_saved_is_resumed_though_nothing_was_sent(far, nodes, tmp_path):
+    said = tmp_path / "said.json"
+    ranks.run(4, last_words, far, nodes, [1, 2], said, may_die=range(4), timeout=90)
+    assert steps_at(far) == []
+    for step, loaded, _ in run(4, far, nodes, []):
+        assert (step, loaded) == (2, json.loads(said.read_text()))
+    assert steps_at(far)[-1] == 2
+
+
+def test_what_a_lost_node_had_saved_alone_does_not_count(far, nodes, tmp_path):
+    before = run(4, far, nodes, [1])[0][2]
+    ranks.run(4, last_words, far, nodes, [2], tmp_path / "said.json", may_die=range(4), timeout=90)
+    time.sleep(0.2)
+    shutil.rmtree(nodes[2])
+    for step, loaded, _ in run(4, far, [*nodes[:2], tmp_path / "new", tmp_path / "new"], [2]):
+        assert (step, loaded) == (1, before)
+    assert steps_at(far) == [1, 2]
