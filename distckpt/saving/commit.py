@@ -82,7 +82,7 @@ def read_ack(store: Store, attempt: Attempt, rank: int) -> dict[str, Any]:
 
 def acked_part(store: Store, attempt: Attempt, rank: int) -> tuple[FileInfo, Manifest | None]:
     """Return what a rank has finished, and (rank 0) the draft. RunConflict if it refused; KeyMissing, Corrupt."""
-    said = _read_ack(store, attempt, rank)
+    said = read_ack(store, attempt, rank)
     if "error" in said:
         raise RunConflict(f"{attempt.directory}: rank {rank} gave the attempt up: {said['error']}")
     return FileInfo(*said["file"]), manifest.from_json(said["draft"]) if "draft" in said else None

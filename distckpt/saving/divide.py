@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import heapq
 from dataclasses import replace
-from math import prod
+from math import gcd, prod
 from typing import TYPE_CHECKING
 
 from distckpt.format.dtype import item_size
@@ -61,12 +61,44 @@ def _cut(layout: Layout, itemsize: int) -> Partition | int:
     count = prod(s.count for s in replicas)
     cell = held.cell([[0] * len(splits) for splits in held.splits])
     nbytes = cell.numel * itemsize
-    cut = _dimension_to_cut(cell.sizes, count)
-    if cut is None or nbytes < SLICE_BYTES * count:
+    added = _slices(cell.sizes, replicas) if nbytes >= SLICE_BYTES * count else None
+    if added is None:
         return nbytes
-    splits = [list(s) for s in held.splits]
-    splits[cut] += replicas
-    return Grid(held.shape, tuple(map(tuple, splits)), held.first)
+    splits = tuple((*of_dim, *more) for of_dim, more in zip(held.splits, added, strict=True))
+    return Grid(held.shape, splits, held.first)
+
+
+def _slices(sizes: Sequence[int], replicas: Sequence[Split]) -> list[list[Split]] | None:
+    """Splits of each dimension of a cell that slice it between its replicas about evenly, in few stretches; or None.
+
+    The first dimension that takes all of them, if it is the first; else each takes what divides it, from the first on.
+    """
+    count = prod(s.count for s in replicas)
+    found: list[list[Split]] = [[] for _ in sizes]
+    whole = _dimension_to_cut(sizes, count)
+    if whole != 0 and (spread := _spread(sizes, replicas)):
+        return spread
+    if whole is None:
+        return None
+    found[whole] += replicas
+    return found
+
+
+def _spread(sizes: Sequence[int], replicas: Sequence[Split]) -> list[list[Split]] | None:
+    """Splits over several dimensions that divide each of them; None where the replicas do not come out even."""
+    found: list[list[Split]] = [[] for _ in sizes]
+    left = list(sizes)
+    for split in replicas:
+        rest = split.count
+        for d, size in enumerate(left):
+            part = gcd(rest, size)
+            if part > 1:
+                rest //= part
+                left[d] //= part
+                found[d].append(Split(part, split.stride * rest))
+        if rest > 1:
+            return None
+    return found
 
 
 def _dealt(layout: Layout, nbytes: int, loads: dict[tuple[Split, ...], list[tuple[int, int]]]) -> Partition:

@@ -451,3 +451,30 @@ def test_groups_that_contradict_each_other_are_not_joined(tmp_path):
         "object optim differs between ranks: each keeps its own"
     ]
     assert "optim: each of the 2 ranks saved its own" in ranks.run(1, _load_contradicting, str(tmp_path))[0]
+
+
+@pytest.mark.parametrize(
+    ("rows", "columns", "shards", "replicas", "cell"),
+    [
+        (256, 32768, 16, 64, (1, 8192)),  # 16 rows a shard: a row each, and a quarter of it
+        (256, 8192, 16, 16, (1, 8192)),
+        (4096, 1024, 4, 4, (256, 1024)),
+        (48, 16384, 16, 6, (1, 8192)),
+        (26, 4096, 2, 5, (13, 820)),  # 13 rows and 5 replicas: nothing divides; columns
+    ],
+)
+def test_replicas_slice_what_they_share_into_few_stretches(rows, columns, shards, replicas, cell):
+    held = Grid((rows, columns), ((Split(shards, 1),), ()), 0)
+    tensor = Agreed((rows, columns), "float32", Layout(held, (Split(replicas, shards),)))
+    found = divide({"w": tensor})["w"]
+    assert found.cell([[0] * len(splits) for splits in found.splits]).sizes == cell
+    seen = torch.zeros(rows, columns, dtype=torch.int)
+    writers = set()
+    for rank in range(shards * replicas):
+        for region in found.of_file(rank):
+            seen[tuple(slice(o, o + n) for o, n in zip(region.offsets, region.sizes, strict=True))] += 1
+            writers.add(rank)
+            rows_of = range(rows * (rank % shards) // shards, rows * (rank % shards + 1) // shards)
+            assert region.offsets[0] in rows_of  # what the rank holds
+    assert (seen == 1).all()
+    assert len(writers) == shards * replicas
