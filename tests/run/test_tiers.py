@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ from distckpt.errors import Corrupt, StateWarning
 from distckpt.run.history import History
 from distckpt.store.local import LocalStore
 from distckpt.store.tiers import Tiers
+from tests.store import servers
 
 
 @pytest.fixture
@@ -238,3 +241,21 @@ def test_the_two_places_must_differ(near):
         Checkpointer(near / "a", local=Local(near, behind="soon"))
     with pytest.raises(ValueError, match="a size such as"):
         Checkpointer(near / "a", local=Local(near, bandwidth="fast"))
+
+
+def test_the_code_of_the_page_on_object_stores_runs(tmp_path, monkeypatch):
+    bucket = servers.start("moto").bucket()
+    for name, value in bucket.environment.items():
+        monkeypatch.setenv(name, value)
+    page = (Path(__file__).parents[2] / "docs" / "object-stores.md").read_text()
+    code = re.search(r"```python\n(.*?)```", page, re.DOTALL)[1]
+    code = code.replace("s3://bucket", bucket.uri).replace("/nvme", str(tmp_path))
+    *lines, load = code.strip().splitlines()
+    names = {}
+    exec("\n".join(lines), names)
+    training = Training()
+    with Checkpointer(f"{bucket.uri}/runs/first", timeout=30) as c:
+        c.save(1, training.state)
+    names["state_dict"] = {"model": Training().model.state_dict()}
+    exec(load.replace("state_dict)", "state_dict, strict=False)"), names)
+    assert torch.equal(names["state_dict"]["model"]["weight"], training.model.weight)
