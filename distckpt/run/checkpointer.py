@@ -122,6 +122,8 @@ class Checkpointer:
         self._keep = self._places.keep
         self._hold = duration(hold, "hold") if hold else 0.0
         self._then = Then(Retention(self._keep) if self._keep else None, checked(after_commit))
+        if (hold or self._then.after) and not isinstance(self._store, LocalStore):
+            raise Unsupported(f"hold= and after_commit= need a directory, which {self._store} is not: give local=, too")
         self._saver = Saver(self._comm, self._places, when_busy=when_busy, arena_bytes=arena_bytes, hold=self._hold)
         looks = self._store.root if isinstance(self._store, LocalStore) and self._comm.rank == 0 else None
         self._watch = Watch(preemption if isinstance(preemption, Preemption) else Preemption(), looks)

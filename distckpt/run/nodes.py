@@ -14,8 +14,9 @@ import secrets
 from typing import TYPE_CHECKING
 
 from distckpt.comm import exchange, together
-from distckpt.errors import KeyExists
+from distckpt.errors import KeyExists, RunConflict
 from distckpt.format.layout import ACK, NODE
+from distckpt.format.text import read_json
 from distckpt.store.base import read_all, write_all
 
 if TYPE_CHECKING:
@@ -28,13 +29,22 @@ if TYPE_CHECKING:
 _MOST_BYTES = 1 << 30
 
 
-def sharing(comm: Comm, store: Store) -> list[int]:
-    """Ranks that share this one's store, ascending: those that read the same name in it. Collective."""
+def sharing(comm: Comm, store: Store, root: str) -> list[int]:
+    """Ranks that share this one's store, ascending: those that read the same name in it. Collective.
+
+    root: of the run. RunConflict where the store stands in front of another.
+    """
 
     def look() -> bytes:
         with contextlib.suppress(KeyExists):
-            store.create(NODE, json.dumps({"node": secrets.token_hex(8)}).encode())
-        return bytes.fromhex(json.loads(read_all(store, NODE, limit=_MOST_BYTES))["node"])
+            store.create(NODE, json.dumps({"node": secrets.token_hex(8), "root": root}).encode())
+        said = read_json(read_all(store, NODE, limit=_MOST_BYTES))
+        if said["root"] != root:
+            raise RunConflict(
+                f"{store}: is in front of {said['root']}, not of {root}: give another local directory; or, if that run "
+                f"was moved here, remove {NODE} in it"
+            )
+        return bytes.fromhex(said["node"])
 
     names = together(comm, "finding out which ranks share a directory", look)
     return [rank for rank, name in enumerate(names) if name == names[comm.rank]]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from distckpt.format.layout import ACK, LAUNCHES, StepDir, attempt_of
+from distckpt.format.layout import ACK, LAUNCHES, StepDir, attempt_of, launch_number
 from distckpt.run.history import History
 from distckpt.run.keep import Keep
 from distckpt.run.nodes import settle_apart, sharing
@@ -80,9 +80,9 @@ class Places:
     def meet(self, comm: Comm) -> None:
         """Find out which ranks share the near store. Collective; done once."""
         self.leads = comm.rank == 0
-        if not isinstance(self.whole, Tiers) or comm.world_size == 1 or self._ranks:
+        if not isinstance(self.whole, Tiers) or self._ranks:
             return
-        self._ranks = sharing(comm, self.near)
+        self._ranks = sharing(comm, self.near, str((self._far.address or {})["root"]))
         self.leads = self._ranks[0] == comm.rank
         self.apart = len(self._ranks) < comm.world_size
         self._world_size = comm.world_size
@@ -98,7 +98,7 @@ class Places:
     def open(self) -> None:
         """Bring what decides which checkpoints count to the near store. Done by those who lead."""
         if isinstance(self.whole, Tiers):
-            self.whole.bring_near(LAUNCHES)
+            self.whole.bring_near(LAUNCHES, lambda name: launch_number(name) is not None)
 
     def notes(self) -> list[str]:
         """What a load is to tell of where it read."""

@@ -60,6 +60,9 @@ class Saver:
         """Save what `capture` gives in a run, and have `then` follow. None: skipped, and said so."""
         apart = self._places is not None and self._places.apart
         if history.store.address and (apart or not wait):
+            if apart and then.after and self._comm.rank == 0 and not self._committed:
+                why = "no node has all of a checkpoint: use a shared local directory, or run them on the root's"
+                warnings.warn(f"after_commit commands do not run: {why}", StateWarning, stacklevel=4)
             self.replicate()
             pending = self._in_background(history.store, capture, request, replace(then, apart=apart))
             return pending.result() if pending and wait else pending

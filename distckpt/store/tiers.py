@@ -98,11 +98,11 @@ class Tiers:
         self.near.delete(key)
         self.far.delete(key)
 
-    def bring_near(self, prefix: str) -> None:
-        """Copy the keys directly below a prefix that the near store lacks."""
+    def bring_near(self, prefix: str, which: Callable[[str], bool]) -> None:
+        """Copy the keys directly below a prefix, of those names, that the near store lacks."""
         here = {entry.name for entry in self.near.list(prefix)}
         for entry in self.far.list(prefix):
-            if entry.size is not None and entry.name not in here:
+            if entry.size is not None and entry.name not in here and which(entry.name):
                 key = f"{prefix}/{entry.name}"
                 self.near.create(key, read_all(self.far, key, limit=_MOST_BYTES))
 

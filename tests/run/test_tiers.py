@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch import nn
 
-from distckpt import Checkpointer, Keep, Local, TrainState
-from distckpt.errors import Corrupt, StateWarning
+from distckpt import After, Checkpointer, Keep, Local, TrainState
+from distckpt.errors import Corrupt, RunConflict, StateWarning, Unsupported
 from distckpt.run.history import History
 from distckpt.store.local import LocalStore
 from distckpt.store.tiers import Tiers
@@ -259,3 +259,19 @@ def test_the_code_of_the_page_on_object_stores_runs(tmp_path, monkeypatch):
     names["state_dict"] = {"model": Training().model.state_dict()}
     exec(load.replace("state_dict)", "state_dict, strict=False)"), names)
     assert torch.equal(names["state_dict"]["model"]["weight"], training.model.weight)
+
+
+def test_a_directory_in_front_of_one_root_is_refused_in_front_of_another(near, far, tmp_path):
+    train(far, near, [1])
+    with (
+        pytest.raises(RunConflict, match=r"nvme.*is in front of .*give another local directory"),
+        Checkpointer(tmp_path / "other", local=near, timeout=30) as c,
+    ):
+        c.resume(Training().state)
+    assert not (tmp_path / "other" / "launches").exists()
+
+
+def test_what_needs_a_directory_is_refused_at_a_uri():
+    for options in ({"hold": "1 min"}, {"after_commit": [After(("true",))]}):
+        with pytest.raises(Unsupported, match="give local="):
+            Checkpointer("memory://run", **options)
