@@ -12,6 +12,7 @@ each bucket, by trying. Where it does not, see `_create_by_claim`.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import secrets
 import threading
 import time
@@ -246,7 +247,10 @@ class ObjectStore:
         """
         directory, _, name = key.rpartition("/")
         lead = f"{directory}/" if directory else ""
-        nonce = f"{_CLAIM}{name}-{secrets.token_hex(8)}"
+        claim = (
+            f"{_CLAIM}{hashlib.blake2b(name.encode(), digest_size=8).hexdigest()}-"  # a name may be as long as one may
+        )
+        nonce = claim + secrets.token_hex(8)
         if self._is_ours(key, data):
             return
         self._client.ask("claim", key, lambda store: store.put(lead + nonce, b""))
@@ -254,7 +258,7 @@ class ObjectStore:
             time.sleep(SETTLES)
             deadline = time.monotonic() + _PATIENCE
             while not self._is_ours(key, data):
-                if nonce == min(self._claims(lead, name), default=nonce) or time.monotonic() > deadline:
+                if nonce == min(self._claims(lead, claim), default=nonce) or time.monotonic() > deadline:
                     self._client.ask("create", key, lambda store: store.put(key, data))
                     time.sleep(SETTLES)
                 else:
@@ -268,11 +272,11 @@ class ObjectStore:
         except KeyMissing:
             return False
 
-    def _claims(self, lead: str, name: str) -> Sequence[str]:
+    def _claims(self, lead: str, claim: str) -> Sequence[str]:
         prefix = lead.rstrip("/") or None
         found = self._client.ask("list", lead, lambda store: store.list_with_delimiter(prefix))["objects"]
         names = (each["path"].rpartition("/")[2] for each in found)
-        return [n for n in names if n.startswith(f"{_CLAIM}{name}-")]
+        return [n for n in names if n.startswith(claim)]
 
 
 class _Counted:

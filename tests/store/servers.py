@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import atexit
 import base64
+import contextlib
 import email.utils
 import functools
 import getpass
@@ -346,8 +347,10 @@ def leftovers(uri: str, options: dict[str, str]) -> list[str]:
     found = from_url(uri, config=options, client_options={"allow_http": True}).list().collect()
     names = [each["path"] for each in found if "/." in f"/{each['path']}"]
     if uri.startswith("s3:"):
-        uploads = client(**options).list_multipart_uploads(Bucket=bucket, Prefix=prefix)
-        names += [each["Key"] for each in uploads.get("Uploads", [])]
+        asked = client(**options)
+        with contextlib.suppress(asked.exceptions.NoSuchUpload):  # what rclone says where there are none
+            uploads = asked.list_multipart_uploads(Bucket=bucket, Prefix=prefix)
+            names += [each["Key"] for each in uploads.get("Uploads", [])]
     return names
 
 
