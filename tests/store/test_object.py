@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import os
 import random
 import signal
 import subprocess
@@ -202,7 +203,7 @@ def test_a_create_with_a_hang_at_its_answer_is_settled_by_reading(through, direc
 @pytest.mark.parametrize("fault", ["500", "reset", "lost"])
 def test_whether_a_server_keeps_conditions_is_found_out_behind_faults_too(bucket, proxy, direct, fault):
     there = bucket.at(proxy.endpoint)
-    for nth in range(6):
+    for nth in (0, 1, 2, 9):
         proxy.clear()
         proxy.on("PUT", PASSING[fault], after=nth, times=2)
         objects._keeps_conditions.clear()
@@ -274,7 +275,7 @@ def test_a_large_write_that_fails_leaves_the_key_and_no_upload(bucket, store, di
     assert servers.leftovers(bucket.uri, bucket.options) == []
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(3))
 def test_behind_any_faults_a_verb_does_what_it_says_or_raises(store, direct, proxy, seed):
     draw = random.Random(seed)
     faults = [*PASSING.values(), Fault(upload=1000), Fault(body=0)]
@@ -318,11 +319,11 @@ def content(store, key):
 MEASURE = """
 import json, sys
 from distckpt.store import object as objects
-objects.PART, objects.IN_FLIGHT = 1 << 20, 2
+objects.PART, objects.IN_FLIGHT = 1 << 19, 2
 store = objects.ObjectStore(sys.argv[1], json.loads(sys.argv[2]))
-size = 32 << 20
+size = 16 << 20
 whole = memoryview(bytearray(size))
-slab = whole[: 1 << 20]
+slab = whole[: 1 << 19]
 
 def now(what):
     return int(next(l for l in open("/proc/self/status") if l.startswith(what)).split()[1]) >> 10
@@ -333,9 +334,9 @@ def measure(name, call):
     call()
     print(name, now("VmHWM") - before)
 
-store.write("warm", [slab] * 8, size=8 << 20)
-store.read("warm", 0, [whole[: 8 << 20]])
-measure("slabs", lambda: store.write("a", (slab for _ in range(size >> 20)), size=size))
+store.write("warm", [slab] * 8, size=4 << 20)
+store.read("warm", 0, [whole[: 4 << 20]])
+measure("slabs", lambda: store.write("a", (slab for _ in range(size >> 19)), size=size))
 measure("one", lambda: store.write("a", [whole], size=size))
 measure("stable", lambda: store.write("a", [whole], size=size, stable=objects.FOR_GOOD))
 measure("read", lambda: store.read("a", 0, [whole]))
@@ -353,7 +354,7 @@ def test_memory_is_bounded_by_the_parts_in_flight():
     )
     assert said.returncode == 0, said.stderr
     took = dict(line.split() for line in said.stdout.splitlines())
-    assert all(int(mib) < 12 for mib in took.values()), took
+    assert all(int(mib) < 8 for mib in took.values()), took
 
 
 # what is wrong with a bucket
@@ -395,17 +396,18 @@ def test_a_write_that_is_interrupted_stops(store, direct, proxy):
     def ring(*_):
         raise Rang
 
-    proxy.latency = 0.1
+    proxy.latency = 0.5
     taken = []
 
     def pieces():
         for i in range(100):
             taken.append(i)
             yield memoryview(bytes(PART))
+            if i == 4:
+                os.kill(os.getpid(), signal.SIGALRM)
 
     before = signal.signal(signal.SIGALRM, ring)
     try:
-        signal.setitimer(signal.ITIMER_REAL, 0.4)
         with pytest.raises(Rang):
             store.write("a", pieces(), size=100 * PART)
     finally:
