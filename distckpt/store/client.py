@@ -146,7 +146,8 @@ def _off_main(call: Callable[[], T]) -> T:
 
     thread = threading.Thread(target=work, name="distckpt-object", daemon=True)
     thread.start()
-    thread.join()  # its requests have timeouts
+    while thread.is_alive():  # ends: its requests have timeouts
+        thread.join(0.1)  # a signal that another thread took is handled between two, not when all is over
     if problem:
         raise problem[0]
     return result[0]
