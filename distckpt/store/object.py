@@ -140,7 +140,7 @@ class ObjectStore:
         mark = secrets.token_hex(16)
         many = {"use_multipart": True, "chunk_size": part, "max_concurrency": IN_FLIGHT, "attributes": {_MARK: mark}}
         try:
-            self._client.ask_once("write", key, lambda store: store.put(key, iter(counted), **many))
+            self._client.ask_once("write", key, lambda store: store.put(key, _beside(iter(counted)), **many))
         except StoreError as problem:
             if not counted.whole or self._mark(key) != mark:
                 raise problem from None
@@ -305,6 +305,18 @@ class _Counted:
     def stop(self) -> None:
         """Let no more go out: who gave them is gone, and may reuse them."""
         self._stopped = True
+
+
+def _beside(pieces: Iterator[Any]) -> Iterator[Any]:
+    """Yield pieces that a thread makes, one ahead.
+
+    obstore cannot be asked for anything where it asks for a piece: and what goes from store to store is read by it.
+    """
+    with ThreadPoolExecutor(1, "distckpt-pieces") as pool:
+        coming = pool.submit(next, pieces, None)
+        while (piece := coming.result()) is not None:
+            coming = pool.submit(next, pieces, None)
+            yield piece
 
 
 def _skimmed(got: Any, low: int, high: int) -> bytes:

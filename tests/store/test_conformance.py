@@ -92,6 +92,20 @@ def test_a_listing_never_shows_a_write_in_progress(store):
     assert store.list("d") == [Entry("new", 4), Entry("other", 1)]
 
 
+def test_a_write_may_take_its_pieces_from_the_store_itself(store):
+    data, piece = bytes(range(256)) * (9 << 12), 1 << 20
+    write_all(store, "a/from", data)
+
+    def pieces():
+        for start in range(0, len(data), piece):
+            taken = memoryview(bytearray(piece))
+            store.read("a/from", start, [taken])
+            yield taken
+
+    store.write("b/to", pieces(), size=len(data))
+    assert get(store, "b/to") == data
+
+
 # head and read
 
 

@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
+import distckpt
 from distckpt import Checkpointer, TrainState
 from distckpt.cli import main as cli
 from distckpt.errors import Corrupt, NotACheckpoint, RanksMissing, RunConflict, Unsupported
@@ -118,6 +119,14 @@ def test_what_is_there_already_is_never_touched(source, to):
         with pytest.raises(RunConflict, match="holds step 5 already"):
             copy(source, to, change=Change(files=2), dry_run=dry_run)
     assert names(to) == before
+
+
+def test_what_goes_up_in_several_parts_is_read_from_a_uri_as_it_goes(to):
+    saved, found = ({"model": {"w": torch.full((9 << 20,), value, dtype=torch.uint8)}} for value in (7, 0))
+    distckpt.save(to, saved)
+    assert main([to, f"{to}-other", "--verify"]) == 0
+    distckpt.load(f"{to}-other", found)
+    assert torch.equal(found["model"]["w"], saved["model"]["w"])
 
 
 # -- several at once ---------------------------------------------------------------------------------------------------
