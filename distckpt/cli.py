@@ -2,7 +2,7 @@
 
 Exit codes:
   0    done, and nothing wrong was found
-  1    something is wrong: damage, a check that failed, what could not be removed
+  1    something is wrong: damage, a difference, a check that failed, what could not be removed
   2    wrong usage
   3    there is no run or no checkpoint where one was asked for
   4    refused: by the file system, or because another job is at it
@@ -25,6 +25,7 @@ from distckpt.errors import DistckptError, NotACheckpoint, RanksMissing, RunConf
 COMMANDS = {
     "ls": "checkpoints of a run",
     "show": "what a checkpoint holds",
+    "diff": "what two checkpoints differ in: names, shapes, and how far their values are apart",
     "verify": "read every byte of checkpoints, and compare it with its checksum",
     "prune": "what rules keep of a run and what they let go of; --delete removes it",
     "gc": "what killed saves and copies left behind; --delete removes it",

@@ -159,16 +159,21 @@ def equal(checkpoint: Checkpoint, a: str, b: str) -> bool:
     copies = isinstance(one.partition, Copies) or isinstance(other.partition, Copies)
     if copies or (one.shape, one.dtype) != (other.shape, other.dtype):
         return False
-    dtype, rows = torch_dtype(one.dtype), one.shape[0] if one.shape else 1
-    height = max(1, WINDOW * rows // max(1, prod(one.shape) * dtype.itemsize))
+    both = zip(rows_of(checkpoint, a), rows_of(checkpoint, b), strict=True)
+    return all(as_bytes(x) == as_bytes(y) for x, y in both)
+
+
+def rows_of(checkpoint: Checkpoint, fqn: str) -> Iterator[torch.Tensor]:
+    """Yield a saved tensor in slabs of rows, about WINDOW bytes each, on the CPU; not one in Copies. Corrupt."""
+    info = checkpoint.manifest.tensors[fqn]
+    dtype, rows = torch_dtype(info.dtype), info.shape[0] if info.shape else 1
+    height = max(1, WINDOW * rows // max(1, prod(info.shape) * dtype.itemsize))
     for row in range(0, rows, height):
-        sizes = (min(height, rows - row), *one.shape[1:]) if one.shape else ()
-        region = Box((row,) * bool(one.shape) + (0,) * len(one.shape[1:]), sizes)
-        both = [Shard(region, torch.empty(sizes, dtype=dtype)) for _ in range(2)]
-        read(checkpoint, [*items_of(a, a, one, both[0]), *items_of(b, b, other, both[1])])
-        if as_bytes(both[0].tensor) != as_bytes(both[1].tensor):
-            return False
-    return True
+        sizes = (min(height, rows - row), *info.shape[1:]) if info.shape else ()
+        region = Box((row,) * bool(info.shape) + (0,) * len(info.shape[1:]), sizes)
+        slab = Shard(region, torch.empty(sizes, dtype=dtype))
+        read(checkpoint, items_of(fqn, fqn, info, slab))
+        yield slab.tensor
 
 
 def _chunk(file: DataFile, item: Item) -> Stored:
