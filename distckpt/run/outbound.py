@@ -13,7 +13,7 @@ from distckpt.loading.open import blocks, opened
 from distckpt.store.base import FOR_GOOD, read_all
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
 
     from distckpt.format.layout import StepDir
     from distckpt.format.manifest import FileInfo
@@ -23,10 +23,10 @@ _PIECE = 4 * BLOCK
 
 
 class Outbound:
-    """near, far: from where to where. bandwidth: bytes a second. `sent`: bytes so far."""
+    """near, far: from where to where. bandwidth: bytes a second. between: called now and then. `sent`: bytes so far."""
 
-    def __init__(self, near: Store, far: Store, bandwidth: int | None) -> None:
-        self._near, self._far, self._bandwidth = near, far, bandwidth
+    def __init__(self, near: Store, far: Store, bandwidth: int | None, between: Callable[[], None]) -> None:
+        self._near, self._far, self._bandwidth, self._between = near, far, bandwidth, between
         self.sent = 0
         self._free_at = 0.0
 
@@ -89,4 +89,5 @@ class Outbound:
                 now = time.monotonic()
                 time.sleep(max(0.0, self._free_at - now))
                 self._free_at = max(self._free_at, now) + len(piece) / self._bandwidth
+            self._between()
             yield piece

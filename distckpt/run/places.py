@@ -54,7 +54,8 @@ class Places:
     ) -> None:
         self.near = self.whole = open_store(root)
         self.keep, self._rules = keep, None
-        self._taken: list[StepDir] | None = None
+        self._taken: list[StepDir] = []
+        """Step directories of the far store when the launch began."""
         self._ranks: list[int] = []
         self._world_size = 0
         if local is not None:
@@ -68,10 +69,6 @@ class Places:
 
     def generation(self, step: int) -> int:
         """Generation of a step that the far store has free, 1 where there is none."""
-        if not isinstance(self.whole, Tiers):
-            return 1
-        if self._taken is None:
-            self._taken = History(self.whole.far).directories()
         return max((d.generation for d in self._taken if d.step == step and not self._is_near(d)), default=0) + 1
 
     def _is_near(self, directory: StepDir) -> bool:
@@ -96,9 +93,13 @@ class Places:
         return settle_apart(comm, near, [whole] if comm.rank == 0 else [], leads=self.leads)
 
     def open(self) -> None:
-        """Bring what decides which checkpoints count to the near store. Done by those who lead."""
+        """Bring what decides which checkpoints count to the near store. Done by those who lead.
+
+        Saves ask the far store for nothing: it may be out of reach by then.
+        """
         if isinstance(self.whole, Tiers):
             self.whole.bring_near(LAUNCHES, lambda name: launch_number(name) is not None)
+            self._taken = History(self.whole.far).directories()
 
     def notes(self) -> list[str]:
         """What a load is to tell of where it read."""

@@ -16,12 +16,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from distckpt.errors import DistckptError, KeyExists, RunConflict
-from distckpt.format.layout import COMMIT, ack_file, attempt_of
+from distckpt.format.layout import COMMIT, LAUNCHES, ack_file, attempt_of, launch_number
 from distckpt.format.manifest import MAX_BYTES
 from distckpt.run.events import note
 from distckpt.run.history import History
 from distckpt.run.keep import Keep, decide
-from distckpt.run.launches import read_launches
 from distckpt.run.lease import lease
 from distckpt.run.outbound import Outbound
 from distckpt.run.publish import Retention, Then, publish, retain
@@ -75,6 +74,10 @@ class Rules:
         return Rules(far, near, said["bandwidth"], said["behind"])
 
 
+class _Over(RunConflict):
+    """A later launch has begun with the same near store, and sends what this one has not."""
+
+
 class Replicator:
     """Copies what is saved near, in a thread, until it is finished. `tell`: says what a person must know."""
 
@@ -83,13 +86,19 @@ class Replicator:
         self._rules = Rules.from_json(message["rules"])
         self._apart: Mapping[str, Any] | None = message["apart"]
         self._tell, self._told = tell, ""
+        self._launches, self._looked = _launches(self._near.store), 0.0
         self._lock = threading.Condition()
         self._ahead: list[tuple[StepDir, float]] = []
         """Near checkpoints that came since the far store's newest, and when."""
         self._asked, self._deadline = True, float("inf")
-        self._outbound = Outbound(self._near.store, self._far.store, self._rules.bandwidth)
+        self._outbound = Outbound(self._near.store, self._far.store, self._rules.bandwidth, self._look)
         self._thread = threading.Thread(target=self._run, name="distckpt-replicate", daemon=True)
         self._thread.start()
+
+    def again(self) -> None:
+        """Look again, for the job that this is for may have begun another launch."""
+        self._launches = _launches(self._near.store)
+        self.wake()
 
     def wake(self, directory: StepDir | None = None) -> None:
         """Look again, for a checkpoint was committed."""
@@ -124,6 +133,8 @@ class Replicator:
                 while self._once():
                     pause = _PAUSE
                 superseded = 0.0
+            except _Over:
+                pass
             except RunConflict as e:
                 superseded = superseded or time.monotonic()  # or this job's own launch is being opened
                 if time.monotonic() - superseded > _PAUSE or self._deadline != float("inf"):
@@ -155,8 +166,7 @@ class Replicator:
 
     def _once(self) -> bool:
         """Copy what is to go next. False where there is nothing, or what is left is for others to send."""
-        if len(read_launches(self._far.store)) > len(read_launches(self._near.store)):
-            raise RunConflict(f"{self._far.store}: a later launch, elsewhere, has resumed this run: nothing is sent")
+        self._refuse_if_superseded()
         attempt = self._next_attempt() if self._apart else None
         checkpoint = None if attempt else self._next()
         directory = attempt.directory if attempt else checkpoint.directory if checkpoint else None
@@ -178,6 +188,21 @@ class Replicator:
         note(self._near.store, "replicated", step=directory.step, bytes=nbytes, seconds=seconds)
         return True
 
+    def _refuse_if_superseded(self) -> None:
+        """RunConflict once a later launch has begun: it removes what it takes for left behind, and sends what lacks."""
+        known = _launches(self._near.store)
+        if _launches(self._far.store) > known:
+            raise RunConflict(f"{self._far.store}: a later launch, elsewhere, has resumed this run: nothing is sent")
+        if known > self._launches:
+            raise _Over
+
+    def _look(self) -> None:
+        """What is looked at again and again while a checkpoint is being sent, which can take hours."""
+        self._check_behind()
+        if time.monotonic() - self._looked > _PAUSE / 4:
+            self._looked = time.monotonic()
+            self._refuse_if_superseded()
+
     def _next(self) -> Checkpoint | None:
         """Newest near checkpoint that the far rules keep, and the far store lacks."""
         there = {c.directory: c.candidate for c in listed(self._far)}
@@ -193,6 +218,7 @@ class Replicator:
         whole = self._outbound.send(directory, content.files, content.objects.values(), all_here=not self._apart)
         if not whole:
             return False
+        self._refuse_if_superseded()  # while it was sending
         key = f"{directory}/{COMMIT}"
         try:
             self._far.store.create(key, read_all(self._near.store, key, limit=MAX_BYTES))
@@ -248,3 +274,8 @@ def _let_go(store: Store, directories: Iterable[StepDir]) -> None:
     for directory in directories:
         if not is_committed(store, directory):
             remove(store, directory)
+
+
+def _launches(store: Store) -> int:
+    """Launches of a run so far."""
+    return sum(launch_number(entry.name) is not None for entry in store.list(LAUNCHES))

@@ -119,7 +119,7 @@ class _Writer:
                     del self._begun[message["job"]]
                 case "replicate":
                     if self._replicator:
-                        self._replicator.wake()
+                        self._replicator.again()
                     else:
                         self._replicator = Replicator(message, self._warn)
                 case "end":

@@ -87,14 +87,15 @@ class Training:
         return {n: [t.numpy().tobytes() for t in shards] for n, shards in tensors.items()} | encoded(captured)
 
 
-def train(environment, root, log, steps, reference=None, rows=24, pause=0.0, **options):
+def train(environment, root, log, steps, reference=None, options=None, rows=24, pause=0.0):
     """Train to a step as one rank, and save each. Returns (step resumed from, notes, warnings).
 
     log: to whose end a line is added for each step, in a file of this process. reference: a run that nothing has
-    interrupted; what is resumed must be, to the bit, what comes of its checkpoint of that step. pause: seconds a step.
+    interrupted; what is resumed must be, to the bit, what comes of its checkpoint of that step. options: of the
+    Checkpointer. pause: seconds a step.
     """
     os.environ.update(environment)
-    options = {"every": 1, "timeout": TIMEOUT} | options
+    options = {"every": 1, "timeout": TIMEOUT} | (options or {})
     training = Training(rows)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", StateWarning)
@@ -191,13 +192,12 @@ def until(happens, seconds=60.0):
     return found
 
 
-def live_and_die(size, requests, whom, proxy, folder, *args):
-    """A life that is killed once `proxy` has seen so many requests of it, if it lives as long. Returns its group."""
-    proxy.clear()
+def live_and_die(size, ready, whom, folder, *args):
+    """A life that is killed once it is `ready`, if it lives as long. Returns its writers, of which some may live on."""
     folder.mkdir()
     group = ranks.start(size, train, *args, folder=folder)
     try:
-        until(lambda: proxy.count(".") >= requests or not any(p.is_alive() for p in group))
+        until(lambda: ready() or not any(p.is_alive() for p in group))
         left = kill(group, whom)
         if whom == "writers":
             for process in group:

@@ -59,9 +59,11 @@ def _story(draw, kills, bucket, reference, folder):
         through = bucket.at(proxy.endpoint).environment
         given = (through, bucket.uri, str(folder / "log"), STEPS, str(reference))
         for life in range(kills):
-            moment = draw.randrange(20, 250), draw.choice(["all", "all", "ranks", "writers"])
-            left = lives.live_and_die(4, *moment, proxy, folder / f"life-{life}", *given)
-            told.append((*moment, proxy.requests[-1].line, _check(bucket.uri, reference)))
+            moment, whom = draw.randrange(20, 250), draw.choice(["all", "all", "ranks", "writers"])
+            proxy.clear()
+            ready = lambda moment=moment: proxy.count(".") >= moment
+            left = lives.live_and_die(4, ready, whom, folder / f"life-{life}", *given)
+            told.append((whom, moment, proxy.requests[-1].line, _check(bucket.uri, reference)))
         last = ranks.run(3, lives.train, *given, timeout=90)
         lives.until(lambda: not any(lives.writers([pid]) for pid in left))
     assert _check(bucket.uri, reference)[-1] == STEPS
