@@ -185,16 +185,6 @@ def test_what_an_earlier_launch_saves_on_another_machine_is_not_sent(proxy, far,
     same(whole, tmp_path / "two", [2])
 
 
-def test_each_tier_keeps_what_its_rules_say(far, whole, tmp_path):
-    with job(far, tmp_path, local={"keep": Keep(last=2)}, keep=Keep(last=4)) as (_, _, step):
-        for number in range(1, 8):
-            step().wait()
-            lives.until(lambda: lives.counting(whole)[-1:] == [number])
-    assert lives.counting(tmp_path) == [6, 7]
-    assert lives.counting(whole) == [4, 5, 6, 7]
-    assert not [key for key in keys(whole) if key.startswith(("step-00000001", "step-00000003"))]
-
-
 # -- one tier has less than the other ----------------------------------------------------------------------------------
 
 
