@@ -26,6 +26,8 @@ REQUEST = 60.0
 """Seconds that one request lasts at most."""
 _PASSING = re.compile(r"HTTP error|timed out|status code: (?:5\d\d|408|429)|SlowDown|InternalError")
 """What obstore says of an error that may not come again."""
+_ENDPOINTS = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AZURE_STORAGE_ENDPOINT", "AZURE_ENDPOINT")
+"""Variables that may name a server to be spoken to without TLS."""
 _owner: list[int] = []
 """Process that has used obstore: its threads do not survive a fork."""
 
@@ -99,14 +101,12 @@ def _imported() -> Any:
 
 
 def _made(obstore: Any, uri: str, options: dict[str, str], timeout: float) -> Any:
-    endpoint = (
-        options.get("endpoint") or os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL", "")
-    )
+    endpoints = [options.get("endpoint", ""), *(os.environ.get(name, "") for name in _ENDPOINTS)]
     settings: dict[str, Any] = {
         "client_options": {
             "timeout": timedelta(seconds=min(timeout / 2, REQUEST)),  # so that one that hangs is asked again
             "connect_timeout": timedelta(seconds=min(timeout / 2, 10.0)),
-            "allow_http": endpoint.startswith("http://"),
+            "allow_http": any(endpoint.startswith("http://") for endpoint in endpoints),
         },
         "retry_config": {
             "max_retries": 20,

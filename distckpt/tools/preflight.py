@@ -125,7 +125,7 @@ def _reachable(uri: str, nbytes: int | None, writers: int) -> Iterator[Check]:
 
 def _written(store: Store) -> Check:
     write_all(store, "written", b"1")
-    return "write", _OK, f"{store}: the credentials are taken"
+    return "write", _OK, "the credentials are taken"
 
 
 def _read(store: Store) -> Check:
@@ -149,7 +149,7 @@ def _conditions(store: Store) -> Check:
             store.create("created", b"2")
         except KeyExists:
             if told:
-                return "create", _WARN, str(told[0].message)
+                return "create", _WARN, str(told[0].message).partition(": ")[2]
             return "create", _OK, "the server keeps If-None-Match, in a race too: of two commits one wins"
     return "create", _FAIL, "create-if-absent does not hold: two jobs could both commit"
 
