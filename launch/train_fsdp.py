@@ -1,7 +1,7 @@
 """Train a byte-level GPT with FSDP2. Killed at any moment and started again, on as many ranks or others, it goes on.
 
     torchrun --standalone --nproc-per-node 4 -m launch.train_fsdp --root runs/gpt --steps 500
-    torchrun ... -m launch.train_fsdp --root s3://bucket/gpt --local /nvme/gpt --steps 500
+    torchrun ... -m launch.train_fsdp --root s3://bucket/gpt --local-dir /nvme/gpt --steps 500
 
 What checkpointing needs is marked `1.` to `5.`; the rest is an ordinary training script.
 """
@@ -58,8 +58,11 @@ def arguments(description: str | None) -> argparse.ArgumentParser:
     """Those of a training program."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--root", required=True, help="directory or URI (s3://BUCKET/RUN) of the run's checkpoints")
-    parser.add_argument("--local", help="directory in front of it: saves commit there, and are replicated to the root")
-    parser.add_argument("--keep-local", type=int, default=2, help="checkpoints that stay in --local")
+    parser.add_argument("--keep", type=int, help="newest checkpoints that stay in --root (default: all)")
+    parser.add_argument(
+        "--local-dir", help="directory in front of it: saves commit there, and are replicated to the root"
+    )
+    parser.add_argument("--keep-local", type=int, default=2, help="checkpoints that stay in --local-dir")
     parser.add_argument("--steps", type=int, default=50, help="optimizer steps of the whole run")
     parser.add_argument(
         "--every", nargs="+", type=_trigger, default=[10], help="when to save: '500 steps', '20 min', '1 epoch'"
@@ -241,8 +244,10 @@ def fit(
     )
     # 3. Resume before the loader is iterated: its iterator keeps the position it was made with.
     stop = StepReport()
-    local = Local(args.local, keep=Keep(last=args.keep_local)) if args.local else None
-    with Checkpointer(args.root, local=local, every=tuple(args.every), preemption=True, timeout=60) as checkpointer:
+    local = Local(args.local_dir, keep=Keep(last=args.keep_local)) if args.local_dir else None
+    keep = Keep(last=args.keep) if args.keep else None
+    every = tuple(args.every)
+    with Checkpointer(args.root, local=local, keep=keep, every=every, preemption=True, timeout=60) as checkpointer:
         report = checkpointer.resume(state)
         with closing(Log(args.losses, progress.global_step, args.steps)) as log:
             log.say(str(report) if report else f"a fresh start in {args.root}")

@@ -29,21 +29,31 @@ EPOCH = SAMPLES // BATCH
 
 
 class Run:
-    """A run of the counting program in `folder`, and the scripts started for it, of which none survives the test."""
+    """A run of a program in `folder`, and the scripts started for it, of which none survives the test.
 
-    def __init__(self, folder, *, steps, every=5):
-        self.folder, self.steps = folder, steps
+    own: arguments of the program besides, as of two DataLoader workers for each rank.
+    """
+
+    def __init__(self, folder, *, steps, every=5, program="tests.launch.counting", own=("--workers=2",)):
+        self.folder, self.steps, self.program = folder, steps, program
         self.root, self.losses = folder / "run", folder / "losses.jsonl"
         self._mark = f"DISTCKPT_TEST={secrets.token_hex(8)}"
         text = SAMPLES * SEQ + 1
         self._own = [f"--root={self.root}", f"--losses={self.losses}", f"--steps={steps}", f"--every={every}"]
-        self._own += [f"--seq={SEQ}", f"--text-bytes={text}", f"--global-batch={BATCH}", "--width=48", "--layers=1"]
+        self._own += [
+            f"--seq={SEQ}",
+            f"--text-bytes={text}",
+            f"--global-batch={BATCH}",
+            "--width=48",
+            "--layers=1",
+            *own,
+        ]
 
     def start(self, script="torchrun.sh", *given, log="log", **variables):
-        """Start a script; two DataLoader workers for each rank."""
+        """Start a script."""
         own = {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1", "NPROC": "2"}
         own |= {"PYTHONPATH": str(ROOT)} | dict([self._mark.split("=")]) | variables
-        command = [ROOT / "launch" / script, *given, "-m", "tests.launch.counting", *self._own, "--workers=2"]
+        command = [ROOT / "launch" / script, *given, "-m", self.program, *self._own]
         with (self.folder / log).open("ab") as out:
             return subprocess.Popen(command, stdout=out, stderr=out, env=os.environ | own, start_new_session=True)
 
@@ -59,7 +69,7 @@ class Run:
 
     def ranks(self):
         """Processes that train: of those that run the program, the ones whose parents do not."""
-        of_program = [p for p in self.processes("tests.launch.counting") if p not in self.agents() + self.scripts()]
+        of_program = [p for p in self.processes(self.program) if p not in self.agents() + self.scripts()]
         return [p for p in of_program if _parent(p) not in of_program]
 
     def agents(self):
