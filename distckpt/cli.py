@@ -32,6 +32,7 @@ COMMANDS = {
     "repair": "write pointers, symlinks and meta.json anew from the commits",
     "watch": "what happens to a run, as it happens; for Prometheus, TensorBoard, OpenTelemetry too",
     "queue": "several runs in order, so many at a time, through crashes and reboots",
+    "selftest": "a cold restart of your own training: is the step after a load the same, bit for bit",
     "preflight": "whether a directory is fit for a long run, and what a save will cost",
 }
 FAILED, USAGE, NOTHING, REFUSED, INTERRUPTED = 1, 2, 3, 4, 130

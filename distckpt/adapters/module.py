@@ -41,7 +41,7 @@ class ModuleAdapter:
     """A model's parameters, persistent buffers and extra state, each name led by `prefix.`."""
 
     def __init__(self, module: nn.Module, prefix: str) -> None:
-        self._module, self._prefix = module, prefix
+        self.module, self._prefix = module, prefix
         self._extra = f"{prefix}.extra_state"
         self._made: dict[str, torch.Tensor] = {}
 
@@ -50,13 +50,13 @@ class ModuleAdapter:
         captured = self._tensors()
         extra = {
             name: owner.get_extra_state()
-            for name, owner in named_modules(self._module)
+            for name, owner in named_modules(self.module)
             if type(owner).get_extra_state is not nn.Module.get_extra_state
         }
         return State.merged([captured, tensors.capture_tree(self._extra, extra)] if extra else [captured])
 
     def _tensors(self) -> State:
-        for owner in self._module.modules():
+        for owner in self.module.modules():
             dtensor.reshard(owner)
         state, first = State(), dict[Any, str]()
 
@@ -72,9 +72,9 @@ class ModuleAdapter:
                     )
                 state.tensors[fqn] = describe(fqn)
 
-        for name, slot in named_slots(self._module):
+        for name, slot in named_slots(self.module):
             add(name, slot.key, slot.whole)
-        for name, buffer in named_buffers(self._module):
+        for name, buffer in named_buffers(self.module):
             add(name, id(buffer), partial(tensors.describe, buffer, trusted=False))
         return state
 
@@ -88,9 +88,9 @@ class ModuleAdapter:
         self._made = tensors.tree_targets(self._extra, saved)
         made: dict[str, GlobalTensor] = {fqn: plain(t, fqn, trusted=False) for fqn, t in self._made.items()}
         takes = {self._extra: True} if owners else {}
-        gather_nothing(self._module)
+        gather_nothing(self.module)
         live = self._tensors()
-        named = (f"{self._prefix}.{name}" for name, _ in named_slots(self._module))
+        named = (f"{self._prefix}.{name}" for name, _ in named_slots(self.module))
         tensors.refuse_own_values(self._prefix, named, saved)
         if shared := [fqn for fqn, t in live.tensors.items() if any(tensors.is_expanded(s.tensor) for s in t.shards)]:
             raise Mismatch(
@@ -100,13 +100,13 @@ class ModuleAdapter:
         return State.merged([live, State(made, objects=takes)])
 
     def _extra_owners(self) -> Iterator[tuple[str, nn.Module]]:
-        for name, owner in named_modules(self._module):
+        for name, owner in named_modules(self.module):
             if type(owner).set_extra_state is not nn.Module.set_extra_state:
                 yield name, owner
 
     def restore(self, saved: Saved) -> list[str]:
         """See Stateful.restore."""
-        use_what_is_loaded(self._module)
+        use_what_is_loaded(self.module)
         extra: dict[str, Any] = insert(saved.objects.get(self._extra, {}), self._made)
         for name, owner in self._extra_owners():
             if name in extra:

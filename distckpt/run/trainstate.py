@@ -159,6 +159,14 @@ class TrainState:
             )
         return State.merged(part.capture() for part in self._parts.values())
 
+    def gradients(self) -> State:
+        """Gradients as they are now, `grad.<fqn>`. Unsupported where a backend keeps them in buffers of its own."""
+        of_models = {lead: part for lead, part in self._parts.items() if isinstance(part, ModuleAdapter)}
+        return State.merged(
+            GradientAdapter(part.module, "grad" + lead.removeprefix("model")).capture()
+            for lead, part in of_models.items()
+        )
+
     def parameter_groups(self) -> list[dict[str, Any]] | None:
         """See Loadable.parameter_groups."""
         part = self._parts.get("optim")
