@@ -10,7 +10,6 @@ import json
 import warnings
 from dataclasses import dataclass
 from datetime import datetime, timezone
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from distckpt.errors import DistckptError, FormatError, KeyMissing, StateWarning
@@ -23,6 +22,7 @@ from distckpt.run.retention import decided, is_number, listed, newest, remove_al
 from distckpt.run.sweep import leftovers, sweep
 from distckpt.store.base import read_all, write_all
 from distckpt.store.local import LocalStore
+from distckpt.store.open import open_store, parted
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping
@@ -94,8 +94,8 @@ def publish(history: History, checkpoint: Checkpoint, then: Then, seconds: float
     """
     history.add(checkpoint)
     if then.named_by:
-        file = Path(then.named_by[0])
-        write_all(LocalStore(file.parent), file.name, then.named_by[1].encode())
+        folder, name = parted(then.named_by[0])
+        write_all(open_store(folder), name, then.named_by[1].encode())
     problems: list[str] = []
     try:
         if then.noted:

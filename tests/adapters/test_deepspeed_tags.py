@@ -15,11 +15,14 @@ import torch
 
 from distckpt import Checkpointer, TrainState
 from distckpt.errors import DistckptError, Mismatch, NotACheckpoint, Unsupported
+from distckpt.store.base import write_all
+from distckpt.store.object import ObjectStore
 from tests import deepspeeds, ranks
 from tests.adapters.engines import made
 from tests.adapters.scripts import equal, rates, script, train, weights
 from tests.layouts import quiet
 from tests.run.test_async import until
+from tests.store import servers
 
 # -- save and load ---------------------------------------------------------------------------------------------------
 
@@ -71,6 +74,44 @@ def test_tags_hold_what_deepspeeds_hold_and_load_at_any_size_and_stage(tmp_path,
     assert all(equal(w, wanted) for w in found)
     assert loaded_rate == rate
     assert loaded_losses == (losses if (stage, size) == (to, on) else pytest.approx(losses, rel=1e-6))
+
+
+def _save_at(environment, uri, installed):
+    os.environ.update(environment)
+    engine = script(3, installed=installed, zero={"offload_optimizer": {"device": "cpu"}})
+    train(engine, 0, 2)
+    engine.save_checkpoint(uri, client_state={"epoch": 1})
+    train(engine, 2, 3)
+    first = weights(engine), rates(engine)
+    engine.save_checkpoint(uri, client_state={"epoch": 2})
+    losses = train(engine, 3, 5)
+    from distckpt.adapters import deepspeed
+
+    deepspeed.install()()  # undone: what is saved in the background is finished
+    return first, losses
+
+
+def _load_at(environment, uri):
+    os.environ.update(environment)
+    engine = script(2, seed=4)
+    with quiet():
+        path, client = engine.load_checkpoint(uri)
+    return path, client, weights(engine), train(engine, engine.global_steps, 5)
+
+
+@pytest.mark.parametrize("installed", [True, "async"])
+def test_tags_at_a_uri_load_at_any_size_and_stage_and_a_damaged_one_gives_way(installed):
+    bucket = servers.start("moto").bucket()
+    (wanted, _), losses = deepspeeds.run(2, _save_at, bucket.environment, bucket.uri, installed)[0]
+    path, client, found, went_on = deepspeeds.run(3, _load_at, bucket.environment, bucket.uri)[0]
+    assert (path, client) == (f"{bucket.uri}/global_step3", {"epoch": 2})
+    assert equal(found, wanted)
+    assert went_on == pytest.approx(losses, rel=1e-6)
+    store = ObjectStore(bucket.uri, bucket.options)
+    assert {entry.name for entry in store.list("")} == {"latest", "global_step2", "global_step3"}
+    write_all(store, "global_step3/step-00000000/commit.json", b"damaged")
+    path, client, _, _ = deepspeeds.run(2, _load_at, bucket.environment, bucket.uri)[0]
+    assert (path, client) == (f"{bucket.uri}/global_step2", {"epoch": 1})
 
 
 def _alike(root, installed):

@@ -18,7 +18,7 @@ from tests import ranks
 from tests.run import lives
 from tests.run.test_async import state
 from tests.store import servers
-from tests.store.faulty import Fault, Faulty
+from tests.store.faulty import FINE, Fault, Faulty
 
 STEPS = 8
 
@@ -81,6 +81,28 @@ def test_killed_at_a_random_moment_it_is_resumed_on_other_ranks_exactly(bucket, 
 @pytest.mark.parametrize("seed", range(6))
 def test_the_same_holds_for_three_kills_in_a_row(seed, bucket, environ, reference, tmp_path):
     print(_story(random.Random(seed), 3, bucket, reference, tmp_path))
+
+
+FAULTS = (
+    *(Fault(status=status) for status in (500, 503, 429)),
+    *(Fault(upload=sent) for sent in (0, 1000)),
+    Fault(lost=True),
+    Fault(body=10),
+    Fault(delay=0.5),
+)
+
+
+def test_a_run_whose_every_tenth_request_or_so_fails_is_the_one_without(bucket, environ, reference, tmp_path):
+    draw = random.Random(5)
+    with Faulty(bucket.address) as proxy:
+        proxy.latency = 0.01
+        for _ in range(1000):
+            proxy.on(".", draw.choice(FAULTS), after=draw.randrange(20))
+        given = bucket.at(proxy.endpoint).environment, bucket.uri, str(tmp_path / "log"), STEPS, str(reference)
+        ranks.run(2, lives.train, *given, timeout=100)
+        suffered = sum(request.fault is not FINE for request in proxy.requests)
+    assert suffered > 30
+    assert _check(bucket.uri, reference)[-1] == STEPS
 
 
 # -- two jobs ----------------------------------------------------------------------------------------------------------

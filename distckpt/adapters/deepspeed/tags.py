@@ -6,9 +6,10 @@ switched last, so it never names what is not committed. What DeepSpeed itself ha
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
@@ -16,7 +17,16 @@ from distckpt import comm as comms
 from distckpt.adapters.slots import naming
 from distckpt.adapters.zero.engine import model_of, optimizer_of
 from distckpt.comm import exchange, together
-from distckpt.errors import Corrupt, FormatError, Mismatch, NewerFormat, NotACheckpoint, StateWarning, Unsupported
+from distckpt.errors import (
+    Corrupt,
+    FormatError,
+    KeyMissing,
+    Mismatch,
+    NewerFormat,
+    NotACheckpoint,
+    StateWarning,
+    Unsupported,
+)
 from distckpt.foreign.deepspeed_files import MODEL
 from distckpt.format.checksum import digest
 from distckpt.format.layout import COMMIT, StepDir
@@ -28,8 +38,8 @@ from distckpt.run.saver import Saver
 from distckpt.run.source import load_foreign
 from distckpt.run.trainstate import TrainState
 from distckpt.state import State
-from distckpt.store.base import write_all
-from distckpt.store.local import LocalStore
+from distckpt.store.base import read_all, write_all
+from distckpt.store.open import is_uri, located, open_store
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -38,6 +48,8 @@ if TYPE_CHECKING:
 
 LATEST = "latest"
 CLIENT = "client_state"
+_MOST_NAME = 1 << 12
+"""Bytes of a tag's name."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -145,13 +157,13 @@ class Tags:
             return _without_frozen(captured, engine) if without_frozen else captured
 
         told = {"tag": name, "global_steps": engine.global_steps}
-        where, named_by = place(Path(save_dir, name)), (str(Path(save_dir, LATEST).absolute()), name)
+        where, named_by = place(_of(save_dir, name)), (str(located(_of(save_dir, LATEST))), name)
         by_writer = named_by if latest and not self._wait else None
         save_to(where, capture, self._saver(), ranks, metrics=told, named_by=by_writer, wait=self._wait)
 
         def switch() -> None:
             if ranks.rank == 0:
-                write_all(LocalStore(save_dir), LATEST, name.encode())
+                write_all(open_store(save_dir), LATEST, name.encode())
 
         if latest and self._wait:
             together(ranks, f"switching {LATEST} to {name}", switch)
@@ -188,13 +200,13 @@ class Tags:
                 self._broken.pop(engine, None)
         return str(path), client.value
 
-    def _load_or_fall_back(self, load_dir: str, tag: Tag, state: TrainState, options: Options) -> Path:
+    def _load_or_fall_back(self, load_dir: str, tag: Tag, state: TrainState, options: Options) -> Path | str:
         tried: list[str] = []
         while True:
-            path = Path(load_dir, tag.name)
+            path = _of(load_dir, tag.name)
             try:
                 if tag.native:
-                    load_foreign(self._ranks(), path, state, options, rest=CLIENT)
+                    load_foreign(self._ranks(), Path(path), state, options, rest=CLIENT)
                 else:
                     self._load_own(place(path), state, options)
             except (Corrupt, FormatError, NotACheckpoint) as damage:
@@ -249,8 +261,17 @@ _LEAVE_OUT = (
 )
 
 
+def _of(folder: str, name: str) -> Path | str:
+    """Path or URI of what lies in a directory."""
+    return f"{folder.rstrip('/')}/{name}" if is_uri(folder) else Path(folder, name)
+
+
 def _look(engine: Any, load_dir: str, tag: str | None) -> str:
     """Tag to load, after a letter for whose it is; "" where there is none. Asked on rank 0."""
+    if is_uri(load_dir):  # where DeepSpeed itself saves nothing
+        with contextlib.suppress(KeyMissing):
+            tag = tag or read_all(open_store(load_dir), LATEST, limit=_MOST_NAME).decode(errors="replace").strip()
+        return f"{_OWN}{tag}" if tag and place(_of(load_dir, tag)).history.directories() else ""
     if tag is None:
         pointers = [Path(load_dir, name) for name in (f"{LATEST}_universal", LATEST)]
         pointer = next((p for p in pointers[not engine.load_universal_checkpoint() :] if p.is_file()), None)
@@ -267,19 +288,19 @@ def _look(engine: Any, load_dir: str, tag: str | None) -> str:
 
 def _newest(load_dir: str, tried: list[str]) -> str:
     """Newest tag besides those tried, and not newer than the first of them, "" for none. Asked on rank 0."""
-    parent = Path(tried[0]).parent
-    known = _age(Path(load_dir, tried[0]))
+    parent = PurePosixPath(tried[0]).parent
+    known = _age(_of(load_dir, tried[0]))
     found = []
-    for path in Path(load_dir, parent).iterdir():
-        name, directory = str(parent / path.name), StepDir.parse(path.name)
-        if path.is_dir() and name not in tried and (directory is None or directory.generation == 1):
-            age = _age(path)
+    for entry in open_store(_of(load_dir, str(parent)) if parent.name else load_dir).list(""):
+        name, directory = str(parent / entry.name), StepDir.parse(entry.name)
+        if entry.size is None and name not in tried and (directory is None or directory.generation == 1):
+            age = _age(_of(load_dir, name))
             if age and (known is None or age[0] <= known[0]):
                 found.append((age, name))
     return max(found)[1] if found else ""
 
 
-def _age(path: Path) -> tuple[float, str] | None:
+def _age(path: Path | str) -> tuple[float, str] | None:
     """(steps, date) of a tag of ours that can be opened."""
     where = place(path)
     newest = next((c for c in where.history.valid() if where.step in {None, c.directory.step}), None)
