@@ -161,7 +161,7 @@ def test_a_far_store_that_lags_is_told_of_and_gets_no_more_bytes_a_second_than_i
         lives.until(lambda: lives.counting(whole) == [1, 2])
     rates = [event["bytes"] / event["seconds"] for event in _events(tmp_path, "replicated")]
     assert len(rates) == 2
-    assert all(100_000 < rate <= 200_000 for rate in rates), rates
+    assert all(20_000 < rate <= 200_000 for rate in rates), rates
 
 
 ELSEWHERE = "a later launch, elsewhere, has resumed this run: nothing is sent|lacks the newest checkpoint still"
