@@ -22,6 +22,7 @@ from distckpt.saving.commit import (
     is_committed,
     remove_acks,
 )
+from distckpt.store.base import Copied
 from distckpt.store.local import LocalStore
 
 if TYPE_CHECKING:
@@ -73,8 +74,20 @@ class History:
                 except (Corrupt, FormatError) as e:
                     yield Found(directory, None, str(e))
                     continue
-            checkpoint = self._opened[directory]
-            yield Found(directory, checkpoint, superseded=not counts(directory, checkpoint.manifest.launch, launches))
+            superseded = not counts(directory, self._opened[directory].manifest.launch, launches)
+            if superseded and (other := self._other_copy(directory)):
+                self.add(other)
+                superseded = not counts(directory, other.manifest.launch, launches)
+            yield Found(directory, self._opened[directory], superseded=superseded)
+
+    def _other_copy(self, directory: StepDir) -> Checkpoint | None:
+        """Open what another machine has committed under the same name, where the store has a copy of that, too."""
+        if not (isinstance(self.store, Copied) and self.store.distrust(f"{directory}/{COMMIT}")):
+            return None
+        try:
+            return open_checkpoint(self.store, directory)
+        except (Corrupt, FormatError, NotACheckpoint):
+            return None  # then the superseded one is all there is
 
     def open(self, directory: StepDir) -> Checkpoint:
         """Open a committed checkpoint for a load: its counts begin at nothing. See open_checkpoint."""

@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import time
+import warnings
 from pathlib import Path
 
 import pytest
@@ -216,6 +217,28 @@ def test_a_job_that_was_superseded_from_another_machine_sends_nothing_more(near,
         with pytest.warns(StateWarning, match="a later launch, elsewhere"):
             c.close()
     assert steps_at(far) == [1]
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_a_step_that_two_machines_saved_is_read_as_the_root_has_it_and_stays_there(near, far, tmp_path, again):
+    train(far, near, [1])
+    ours, theirs = Training(), Training()
+    with warnings.catch_warnings(), Checkpointer(far, local=near, timeout=30) as c:
+        warnings.simplefilter("ignore")
+        c.resume(ours.state)
+        with Checkpointer(far, local=tmp_path / "elsewhere", timeout=30) as d:
+            d.resume(theirs.state)
+            ours.step()
+            c.save(2, ours.state, wait=True)  # superseded, and never sent
+            for _ in range(2):
+                theirs.step()
+            d.save(2, theirs.state)
+    for _ in range(1 + again):
+        loaded, report = resumed(far, near)
+        assert (report.step, same(loaded, theirs.content())) == (2, True)
+    with Checkpointer(far, timeout=30) as c:
+        c.load(ours.state)
+    assert same(ours.content(), theirs.content())
 
 
 def test_it_is_warned_of_a_root_that_cannot_be_written_and_saves_go_on(near, far):
