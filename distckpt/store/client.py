@@ -14,6 +14,7 @@ import threading
 import time
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
+from urllib.parse import unquote
 
 from distckpt.errors import KeyMissing, StoreError, Unsupported
 
@@ -30,6 +31,20 @@ _ENDPOINTS = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AZURE_STORAGE_ENDPOINT
 """Variables that may name a server to be spoken to without TLS."""
 _owner: list[int] = []
 """Process that has used obstore: its threads do not survive a fork."""
+
+
+def plain(uri: str) -> str:
+    """The URI of a prefix, without slashes at its end. Unsupported for one that names another than it seems to."""
+    scheme, _, rest = uri.rstrip("/").partition("://")
+    bucket, *parts = rest.split("/")
+    where = f"{scheme}://{bucket.rpartition('@')[2].partition('?')[0]}/..."  # what else it holds may be a secret
+    if "@" in bucket or "?" in rest:
+        raise Unsupported(
+            f"{where}: a URI takes no credentials or options: set them in the environment (or `?` as %3F)"
+        )
+    if "#" in rest or not rest.isprintable() or {"", ".", ".."} & {unquote(part) for part in parts}:
+        raise Unsupported(f"{uri!r}: its parts must not be empty, `.` or `..`, nor have `#` (write %23) or line breaks")
+    return f"{scheme}://{rest}"
 
 
 class Client:

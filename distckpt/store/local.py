@@ -42,10 +42,14 @@ _ADVICE = {
 
 def local_path(path: str | os.PathLike[str]) -> Path:
     """Absolute path. Unsupported for a URI, which would be taken for a directory called `s3:`."""
+    if _URI_AS_PATH.match(str(path)) and "://" not in str(path):
+        raise Unsupported(f"{path}: is a URI that was made a Path, which takes a slash away: give it as text")
     if "://" in str(path):
         raise Unsupported(f"{path}: is a URI; only paths of a mounted file system can be saved to and loaded from")
     return Path(path).absolute()
 
+
+_URI_AS_PATH = re.compile(r"(?:file|memory|s3|gs|az):/")
 
 Temporary = list[tuple[str, float, int]]
 

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from distckpt.errors import KeyExists, KeyMissing, KeyTruncated, StateWarning, StoreError
 from distckpt.store.base import FOR_GOOD, Entry, Pace, check, read_all
-from distckpt.store.client import REQUEST, Client
+from distckpt.store.client import REQUEST, Client, plain
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -57,7 +57,7 @@ class ObjectStore:
     pace = Pace(gap=1 << 20, in_flight=IN_FLIGHT)
 
     def __init__(self, uri: str, options: Mapping[str, str] | None = None, *, timeout: float = 120.0) -> None:
-        self.root = uri.rstrip("/")
+        self.root = plain(uri)
         self._options = dict(options or {})
         self._bucket = "/".join(self.root.split("/")[:3])
         self._client = Client(self.root, self._options, timeout)

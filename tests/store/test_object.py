@@ -16,10 +16,11 @@ from pathlib import Path
 
 import pytest
 
-from distckpt.errors import KeyExists, KeyMissing, StoreError
+from distckpt.errors import KeyExists, KeyMissing, StoreError, Unsupported
 from distckpt.store import object as objects
 from distckpt.store.base import FOR_GOOD, Entry, read_all, write_all
 from distckpt.store.object import ObjectStore
+from distckpt.store.open import open_store
 from tests.store import servers
 from tests.store.faulty import Fault, Faulty
 
@@ -421,3 +422,17 @@ def test_a_write_that_is_interrupted_stops(store, direct, proxy):
         time.sleep(0.02)
     assert len(taken) <= after + 1 < 100
     assert direct.list("") == []
+
+
+def test_a_uri_that_names_another_place_than_it_seems_to_is_refused_and_no_secret_is_shown():
+    for end in ("/..", "/a/../b", "/a//b", "/a/%2E%2E/b", "/a#1", "/a\n"):
+        with pytest.raises(Unsupported, match="its parts must not be"):
+            ObjectStore(f"s3://bucket{end}")
+    for uri in ("az://box/run?sv=1&sig=SECRET", "s3://key:SECRET@bucket/run", "s3://bucket?key=SECRET"):
+        with pytest.raises(Unsupported, match="takes no credentials") as caught:
+            ObjectStore(uri)
+        assert "SECRET" not in str(caught.value)
+    assert ObjectStore("s3://bucket/run%231/").root == "s3://bucket/run%231"
+    for path in (Path("s3://bucket/run"), "s3:/bucket/run"):
+        with pytest.raises(Unsupported, match="give it as text"):
+            open_store(path)
