@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from os import PathLike
 from typing import TYPE_CHECKING, Any
 
+from distckpt.errors import Unsupported
 from distckpt.format.layout import ACK, LAUNCHES, StepDir, attempt_of, launch_number
 from distckpt.run.history import History
 from distckpt.run.keep import Keep
 from distckpt.run.nodes import settle_apart, sharing
 from distckpt.run.replicate import Rules
 from distckpt.run.triggers import duration
+from distckpt.store.local import LocalStore
 from distckpt.store.open import open_store
 from distckpt.store.tiers import Tiers
 from distckpt.units import as_bytes
@@ -34,6 +37,15 @@ class Local:
     keep: Keep | None = field(default_factory=lambda: Keep(last=2))
     bandwidth: str | int | None = None
     behind: str | float = "30 min"
+
+    def rules(self, keep: Keep | None) -> Rules:
+        """What replication goes by; keep: at the root. ValueError."""
+        if self.keep is not None and not isinstance(self.keep, Keep):
+            raise ValueError(f"Local: keep={self.keep!r}: a Keep, or None to keep all, is expected")
+        bandwidth = None if self.bandwidth is None else as_bytes(self.bandwidth)
+        if bandwidth == 0:
+            raise ValueError(f"Local: bandwidth={self.bandwidth!r}: at least one byte a second; None for no limit")
+        return Rules(keep, self.keep, bandwidth, duration(self.behind, "behind"))
 
 
 class Places:
@@ -60,12 +72,13 @@ class Places:
         self._world_size = 0
         if local is not None:
             asked = local if isinstance(local, Local) else Local(local)
-            bandwidth = as_bytes(asked.bandwidth) if asked.bandwidth is not None else None
-            self._rules = Rules(keep, asked.keep, bandwidth, duration(asked.behind, "behind"))
-            self._far, self.near = self.near, open_store(asked.path)
-            if self._far.address is None or self.near.address in (None, self._far.address):
-                raise ValueError(f"local={asked.path!r}, root={root!r}: two different places on disk or in a store")
-            self.whole, self.keep = Tiers(self.near, self._far), asked.keep
+            self._rules, self.keep = asked.rules(keep), asked.keep
+            self._far, self.near = self.near, _directory(asked.path)
+            if self._far.address is None:
+                raise Unsupported(f"root={root!r}: no other process can send there; local= needs a path or a bucket")
+            if isinstance(self._far, LocalStore) and self._far.root.resolve() == self.near.root.resolve():
+                raise ValueError(f"local={asked.path!r} is the same directory as root={root!r}: give another, or none")
+            self.whole = Tiers(self.near, self._far)
 
     def generation(self, step: int) -> int:
         """Generation of a step that the far store has free, 1 where there is none."""
@@ -123,3 +136,12 @@ def is_sent(key: str) -> bool:
     """Whether a key is of what one node sends to the root for the others: data files and objects."""
     name = key.rpartition("/")[2]
     return attempt_of(name) is not None and not name.startswith(ACK)
+
+
+def _directory(path: str | os.PathLike[str]) -> LocalStore:
+    """Store of what `local` names. Unsupported where that is no directory."""
+    if isinstance(path, (str, PathLike)) and str(path):
+        store = open_store(path)
+        if isinstance(store, LocalStore):
+            return store
+    raise Unsupported(f"local={path!r}: a directory is expected: saves commit there, before they are sent to the root")
