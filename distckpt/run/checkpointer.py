@@ -131,8 +131,7 @@ class Checkpointer:
         if preemption:
             self._watch.start()
         self._job = Job(self._comm, self._history, self._places)
-        self._wait = wait
-        self._prepared = self._closed = False
+        self._wait, self._prepared, self._closed = wait, False, False
 
     def __enter__(self) -> Self:
         return self
@@ -349,6 +348,7 @@ class Checkpointer:
             if root := foreign_root(self._comm, self._store):
                 report = load_source(self._comm, root, state, options, names=names)
             self._job.open(None)
+        self._saver.replicate()  # what is left to send is for this launch, now that it is open
         if report:
             said = {"seconds": round(report.seconds, 3), "bytes": report.bytes_read}
             self._note("resumed", step=report.step, **said, fell_back_from=report.fell_back_from or None)

@@ -82,7 +82,7 @@ class Job:
             note(self._places.near, "launched", launch=number, step=step, world_size=ranks, seconds=since, **who)
             self._heartbeat.start(number)
             if not self._places.apart:
-                clear_up(self._history)
+                self._open_here()
             if self._whole is not self._history:
                 clear_up(self._whole)
             return number.to_bytes(_NUMBER, "little")
@@ -93,7 +93,7 @@ class Job:
         return self.launch
 
     def _open_here(self) -> None:
-        """What each node does that has a directory of its own."""
+        """What is done in each near store, once the launch is open: an earlier one sends nothing more by now."""
         if self._places.leads:
             self._places.open()
             clear_up(self._history)

@@ -14,7 +14,7 @@ import secrets
 from typing import TYPE_CHECKING
 
 from distckpt.comm import exchange, together
-from distckpt.errors import KeyExists, RunConflict
+from distckpt.errors import FormatError, KeyExists, RunConflict
 from distckpt.format.layout import ACK, NODE
 from distckpt.format.text import read_json
 from distckpt.store.base import read_all, write_all
@@ -27,27 +27,56 @@ if TYPE_CHECKING:
     from distckpt.store.base import Store
 
 _MOST_BYTES = 1 << 30
+_NAME = 16
 
 
 def sharing(comm: Comm, store: Store, root: str) -> list[int]:
     """Ranks that share this one's store, ascending: those that read the same name in it. Collective.
 
-    root: of the run. RunConflict where the store stands in front of another.
+    root: of the run. RunConflict where the store stands in front of another. A name is good for one meeting, for a disk
+    may be a copy of another, name and all: so of those that read the same one, the first writes a new one.
     """
+    what = "finding out which ranks share a directory"
 
     def look() -> bytes:
         with contextlib.suppress(KeyExists):
-            store.create(NODE, json.dumps({"node": secrets.token_hex(8), "root": root}).encode())
-        said = read_json(read_all(store, NODE, limit=_MOST_BYTES))
-        if said["root"] != root:
-            raise RunConflict(
-                f"{store}: is in front of {said['root']}, not of {root}: give another local directory; or, if that run "
-                f"was moved here, remove {NODE} in it"
-            )
-        return bytes.fromhex(said["node"])
+            store.create(NODE, _named(root))
+        return _name(store, root)
 
-    names = together(comm, "finding out which ranks share a directory", look)
-    return [rank for rank, name in enumerate(names) if name == names[comm.rank]]
+    def rename() -> bytes:
+        if comm.rank not in old.values():
+            return b""
+        write_all(store, NODE, _named(root))
+        return _name(store, root)
+
+    names, new = together(comm, what, look), set[bytes]()
+    for _ in range(comm.world_size + 1):
+        old = {name: names.index(name) for name in names if name not in new}
+        if not old:
+            return [rank for rank, name in enumerate(names) if name == names[comm.rank]]
+        new |= set(together(comm, what, rename))
+        names = together(comm, what, look)
+    raise RunConflict(f"{store}: {NODE} changes while it is looked at: another job begins with the same directory")
+
+
+def _named(root: str) -> bytes:
+    return json.dumps({"node": secrets.token_hex(8), "root": root}).encode()
+
+
+def _name(store: Store, root: str) -> bytes:
+    try:
+        said = read_json(read_all(store, NODE, limit=_MOST_BYTES))
+    except FormatError:
+        said = None
+    match said:
+        case {"node": str(name), "root": str(of)} if of == root and len(name) == _NAME:
+            return name.encode()
+        case {"root": str(of)} if of != root:
+            raise RunConflict(
+                f"{store}: is in front of {of}, not of {root}: give another local directory; or, if that run was "
+                f"moved here, remove {NODE} in it"
+            )
+    raise FormatError(f"{store}: {NODE} does not say which run's root this is in front of; remove it if you know")
 
 
 def settle_apart(comm: Comm, near: History, beside: Iterable[History], *, leads: bool) -> list[str]:

@@ -92,6 +92,12 @@ def publish(history: History, checkpoint: Checkpoint, then: Then, seconds: float
 
     But not at `named_by`, by which the checkpoint is found: StoreError. seconds: that the save took.
     """
+    for problem in published(history, checkpoint, then, seconds):
+        warnings.warn(problem, StateWarning, stacklevel=4)
+
+
+def published(history: History, checkpoint: Checkpoint, then: Then, seconds: float | None = None) -> list[str]:
+    """Do what `publish` does, and return what has failed."""
     history.add(checkpoint)
     if then.named_by:
         folder, name = parted(then.named_by[0])
@@ -111,8 +117,7 @@ def publish(history: History, checkpoint: Checkpoint, then: Then, seconds: float
             start(history.store.root, checkpoint.directory, then.after)
         except OSError as e:
             problems.append(f"what is to run after it cannot be started: {e}")
-    for problem in problems:
-        warnings.warn(f"{checkpoint.directory} is committed, but {problem}", StateWarning, stacklevel=4)
+    return [f"{checkpoint.directory} is committed, but {problem}" for problem in problems]
 
 
 def _note(store: Store, checkpoint: Checkpoint, seconds: float | None) -> None:

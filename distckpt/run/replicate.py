@@ -12,18 +12,21 @@ from __future__ import annotations
 
 import threading
 import time
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from distckpt.errors import DistckptError, KeyExists, RunConflict
+from distckpt.errors import Corrupt, DistckptError, FormatError, KeyExists, KeyMissing, RunConflict
 from distckpt.format.layout import COMMIT, LAUNCHES, ack_file, attempt_of, launch_number
 from distckpt.format.manifest import MAX_BYTES
 from distckpt.run.events import note
 from distckpt.run.history import History
 from distckpt.run.keep import Keep, decide
+from distckpt.run.lease import SECONDS as LEASED
 from distckpt.run.lease import lease
 from distckpt.run.outbound import Outbound
-from distckpt.run.publish import Retention, Then, publish, retain
+from distckpt.run.publish import Retention, Then, published, retain
 from distckpt.run.retention import listed, remove
 from distckpt.saving.commit import (
     Attempt,
@@ -33,6 +36,7 @@ from distckpt.saving.commit import (
     committed_manifest,
     complete,
     is_committed,
+    read_ack,
     remove_acks,
 )
 from distckpt.store.base import read_all, write_all
@@ -40,7 +44,7 @@ from distckpt.store.open import reopened
 from distckpt.units import duration_text
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping
+    from collections.abc import Callable, Collection, Iterable, Mapping
 
     from distckpt.format.layout import StepDir
     from distckpt.loading.open import Checkpoint
@@ -91,6 +95,8 @@ class Replicator:
         self._ahead: list[tuple[StepDir, float]] = []
         """Near checkpoints that came since the far store's newest, and when."""
         self._asked, self._deadline = True, float("inf")
+        self._lease, self._held_at = ExitStack(), 0.0
+        self._held: StepDir | None = None
         self._outbound = Outbound(self._near.store, self._far.store, self._rules.bandwidth, self._look)
         self._thread = threading.Thread(target=self._run, name="distckpt-replicate", daemon=True)
         self._thread.start()
@@ -165,28 +171,49 @@ class Replicator:
     # -- one checkpoint ----------------------------------------------------------------------------------------------
 
     def _once(self) -> bool:
-        """Copy what is to go next. False where there is nothing, or what is left is for others to send."""
+        """Copy the newest of what lacks that can be copied now. False where there is none."""
         self._refuse_if_superseded()
-        attempt = self._next_attempt() if self._apart else None
-        checkpoint = None if attempt else self._next()
-        directory = attempt.directory if attempt else checkpoint.directory if checkpoint else None
-        if directory is None:
+        awaited, problem = False, None
+        ahead: list[tuple[StepDir, Callable[[], bool]]] = []
+        if self._apart:
+            attempts, awaited = self._attempts()
+            ahead += [(a.directory, partial(self._copy_part, a)) for a in attempts[:1]]
+        ahead += [(c.directory, partial(self._copy, c)) for c in self._lacking()]
+        for directory, copy in ahead:
+            try:
+                if self._copied(directory, copy):
+                    return True
+                awaited = True  # others have yet to send their part
+            except (Corrupt, FormatError, KeyMissing) as e:  # noqa: PERF203
+                problem = problem or e  # of what lies here: an older one may be whole
+        if problem:
+            raise problem
+        if awaited:
+            time.sleep(_PAUSE / 2)
+            self.wake()
+        else:
             with self._lock:
                 self._ahead.clear()
-            return False
+        return False
+
+    def _copied(self, directory: StepDir, copy: Callable[[], bool]) -> bool:
         started, before = time.monotonic(), self._outbound.sent
-        with lease(self._near.store, directory):
-            done = self._copy_part(attempt) if attempt else checkpoint is not None and self._copy(checkpoint)
-        if not done:
-            time.sleep(_PAUSE / 4)  # others have yet to send their part
-            self.wake()
-            return False
+        with self._lease:
+            self._hold(directory)
+            if not copy():
+                return False
         with self._lock:
             self._ahead = [(d, at) for d, at in self._ahead if d > directory]
         self._told = ""
         seconds, nbytes = round(time.monotonic() - started, 3), self._outbound.sent - before
         note(self._near.store, "replicated", step=directory.step, bytes=nbytes, seconds=seconds)
         return True
+
+    def _hold(self, directory: StepDir) -> None:
+        """Take a lease on what is being sent, a new one before that of an earlier call ends."""
+        self._held, self._held_at = directory, time.monotonic()
+        with self._lease.pop_all():
+            self._lease.enter_context(lease(self._near.store, directory))
 
     def _refuse_if_superseded(self) -> None:
         """RunConflict once a later launch has begun: it removes what it takes for left behind, and sends what lacks."""
@@ -199,18 +226,20 @@ class Replicator:
     def _look(self) -> None:
         """What is looked at again and again while a checkpoint is being sent, which can take hours."""
         self._check_behind()
+        if self._held and time.monotonic() - self._held_at > LEASED / 4:
+            self._hold(self._held)
         if time.monotonic() - self._looked > _PAUSE / 4:
             self._looked = time.monotonic()
             self._refuse_if_superseded()
 
-    def _next(self) -> Checkpoint | None:
-        """Newest near checkpoint that the far rules keep, and the far store lacks."""
+    def _lacking(self) -> list[Checkpoint]:
+        """Near checkpoints that the far rules keep, and the far store lacks, newest first."""
         there = {c.directory: c.candidate for c in listed(self._far)}
         here = {c.directory: c for c in listed(self._near) if c.found.checkpoint and not c.found.superseded}
         candidates = [*(c.candidate for d, c in here.items() if d not in there), *there.values()]
         wanted = decide(self._rules.keep or Keep(), candidates, {}).stays
-        lacking = sorted(here.keys() & (wanted.keys() - there), reverse=True)
-        return here[lacking[0]].found.checkpoint if lacking else None
+        lacking = (here[d].found.checkpoint for d in sorted(here.keys() & (wanted.keys() - there), reverse=True))
+        return [checkpoint for checkpoint in lacking if checkpoint]
 
     def _copy(self, checkpoint: Checkpoint) -> bool:
         """Copy its files, as far as they are not there, then its commit. Whether it is committed."""
@@ -229,26 +258,38 @@ class Replicator:
 
     def _publish(self, directory: StepDir) -> None:
         made, keep = self._far.open(directory), self._rules.keep
-        publish(self._far, made, Then(Retention(keep) if keep else None, noted=False))
+        self._tell_all(self._far, published(self._far, made, Then(Retention(keep) if keep else None, noted=False)))
+
+    def _tell_all(self, where: History, problems: list[str]) -> None:
+        for problem in problems:
+            self._tell(f"{where.store}: {problem}")
 
     # -- where other nodes have the rest -----------------------------------------------------------------------------
 
-    def _next_attempt(self) -> Attempt | None:
-        """Newest attempt that all ranks here have acked, and that is not committed. Older ones go, but for some."""
+    def _attempts(self) -> tuple[list[Attempt], bool]:
+        """Attempts that all ranks here have acked, and that are not committed, newest first; whether acks lack yet.
+
+        All but the newest few are removed.
+        """
         assert self._apart
-        acked = []
+        acked, lack = [], False
+        ranks = set(self._apart["ranks"])
         for directory in self._near.unfinished():
-            names = {attempt_of(entry.name) for entry in self._near.store.list(str(directory))} - {None}
-            attempts = [Attempt(directory, str(name), self._apart["world_size"]) for name in names]
-            acked += [a for a in attempts if acked_ranks(self._near.store, a) >= set(self._apart["ranks"])]
+            here = {entry.name for entry in self._near.store.list(str(directory))}
+            for name in {attempt_of(name) for name in here} - {None}:
+                attempt = Attempt(directory, str(name), self._apart["world_size"])
+                there = acked_ranks(self._near.store, attempt) & ranks
+                if _stands(self._near.store, attempt, there, here):
+                    lack = lack or there != ranks
+                    acked += [attempt] if there == ranks else []
         _let_go(self._near.store, [a.directory for a in acked[_UNCOMMITTED:]])
-        return acked[0] if acked else None
+        return acked, lack
 
     def _copy_part(self, attempt: Attempt) -> bool:
         """Copy what this node has of an attempt, its acks last, and commit it if that was all. Whether it is."""
         assert self._apart
         near, far = self._near.store, self._far.store
-        for rank in self._apart["ranks"]:
+        for rank in sorted(set(self._apart["ranks"]) - acked_ranks(far, attempt)):
             file, draft = acked_part(near, attempt, rank)
             objects = draft.objects.values() if draft else ()
             self._outbound.send(attempt.directory, [file], objects, all_here=True)
@@ -265,8 +306,16 @@ class Replicator:
             remove_acks(history.store, attempt)
             _let_go(history.store, [d for d in history.directories() if d < attempt.directory])
         if self._rules.near:
-            retain(self._near, Retention(self._rules.near), noted=False)
+            self._tell_all(self._near, retain(self._near, Retention(self._rules.near), noted=False)[1])
         return True
+
+
+def _stands(store: Store, attempt: Attempt, ranks: Iterable[int], here: Collection[str]) -> bool:
+    """Whether each of these ranks has acked a file that is here, and none gave the attempt up."""
+    try:
+        return all(read_ack(store, attempt, rank).get("file", [""])[0] in here for rank in ranks)
+    except (KeyMissing, Corrupt, FormatError):
+        return False  # nobody will commit it
 
 
 def _let_go(store: Store, directories: Iterable[StepDir]) -> None:
@@ -277,5 +326,5 @@ def _let_go(store: Store, directories: Iterable[StepDir]) -> None:
 
 
 def _launches(store: Store) -> int:
-    """Launches of a run so far."""
-    return sum(launch_number(entry.name) is not None for entry in store.list(LAUNCHES))
+    """Number of a run's newest launch. A store may lack the records of those before it was the run's."""
+    return max((launch_number(entry.name) or 0 for entry in store.list(LAUNCHES)), default=0)

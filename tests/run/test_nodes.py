@@ -7,15 +7,19 @@ import os
 import shutil
 import signal
 import time
+import warnings
 
 import pytest
 import torch
 from torch import nn
 
 from distckpt import Checkpointer, Keep, Local, TrainState
+from distckpt.errors import DistckptError
+from distckpt.run import pending
 from distckpt.run.history import History
 from distckpt.store.local import LocalStore
 from tests import ranks
+from tests.run import lives
 
 
 class Training:
@@ -73,6 +77,53 @@ def last_words(far, nodes, steps, path):
         path.write_text(json.dumps(content))
     torch.distributed.barrier()
     os.kill(os.getpid(), signal.SIGKILL)
+
+
+def die_half_way(far, nodes):
+    """Save step 1, which is not sent, and be killed when all ranks but the last have saved step 2."""
+    training = Training()
+    rank = torch.distributed.get_rank()
+    c = Checkpointer(far, local=Local(nodes[rank], bandwidth=1000), timeout=20)
+    c.resume(training.state)
+    c.save(1, training.state).wait()
+    if rank == 3:
+        c._saver._background.staged = lambda *_, **__: None
+    c.save(2, training.state)
+    lives.until(lambda: rank == 3 or list(nodes[rank].glob(f"step-00000002/ack-{rank:05d}.*")))
+    torch.distributed.barrier()
+    for pid in [*lives.writers([os.getpid()]), os.getpid()]:
+        os.kill(pid, signal.SIGKILL)
+
+
+def send_each(far, nodes):
+    """Save, and do nothing until the root has it, again and again."""
+    training = Training()
+    with Checkpointer(far, local=nodes[torch.distributed.get_rank()], timeout=20) as c:
+        c.resume(training.state)
+        for step in (1, 2, 3):
+            c.save(step, training.state)
+            lives.until(lambda step=step: step in steps_at(far), 15)
+            torch.distributed.barrier()
+
+
+def fail_once(far, nodes):
+    """Save, on rank 1 without memory the second time, and again."""
+    training = Training()
+    rank = torch.distributed.get_rank()
+    with warnings.catch_warnings(), Checkpointer(far, local=nodes[rank], timeout=20) as c:
+        warnings.simplefilter("error")
+        c.resume(training.state)
+        c.save(1, training.state).wait()
+        stage = pending.stage
+        if rank == 1:
+            pending.stage = None
+        saved = c.save(2, training.state)
+        pending.stage = stage
+        time.sleep(2)
+        with pytest.raises(DistckptError, match="failed on rank 1"):
+            saved.wait()
+        c.save(3, training.state).wait()
+        lives.until(lambda: 3 in steps_at(far), 15)
 
 
 def run(world, far, nodes, steps):
@@ -139,3 +190,31 @@ def test_what_a_lost_node_had_saved_alone_does_not_count(far, nodes, tmp_path):
     for step, loaded, _ in run(4, far, [*nodes[:2], tmp_path / "new", tmp_path / "new"], [2]):
         assert (step, loaded) == (1, before)
     assert steps_at(far) == [1, 2]
+
+
+def test_each_save_is_sent_though_nothing_follows_it(far, nodes):
+    ranks.run(4, send_each, far, nodes, timeout=90)
+
+
+def test_a_save_that_a_rank_gave_up_stops_nothing_of_what_follows(far, nodes):
+    ranks.run(4, fail_once, far, nodes, timeout=90)
+    assert steps_at(far)[-1] == 3
+
+
+def test_ranks_on_other_nodes_than_before_resume_what_was_whole_behind_a_save_that_was_not(far, nodes):
+    ranks.run(4, die_half_way, far, nodes, may_die=range(4), timeout=90)
+    shutil.rmtree(far / "step-00000002", ignore_errors=True)
+    assert steps_at(far) == []
+    for step, _, _ in run(4, far, nodes[::-1], [2]):
+        assert step == 1
+    assert steps_at(far) == [1, 2]
+
+
+def test_a_directory_that_is_a_copy_of_another_nodes_is_a_node_of_its_own(far, nodes):
+    saved = run(4, far, nodes, [1])[0][2]
+    shutil.rmtree(nodes[2])
+    shutil.copytree(nodes[0], nodes[2], symlinks=True)
+    for step, loaded, _ in run(4, far, nodes, [2]):
+        assert (step, loaded) == (1, saved)
+    assert steps_at(far) == [1, 2]
+    assert {int(f.name[5:10]) for f in nodes[2].glob("step-00000002/rank-*")} == {2, 3}

@@ -7,6 +7,7 @@ import re
 import shutil
 import time
 import warnings
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -15,9 +16,15 @@ from torch import nn
 
 from distckpt import After, Checkpointer, Keep, Local, TrainState
 from distckpt.errors import Corrupt, RunConflict, StateWarning, Unsupported
+from distckpt.format.checksum import BLOCK
+from distckpt.run import outbound, replicate
 from distckpt.run.history import History
+from distckpt.run.job import Job
+from distckpt.run.lease import lease, leased
+from distckpt.run.replicate import Replicator, Rules
 from distckpt.store.local import LocalStore
 from distckpt.store.tiers import Tiers
+from tests.run.lives import until
 from tests.store import servers
 
 
@@ -34,15 +41,15 @@ def far(tmp_path):
 class Training:
     """A small model that is trained and saved."""
 
-    def __init__(self):
+    def __init__(self, width=64):
         torch.manual_seed(0)
-        self.model = nn.Linear(64, 64)
+        self.model = nn.Linear(width, width)
         self.optimizer = torch.optim.AdamW(self.model.parameters())
         self.state = TrainState(model=self.model, optimizer=self.optimizer)
 
     def step(self):
         self.optimizer.zero_grad()
-        self.model(torch.randn(4, 64)).square().sum().backward()
+        self.model(torch.randn(4, self.model.in_features)).square().sum().backward()
         self.optimizer.step()
 
     def content(self):
@@ -256,9 +263,75 @@ def test_it_is_warned_of_a_root_that_cannot_be_written_and_saves_go_on(near, far
     assert steps_at(far) == [1]
 
 
+def test_what_is_left_to_send_is_sent_however_long_the_load_lasts(near, far, monkeypatch):
+    train(far, near, [1, 2])
+    shutil.rmtree(far / "step-00000002")
+    open_launch = Job.open
+    monkeypatch.setattr(Job, "open", lambda *given: (time.sleep(2), open_launch(*given)))
+    with Checkpointer(far, local=Local(near, bandwidth="20 kB"), timeout=30) as c:
+        c.resume(Training().state)
+        until(lambda: steps_at(far) == [1, 2], 15)
+
+
+def test_what_is_being_sent_has_a_lease_for_as_long_as_that_lasts(near, far, monkeypatch):
+    train(near, None, [1], Training(700), wait=True)
+    monkeypatch.setattr(replicate, "LEASED", 1.2)
+    monkeypatch.setattr(replicate, "lease", partial(lease, seconds=1.2))
+    monkeypatch.setattr(outbound, "_PIECE", BLOCK)
+    rules = Rules(None, None, 2_000_000, 60).to_json()
+    stores = [LocalStore(root) for root in (near, far)]
+    near_, far_ = (store.address for store in stores)
+    sending = Replicator({"near": near_, "far": far_, "rules": rules, "apart": None}, lambda _: None)
+    until(lambda: leased(stores[0]))
+    held = []
+    while steps_at(far) != [1]:
+        held.append(bool(leased(stores[0])))
+        time.sleep(0.05)
+    assert len(held) > 30
+    assert held.count(False) <= 1  # it had just been given back
+    sending.finish(5)
+
+
+def test_what_fails_at_the_root_after_a_commit_is_told(near, far):
+    train(far, near, [1])
+    (far / "meta.json").unlink()
+    (far / "meta.json").mkdir()
+    with pytest.warns(StateWarning, match="root.*step-00000002 is committed, but last.json or meta.json could not be"):
+        train(far, near, [2])
+    assert steps_at(far) == [1, 2]
+
+
+def test_a_run_that_gets_a_root_is_fenced_off_by_its_launches_as_any(near, far, tmp_path):
+    train(near, None, [1])
+    train(near, None, [2])
+    ours = Training()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        with Checkpointer(far, local=near, timeout=30) as c:
+            c.resume(ours.state)
+            c.save(3, ours.state)
+            until(lambda: 3 in steps_at(far))
+            resumed(far, tmp_path / "elsewhere")
+            c.save(4, ours.state)
+    assert any("a later launch, elsewhere" in str(w.message) for w in caught)
+    assert not (far / "step-00000004").exists()
+
+
 def test_the_two_places_must_differ(near):
-    with pytest.raises(ValueError, match="two different places"):
-        Checkpointer(near, local=near)
+    near.mkdir()
+    (near.parent / "link").symlink_to(near)
+    for same in (near, f"file://{near}", near.parent / "link", near / ".." / near.name):
+        with pytest.raises(ValueError, match="is the same directory as root"):
+            Checkpointer(near, local=same)
+    for no_directory in ("s3://bucket/run", "memory://run", "", 3, True):
+        with pytest.raises(Unsupported, match="a directory is expected"):
+            Checkpointer(near / "a", local=no_directory)
+    with pytest.raises(Unsupported, match="no other process can send there"):
+        Checkpointer("memory://run", local=near)
+    with pytest.raises(ValueError, match="at least one byte a second"):
+        Checkpointer(near / "a", local=Local(near, bandwidth=0))
+    with pytest.raises(ValueError, match="a Keep, or None"):
+        Checkpointer(near / "a", local=Local(near, keep=3))
     with pytest.raises(ValueError, match="behind"):
         Checkpointer(near / "a", local=Local(near, behind="soon"))
     with pytest.raises(ValueError, match="a size such as"):
