@@ -22,6 +22,7 @@ from distckpt.loading.report import LoadReport
 from distckpt.loading.shared import refuse_shared
 from distckpt.state import Saved
 from distckpt.statedict import references
+from distckpt.store.base import each
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -113,7 +114,8 @@ def _offered(checkpoint: Checkpoint, comm: Comm, options: Options) -> tuple[Save
     content = checkpoint.manifest
     resharded = content.world_size != comm.world_size
     aliases = {options.renamed(alias): options.renamed(fqn) for alias, fqn in content.aliases.items()}
-    objects: dict[str, Any] = {name: checkpoint.object(name) for name in content.objects if options.wants(name)}
+    wanted = [name for name in content.objects if options.wants(name)]
+    objects: dict[str, Any] = dict(zip(wanted, each(checkpoint.pace, checkpoint.object, wanted), strict=True))
     of_rank: dict[int, dict[str, Any]] = {}
 
     def rank_object(name: str, rank: int) -> Any:

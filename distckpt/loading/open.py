@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import bisect
 import threading
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from distckpt.errors import Corrupt, FormatError, KeyMissing, KeyTruncated, NewerFormat, NotACheckpoint
 from distckpt.format import datafile, manifest, objects
 from distckpt.format.checksum import BLOCK, crc_of, digest
 from distckpt.format.layout import CHECKSUMS_CHUNK, COMMIT, OBJECTS_CHUNK, StepDir, fqn_of
-from distckpt.store.base import Copied, Pace, read_all
+from distckpt.store.base import Copied, Pace, each, read_all
 
 if TYPE_CHECKING:
     from array import array
@@ -129,11 +129,8 @@ class Checkpoint:
 
     def open_files(self, indices: Iterable[int]) -> None:
         """Open data files, several at once where each has to be asked for. Errors as of `data_file`."""
-        missing = [index for index in indices if index not in self._files]
-        if self.store.pace.gap and len(missing) > 1:
-            with ThreadPoolExecutor(self.store.pace.in_flight, "distckpt-open") as pool:
-                for _ in pool.map(self.data_file, missing):
-                    pass
+        if self.store.pace.gap:
+            each(self.store.pace, self.data_file, [index for index in indices if index not in self._files])
 
     def verify(self, chunks: Iterable[tuple[int, str]]) -> None:
         """Check what holds these chunks (file, name) before anything moves, where reading does not. Here it does."""
@@ -187,9 +184,7 @@ class Checkpoint:
         return or_other_copy(self.store, key, lambda: self._read_object(key, name, info))
 
     def _read_object(self, key: str, name: str, info: ObjectInfo) -> Any:
-        _measure(self, key, info.size)
-        data = memoryview(bytearray(info.size))
-        self.read(key, 0, [data])
+        (data,) = _parts(self, key, info.size, (0, info.size))
         if digest(data) != info.digest:
             raise Corrupt(f"{key}: object {name} does not match the commit's digest")
         return _decoded(key, data)
@@ -234,7 +229,6 @@ def _decoded(key: str, data: memoryview) -> Any:
 
 
 def _measure(source: Readable, key: str, size: int) -> None:
-    """Corrupt unless a key has `size` bytes: asked before memory is taken for them."""
     if (found := source.head(key)) != size:
         raise Corrupt(f"{key}: has {found} bytes, the commit says {size}")
 
@@ -248,14 +242,26 @@ def _covered(size: int) -> int:
     return covered
 
 
+def _parts(source: Readable, key: str, size: int, *ends: tuple[int, int]) -> list[memoryview]:
+    """Bytes of a key from each start to each stop. Corrupt unless it has `size` bytes.
+
+    That is asked before memory is taken for them, but at the same time where asking takes long.
+    """
+    asked: list[Callable[[], Any]] = [partial(_measure, source, key, size)]
+    asked += [partial(_part, source, key, start, stop) for start, stop in ends]
+    return each(source.pace, lambda ask: ask(), asked)[1:]
+
+
+def _part(source: Readable, key: str, start: int, stop: int) -> memoryview:
+    data = memoryview(bytearray(stop - start))
+    source.read(key, start, [data])
+    return data
+
+
 def opened(source: Readable, key: str, info: FileInfo) -> DataFile:
     """Data file of this key. Corrupt unless header and table are as `info` says."""
-    _measure(source, key, info.size)
-    header = memoryview(bytearray(info.header))
-    source.read(key, 0, [header])
     covered = _covered(info.size)
-    table = memoryview(bytearray(info.size - covered))
-    source.read(key, covered, [table])
+    header, table = _parts(source, key, info.size, (0, info.header), (covered, info.size))
     if datafile.file_digest(header, table) != info.digest:
         raise Corrupt(f"{key}: its header or checksum table does not match the commit's digest")
     try:

@@ -294,9 +294,7 @@ class Checkpointer:
 
     def _generation(self, step: int) -> int:
         """Generation of a step about to be saved. Asked on rank 0."""
-        self._job.refuse_if_superseded()
-        free = max(self._history.next_generation(step), self._places.generation(step))
-        return self._saver.next_generation(self._store, step, free)
+        return self._saver.next_generation(self._store, step, self._job.free_generation(step))
 
     def _check(self, state: Any) -> None:
         if self._closed:

@@ -22,13 +22,15 @@ from distckpt.saving.commit import (
     is_committed,
     remove_acks,
 )
-from distckpt.store.base import Copied
+from distckpt.store.base import Copied, each
 from distckpt.store.local import LocalStore
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
+    from distckpt.errors import DistckptError
     from distckpt.format.manifest import Manifest, TensorInfo
+    from distckpt.run.launches import Launch
     from distckpt.store.base import Store
 
 
@@ -48,6 +50,7 @@ class History:
     def __init__(self, store: Store) -> None:
         self.store = store
         self._opened: dict[StepDir, Checkpoint] = {}
+        self._launches: dict[int, Launch] = {}
         self._tensors: Mapping[str, TensorInfo] = {}
         self.epochs: dict[str, int | None] = {}
         """Epoch of each attempt, as far as it was asked for: it takes a read."""
@@ -59,26 +62,41 @@ class History:
 
     def committed(self) -> Iterator[Found]:
         """Every committed checkpoint, newest first, read one at a time. NewerFormat is raised, not skipped."""
-        launches = read_launches(self.store)
-        for directory in self.directories():
-            if not is_committed(self.store, directory):
+        launches = read_launches(self.store, self._launches)
+        for directory, found in self._looked_at():
+            if isinstance(found, NewerFormat):
+                raise found
+            if found is None:
                 self._opened.pop(directory, None)  # removed, or half of it
-                continue
-            if directory not in self._opened:
-                try:
-                    self.add(open_checkpoint(self.store, directory))
-                except NewerFormat:
-                    raise
-                except NotACheckpoint:
-                    continue  # another save has removed it since it was listed
-                except (Corrupt, FormatError) as e:
-                    yield Found(directory, None, str(e))
-                    continue
-            superseded = not counts(directory, self._opened[directory].manifest.launch, launches)
-            if superseded and (other := self._other_copy(directory)):
-                self.add(other)
-                superseded = not counts(directory, other.manifest.launch, launches)
-            yield Found(directory, self._opened[directory], superseded=superseded)
+            elif isinstance(found, Checkpoint):
+                if directory not in self._opened:
+                    self.add(found)
+                superseded = not counts(directory, found.manifest.launch, launches)
+                if superseded and (other := self._other_copy(directory)):
+                    self.add(other)
+                    superseded = not counts(directory, other.manifest.launch, launches)
+                yield Found(directory, self._opened[directory], superseded=superseded)
+            else:
+                yield Found(directory, None, str(found))
+
+    def _looked_at(self) -> Iterator[tuple[StepDir, Checkpoint | DistckptError | None]]:
+        """Yield what each directory holds. The newest is often all that is asked for; others are looked at together."""
+        directories = self.directories()
+        together = self.store.pace.in_flight if self.store.pace.gap else 1
+        batches = [directories[:1], *(directories[i : i + together] for i in range(1, len(directories), together))]
+        for batch in batches:
+            yield from zip(batch, each(self.store.pace, self._look, batch), strict=True)
+
+    def _look(self, directory: StepDir) -> Checkpoint | DistckptError | None:
+        """What a directory holds: a checkpoint, what is wrong with it, or (None) nothing that is committed."""
+        if known := self._opened.get(directory):
+            return known if is_committed(self.store, directory) else None
+        try:
+            return open_checkpoint(self.store, directory)
+        except NotACheckpoint:
+            return None
+        except (Corrupt, FormatError) as e:  # NewerFormat is one
+            return e
 
     def _other_copy(self, directory: StepDir) -> Checkpoint | None:
         """Open what another machine has committed under the same name, where the store has a copy of that, too."""
@@ -209,7 +227,7 @@ class History:
             return False
         try:
             whole = complete(self.store, attempt)
-            if not counts(attempt.directory, whole.launch, read_launches(self.store)):
+            if not counts(attempt.directory, whole.launch, read_launches(self.store, self._launches)):
                 return False  # of a superseded launch: committed, it would not count
             if not self._has_all(attempt, whole, apart=apart):
                 return False

@@ -12,9 +12,10 @@ from distckpt.errors import RunConflict
 from distckpt.run.events import note
 from distckpt.run.heartbeat import Heartbeat, refuse_living
 from distckpt.run.history import History
-from distckpt.run.launches import job_name, open_launch, read_launches
+from distckpt.run.launches import job_name, launch_numbers, open_launch, read_launches
 from distckpt.run.publish import now
 from distckpt.run.sweep import clear_up
+from distckpt.store.base import each
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -98,10 +99,23 @@ class Job:
             self._places.open()
             clear_up(self._history)
 
+    def free_generation(self, step: int) -> int:
+        """Generation of a step that this launch may save. RunConflict once a later one has begun. Not collective."""
+
+        def look(what: str) -> int:
+            if what == "generations":
+                return self._history.next_generation(step)
+            self.refuse_if_superseded()
+            return 1
+
+        # at once, for training waits for both
+        return max(*each(self._places.near.pace, look, ("launches", "generations")), self._places.generation(step))
+
     def refuse_if_superseded(self) -> None:
-        """RunConflict once a later launch has begun: what this one saves would never be resumed. Not collective."""
-        if later := [launch for launch in read_launches(self._places.near) if launch.number > (self.launch or 0)]:
-            newest = later[-1]
+        """RunConflict once a later launch has begun: what this one saves would never be resumed."""
+        near = self._places.near
+        if max(launch_numbers(near), default=0) > (self.launch or 0):
+            newest = read_launches(near)[-1]
             raise RunConflict(
                 f"{self._store}: launch {newest.number} ({newest.job} on {newest.host}, {newest.date}) has resumed "
                 f"this run since launch {self.launch} began, and nothing that this job saves would ever be resumed. "

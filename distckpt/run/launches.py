@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from distckpt.errors import Corrupt, FormatError, KeyExists
 from distckpt.format.layout import LAUNCHES, StepDir, launch_file, launch_number
 from distckpt.format.sealed import seal, unseal
-from distckpt.store.base import read_all
+from distckpt.store.base import each, read_all
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -45,23 +45,33 @@ class Launch:
         return start is not None and directory <= start
 
 
-def read_launches(store: Store) -> list[Launch]:
-    """Every launch of a run, by number. FormatError for a record that cannot be read: it might fence something."""
-    found = []
-    for entry in store.list(LAUNCHES):
-        number = launch_number(entry.name)
-        if number is None:
-            continue
-        key = launch_file(number)
-        try:
-            members = unseal(read_all(store, key, limit=_MOST_BYTES))
-            record = Launch(**{f.name: members[f.name] for f in fields(Launch)})  # a later version may add others
-            if record.number != number or (record.resumed_from and not StepDir.parse(record.resumed_from)):
-                raise FormatError(f"it names launch {record.number}, resumed from {record.resumed_from!r}")
-        except (TypeError, KeyError, FormatError, Corrupt) as e:
-            raise FormatError(f"{key}: not the record of a launch ({e}); restore or remove it by hand") from e
-        found.append(record)
-    return sorted(found, key=lambda launch: launch.number)
+def launch_numbers(store: Store) -> list[int]:
+    """Number of every launch of a run, ascending: a record never changes, so these say whether there is another."""
+    return sorted(n for n in (launch_number(entry.name) for entry in store.list(LAUNCHES)) if n is not None)
+
+
+def read_launches(store: Store, known: dict[int, Launch] | None = None) -> list[Launch]:
+    """Every launch of a run, by number. FormatError for a record that cannot be read: it might fence something.
+
+    known: those that were read before, which are not read again; the others are added.
+    """
+    known = {} if known is None else known
+    numbers = launch_numbers(store)
+    new = [number for number in numbers if number not in known]
+    known.update(zip(new, each(store.pace, lambda number: _read(store, number), new), strict=True))
+    return [known[number] for number in numbers]
+
+
+def _read(store: Store, number: int) -> Launch:
+    key = launch_file(number)
+    try:
+        members = unseal(read_all(store, key, limit=_MOST_BYTES))
+        record = Launch(**{f.name: members[f.name] for f in fields(Launch)})  # a later version may add others
+        if record.number != number or (record.resumed_from and not StepDir.parse(record.resumed_from)):
+            raise FormatError(f"it names launch {record.number}, resumed from {record.resumed_from!r}")
+    except (TypeError, KeyError, FormatError, Corrupt) as e:
+        raise FormatError(f"{key}: not the record of a launch ({e}); restore or remove it by hand") from e
+    return record
 
 
 def counts(directory: StepDir, launch: int, launches: Sequence[Launch]) -> bool:
@@ -71,7 +81,7 @@ def counts(directory: StepDir, launch: int, launches: Sequence[Launch]) -> bool:
 
 def open_launch(store: Store, resumed_from: StepDir | None, world_size: int, date: str) -> int:
     """Create the next launch's record and return its number."""
-    number = max((launch.number for launch in read_launches(store)), default=0)
+    number = max(launch_numbers(store), default=0)
     while True:
         number += 1
         record = Launch(

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from distckpt.errors import FormatError, KeyMissing, StoreError
 from distckpt.format.layout import LEASES, StepDir, lease_file, lease_of
 from distckpt.format.text import read_json
-from distckpt.store.base import read_all, write_all
+from distckpt.store.base import each, read_all, write_all
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -56,13 +56,9 @@ def leased(store: Store) -> set[StepDir]:
 
 def leases(store: Store) -> list[tuple[StepDir, str, bool]]:
     """Every lease: its checkpoint, its key, whether it has expired. One that cannot be read has."""
-    found = []
-    for entry in store.list(LEASES):
-        directory = lease_of(entry.name)
-        if directory is not None:
-            key = f"{LEASES}/{entry.name}"
-            found.append((directory, key, time.time() > _expires(store, key)))
-    return found
+    found = [(directory, f"{LEASES}/{e.name}") for e in store.list(LEASES) if (directory := lease_of(e.name))]
+    until = each(store.pace, lambda lease: _expires(store, lease[1]), found)
+    return [(*lease, time.time() > expires) for lease, expires in zip(found, until, strict=True)]
 
 
 def _expires(store: Store, key: str) -> float:

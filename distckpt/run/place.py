@@ -16,7 +16,7 @@ from distckpt.errors import RunConflict, Unsupported
 from distckpt.format.layout import StepDir
 from distckpt.run.history import History
 from distckpt.run.keep import NEWEST, Keep
-from distckpt.run.launches import read_launches
+from distckpt.run.launches import launch_numbers
 from distckpt.run.publish import POINTERS, Retention, Then, target_of
 from distckpt.store.open import located, open_store, parted
 
@@ -51,7 +51,7 @@ class Place:
 
     def launch(self) -> int:
         """Number of the newest launch of the run, 0 where there is none: what saves here counts as its own."""
-        return max((launch.number for launch in read_launches(self.store)), default=0)
+        return max(launch_numbers(self.store), default=0)
 
     def then(self, named_by: tuple[str, str] | None = None) -> Then:
         """What follows a commit: what is kept of the step when it is saved again. named_by: see Then."""

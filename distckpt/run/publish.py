@@ -20,7 +20,7 @@ from distckpt.run.events import note
 from distckpt.run.keep import Keep
 from distckpt.run.retention import decided, is_number, listed, newest, remove_all
 from distckpt.run.sweep import leftovers, sweep
-from distckpt.store.base import read_all, write_all
+from distckpt.store.base import each, read_all, write_all
 from distckpt.store.local import LocalStore
 from distckpt.store.open import open_store, parted
 
@@ -171,11 +171,12 @@ def make_known(history: History, retention: Retention | None) -> tuple[list[List
     if whole:
         wanted |= {"best": whole.best, **{epoch_link(epoch): d for epoch, d in whole.epochs.items()}}
     here = {str(c.directory) for c in checkpoints} - {str(d) for d in (decision.goes if decision else ())}
-    for name, target in pointing(history.store).items():
+    pointers, hints = _pointers(history.store), _hints(history.store)
+    for name, target in (hints | pointers).items():
         if name not in wanted and (target not in here or (whole and is_epoch_link(name))):
-            _point(history.store, name, None)
+            wanted[name] = None
     for name, directory in wanted.items():
-        _point(history.store, name, directory)
+        _point(history.store, name, directory, pointers.get(name))
     write_registry(history.store, checkpoints, decision, retention)
     return checkpoints, decision
 
@@ -190,11 +191,18 @@ def now() -> str:
 
 def pointing(store: Store) -> dict[str, str]:
     """Pointers and symlinks that there are, and the names that they point at."""
-    found = {name: target for name in POINTERS if (target := target_of(store, name)) is not None}
-    if isinstance(store, LocalStore):
-        ours = {name: t for name, t in store.hints().items() if name in POINTERS or is_epoch_link(name)}
-        found = {**ours, **found}
-    return found
+    return _hints(store) | _pointers(store)
+
+
+def _pointers(store: Store) -> dict[str, str]:
+    targets = each(store.pace, lambda name: target_of(store, name), POINTERS)
+    return {name: target for name, target in zip(POINTERS, targets, strict=True) if target is not None}
+
+
+def _hints(store: Store) -> dict[str, str]:
+    if not isinstance(store, LocalStore):
+        return {}
+    return {name: t for name, t in store.hints().items() if name in POINTERS or is_epoch_link(name)}
 
 
 def target_of(store: Store, name: str) -> str | None:
@@ -208,9 +216,12 @@ def target_of(store: Store, name: str) -> str | None:
     return str(said.get("checkpoint", "")) if isinstance(said, dict) else ""
 
 
-def _point(store: Store, name: str, directory: StepDir | None) -> None:
-    """Point a name at a checkpoint, or (None) at nothing; where it points there already, nothing is written."""
-    if name in POINTERS and target_of(store, name) != (str(directory) if directory else None):
+def _point(store: Store, name: str, directory: StepDir | None, before: str | None) -> None:
+    """Point a name at a checkpoint, or (None) at nothing; where it points there already, nothing is written.
+
+    before: what the pointer holds.
+    """
+    if name in POINTERS and before != (str(directory) if directory else None):
         if directory:
             write_all(store, pointer_file(name), _json({"checkpoint": str(directory), "step": directory.step}))
         else:

@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 from distckpt.errors import Corrupt, DistckptError
 from distckpt.format.layout import ACK, COMMIT, StepDir
 from distckpt.run.keep import Candidate, decide
-from distckpt.run.launches import read_launches
+from distckpt.run.launches import launch_numbers
 from distckpt.run.lease import leased
 from distckpt.saving.commit import is_committed
+from distckpt.store.base import each
 from distckpt.store.local import LocalStore
 
 if TYPE_CHECKING:
@@ -119,9 +120,9 @@ def remove_all(history: History, goes: Collection[StepDir]) -> tuple[list[StepDi
     store = history.store
     removed: list[StepDir] = []
     try:
-        launches = read_launches(store)
+        launches = launch_numbers(store)
         for directory in sorted(goes, reverse=True):
-            if read_launches(store) != launches:
+            if launch_numbers(store) != launches:
                 return sorted(removed), ["a later launch has begun; what goes is for it to decide"]
             if directory not in leased(store) and remove(store, directory):
                 removed.append(directory)
@@ -137,8 +138,9 @@ def remove(store: Store, directory: StepDir) -> bool:
     if directory in leased(store):
         return False  # it may have opened the commit; the rest is for gc
     names = [entry.name for entry in store.list(str(directory)) if entry.size is not None]
-    for name in sorted(names, key=lambda n: not n.startswith(ACK)):  # acks first: nobody finds an attempt complete
-        store.delete(f"{directory}/{name}")
+    for acks in (True, False):  # acks first: nobody finds an attempt complete
+        some = [name for name in names if name.startswith(ACK) == acks]
+        each(store.pace, lambda name: store.delete(f"{directory}/{name}"), some)
     if isinstance(store, LocalStore):
         for name, _, _ in store.unfinished(str(directory)):
             store.discard(str(directory), name)

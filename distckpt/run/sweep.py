@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from distckpt.errors import DistckptError, KeyMissing, StateWarning
 from distckpt.format.layout import ACK, COMMIT, LAUNCHES, LEASES, StepDir, attempt_of, launch_file
-from distckpt.run.launches import read_launches
+from distckpt.run.launches import launch_numbers
 from distckpt.run.lease import leased, leases
 from distckpt.saving.commit import is_committed, launch_of
 from distckpt.store.base import Dated
@@ -94,7 +94,7 @@ class _Ended:
     def __init__(self, store: Store, *, alone: bool, idle: float | None) -> None:
         self._store, self._alone, self._idle = store, alone, idle
         self._directories: dict[str, bool] = {}
-        self._newest = max((launch.number for launch in read_launches(store)), default=0)
+        self._newest = max(launch_numbers(store), default=0)
         self._began = self._changed(launch_file(self._newest)) if self._newest else None
 
     def _changed(self, key: str) -> float | None:

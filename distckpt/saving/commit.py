@@ -25,7 +25,7 @@ from distckpt.format import manifest
 from distckpt.format.layout import COMMIT, StepDir, ack_file, ack_rank
 from distckpt.format.manifest import FileInfo, Manifest
 from distckpt.format.sealed import seal, unseal
-from distckpt.store.base import read_all, write_all
+from distckpt.store.base import each, read_all, write_all
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -113,7 +113,7 @@ def complete(store: Store, attempt: Attempt, draft: Manifest | None = None) -> M
 
     RunConflict if one refused; KeyMissing, Corrupt or FormatError where an ack cannot be used.
     """
-    said = [read_ack(store, attempt, rank) for rank in range(attempt.world_size)]
+    said = each(store.pace, lambda rank: read_ack(store, attempt, rank), range(attempt.world_size))
     for rank, ack in enumerate(said):
         if "error" in ack:
             raise RunConflict(f"{attempt.directory}: rank {rank} gave the attempt up: {ack['error']}")
@@ -162,8 +162,8 @@ def commit_when_acked(store: Store, attempt: Attempt, draft: Manifest | None, *,
 def remove_acks(store: Store, attempt: Attempt) -> None:
     """Remove the acks of a committed attempt: all they said stands in commit.json, so one left behind does no harm."""
     with contextlib.suppress(StoreError):
-        for rank in acked_ranks(store, attempt):
-            store.delete(attempt.key(ack_file(rank, attempt.id)))
+        acks = [attempt.key(ack_file(rank, attempt.id)) for rank in acked_ranks(store, attempt)]
+        each(store.pace, store.delete, acks)
 
 
 def committed_manifest(store: Store, attempt: Attempt) -> Manifest | None:

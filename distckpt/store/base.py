@@ -8,12 +8,16 @@ from __future__ import annotations
 
 import re
 import sys
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 from distckpt.errors import StoreError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
+
+T = TypeVar("T")
+A = TypeVar("A")
 
 _PART = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]*")
 
@@ -95,6 +99,15 @@ class Dated(Protocol):
 
 
 @runtime_checkable
+class Whole(Protocol):
+    """A store that gives a whole key in one request."""
+
+    def content(self, key: str, limit: int) -> bytes:
+        """All bytes of a key, of at most `limit`. KeyMissing; StoreError if it is longer."""
+        ...
+
+
+@runtime_checkable
 class Copied(Protocol):
     """A store that has some keys twice."""
 
@@ -112,6 +125,8 @@ def check(key: str, *, prefix: bool = False) -> str:
 
 def read_all(store: Store, key: str, *, limit: int) -> bytes:
     """Whole content of a key of at most `limit` bytes. KeyMissing; StoreError if it is longer."""
+    if isinstance(store, Whole):
+        return store.content(key, limit)
     size = store.head(key)
     if size > limit:
         raise StoreError(f"{key} has {size} bytes; at most {limit} are read")
@@ -119,6 +134,15 @@ def read_all(store: Store, key: str, *, limit: int) -> bytes:
     if size:
         store.read(key, 0, [memoryview(data)])
     return bytes(data)
+
+
+def each(pace: Pace, call: Callable[[A], T], items: Iterable[A]) -> list[T]:
+    """Call for each item; several at once where a store is far, so that every answer takes its time."""
+    todo = list(items)
+    if not pace.gap or len(todo) < 2:
+        return list(map(call, todo))
+    with ThreadPoolExecutor(pace.in_flight, "distckpt-each") as pool:
+        return list(pool.map(call, todo))
 
 
 def write_all(store: Store, key: str, data: bytes) -> None:

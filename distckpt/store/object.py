@@ -21,7 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 from distckpt.errors import KeyExists, KeyMissing, KeyTruncated, StateWarning, StoreError
-from distckpt.store.base import FOR_GOOD, Entry, Pace, check, read_all
+from distckpt.store.base import FOR_GOOD, Entry, Pace, check, each
 from distckpt.store.client import REQUEST, Client, plain
 
 if TYPE_CHECKING:
@@ -125,6 +125,19 @@ class ObjectStore:
                 raise
         return self._client.ask("read", key, lambda store: _skimmed(store.get(key), low, high))
 
+    def content(self, key: str, limit: int) -> bytes:
+        """See Whole."""
+        return self._content(check(key), limit)
+
+    def _content(self, key: str, limit: int) -> bytes:
+        def get(store: Any) -> bytes:
+            got = store.get(key)
+            if (size := got.meta["size"]) > limit:
+                raise StoreError(f"{self.root}/{key} has {size} bytes; at most {limit} are read")
+            return bytes(got.bytes())
+
+        return self._client.ask("read", key, get)
+
     def write(self, key: str, pieces: Iterable[memoryview], *, size: int, stable: int = 0) -> None:
         """See Store.write. Holds as many parts as are in flight; pieces that stay FOR_GOOD are sent as they lie."""
         check(key)
@@ -165,7 +178,9 @@ class ObjectStore:
 
     def delete(self, key: str) -> None:
         """See Store.delete."""
-        check(key)
+        self._delete(check(key))
+
+    def _delete(self, key: str) -> None:
         with contextlib.suppress(KeyMissing):
             self._client.ask("delete", key, lambda store: store.delete(key))
 
@@ -185,7 +200,7 @@ class ObjectStore:
 
     def _settled(self, key: str, data: bytes) -> bool:
         """True for a key that was created by us: its content says so. KeyExists if by another; KeyMissing."""
-        if self.head(key) != len(data) or read_all(self, key, limit=len(data)) != data:
+        if self.head(key) != len(data) or self._content(key, len(data)) != data:
             raise KeyExists(f"{self.root}/{key}: exists with other content")
         return True
 
@@ -207,21 +222,18 @@ class ObjectStore:
 
     def _probe(self) -> bool:
         names = [f".probe-{secrets.token_hex(8)}" for _ in range(_RACES)]
-        tried = []
+
+        def kept(name: str) -> bool:
+            return self._refuses_the_second(name) if name == names[0] else self._race(name)
+
         try:
-            for race, name in enumerate(names):
-                tried.append(name)
-                if not (self._race(name) if race else self._refuses_the_second(name)):
-                    return False
+            return all(each(self.pace, kept, names))
         finally:
-            for name in tried:
-                with contextlib.suppress(KeyMissing):
-                    self._client.ask("delete", name, lambda store: store.delete(name))  # noqa: B023  called at once
-        return True
+            each(self.pace, self._delete, names)
 
     def _refuses_the_second(self, name: str) -> bool:
         self._put_if_absent(name, b"first")  # what that says may be about a request of its own, whose answer was lost
-        return not self._put_if_absent(name, b"second") and self._content(name) == b"first"
+        return not self._put_if_absent(name, b"second") and self._content(name, PART) == b"first"
 
     def _race(self, name: str) -> bool:
         """Whether of several that create a key at once no two succeed, and the content of one stays."""
@@ -234,10 +246,7 @@ class ObjectStore:
         with ThreadPoolExecutor(_RACERS) as pool:
             won = list(pool.map(run, range(_RACERS)))
         able = [racer for racer, has in enumerate(won) if has] or range(_RACERS)  # the winner's answer may be lost
-        return won.count(True) <= 1 and self._content(name) in [b"%d" % racer for racer in able]
-
-    def _content(self, name: str) -> bytes:
-        return bytes(self._client.ask("read", name, lambda store: store.get(name).bytes()))
+        return won.count(True) <= 1 and self._content(name, PART) in [b"%d" % racer for racer in able]
 
     def _create_by_claim(self, key: str, data: bytes) -> None:
         """Create on a server that has no conditions: of those who claim the key at about the same time, one writes it.

@@ -54,6 +54,10 @@ class Tiers:
         """When a key was written: see Dated."""
         return self._nearest(key, lambda store: store.changed(key) if isinstance(store, Dated) else 0.0)
 
+    def content(self, key: str, limit: int) -> bytes:
+        """See Whole."""
+        return self._nearest(key, lambda store: read_all(store, key, limit=limit))
+
     def read(self, key: str, start: int, buffers: Sequence[memoryview]) -> None:
         """See Store.read."""
         self._nearest(key, lambda store: store.read(key, start, buffers))
