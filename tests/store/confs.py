@@ -52,7 +52,7 @@ osd_op_num_shards = 2
 osd_op_num_threads_per_shard = 1
 [client.rgw]
 rgw_data = {dir}/rgw
-rgw_frontends = beast endpoint=127.0.0.1:{port}
+rgw_frontends = beast endpoint=127.0.0.1:{port} tcp_nodelay=1
 rgw_enable_apis = s3, admin
 rgw_thread_pool_size = 64
 rgw_multipart_min_part_size = 1
