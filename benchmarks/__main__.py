@@ -12,6 +12,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from benchmarks.object_server import SERVERS
 from benchmarks.ranks import Ranks, launch, launched, leave
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ BENCHES = {
     "partial": "partial.partial",
     "replicated": "replicated.replicated",
     "integrity": "integrity.integrity",
+    "object": "objects.objects",
     "step": "step.step",
     "plan": "plan.plan",
     "reshard-offline": "reshard_offline.reshard_offline",
@@ -50,6 +52,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--ranks", type=int, help="ranks (2; one a GPU where there are some)")
     parser.add_argument("--rounds", type=int, help="rounds; each runs every program once, in turn (5; above 1 GB 3)")
     parser.add_argument("--folder", type=Path, default=Path(), help="where to write: the disk that is measured")
+    parser.add_argument("--server", choices=SERVERS, help="of `object`: the only store to measure on (all there are)")
     return parser.parse_args(argv)
 
 
@@ -107,6 +110,7 @@ def run(name: str, ranks: Ranks, asked: argparse.Namespace) -> Report | None:
         nbytes=int(gb * 2**30),
         rounds=asked.rounds or (2 if asked.quick else 5 if gb <= 1 else 3),
         quick=asked.quick,
+        server=asked.server,
     )
     module, function = BENCHES[name].split(".")
     act = getattr(import_module(f"benchmarks.{module}"), function)

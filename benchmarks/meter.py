@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from contextlib import suppress
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -84,10 +85,11 @@ def _usage() -> list[float]:
 
 def descendants(pid: str = "self") -> list[int]:
     """Processes that a process started, and those that they did."""
-    try:
-        children = [int(p) for t in Path(f"/proc/{pid}/task").iterdir() for p in (t / "children").read_text().split()]
-    except OSError:
-        return []
+    children: list[int] = []
+    with suppress(OSError):
+        for task in Path(f"/proc/{pid}/task").iterdir():
+            with suppress(OSError):  # a thread that has ended since
+                children += map(int, (task / "children").read_text().split())
     return [*children, *(below for child in children for below in descendants(str(child)))]
 
 

@@ -19,12 +19,16 @@ SHARED_MEMORY = Path("/dev/shm")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
-    """How large and how long. folder: where the disk that is measured is mounted; nbytes: of all ranks together."""
+    """How large and how long. folder: where the disk that is measured is mounted; nbytes: of all ranks together.
+
+    server: the object store to measure on; None: the fastest that is here, and those that a peer needs.
+    """
 
     folder: Path
     nbytes: int
     rounds: int
     quick: bool = False
+    server: str | None = None
 
     @contextmanager
     def media(self, world: World) -> Iterator[dict[str, Path]]:

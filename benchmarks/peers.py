@@ -69,16 +69,20 @@ class Distckpt(Peer):
 
     name = "distckpt"
 
+    def run(self) -> Any:
+        """Root of the run."""
+        return self.home
+
     def start(self) -> None:
         self._state = self.tensors.state()
-        self._saver, self._loader = Checkpointer(self.home), Checkpointer(self.home)
+        self._saver, self._loader = Checkpointer(self.run()), Checkpointer(self.run())
 
     def save(self, folder: Path) -> None:
         self._saver.save(step_of(folder), self._state, wait=True)
 
     def open(self, folder: Path) -> None:  # noqa: ARG002
         self._loader.close()
-        self._loader = Checkpointer(self.home)
+        self._loader = Checkpointer(self.run())
 
     def load(self, folder: Path) -> None:
         self._loader.load(self._state, step=step_of(folder))

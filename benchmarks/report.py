@@ -19,7 +19,10 @@ if TYPE_CHECKING:
 
     from benchmarks.rounds import Series
 
-PACKAGES = ("torch", "safetensors", "deepspeed", "torch-checkpointing", "torchsnapshot-nightly", "bytecheckpoint")
+PACKAGES = (
+    *("torch", "safetensors", "deepspeed", "torch-checkpointing", "torchsnapshot-nightly", "bytecheckpoint"),
+    *("obstore", "s3fs", "s3torchconnector"),
+)
 
 
 @dataclass(slots=True)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from benchmarks.cache import evict
 from benchmarks.meter import Failed, Sample, measure
 from benchmarks.peers import Distckpt, Raw, RawDirect
+from benchmarks.peers_object import RawObstore
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from benchmarks.workload import Sharded
 
 OURS = Distckpt.name
-RAW = (Raw.name, RawDirect.name)
+RAW = (Raw.name, RawDirect.name, RawObstore.name)
 
 
 @dataclass(slots=True)

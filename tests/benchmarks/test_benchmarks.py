@@ -111,6 +111,16 @@ def test_integrity_tells_the_cost_of_checksums_and_finds_every_corruption(tmp_pa
     assert found["corruptions_found"] == 1
 
 
+def test_object_tells_throughput_requests_latency_and_tiers(tmp_path):
+    pytest.importorskip("obstore")
+    found = told(tmp_path, "object", "--server", "moto")
+    assert {"s3.save_vs_raw", "s3.load_vs_raw", "s3.writer_memory_mib", "s3.latency_small_over_large"} <= found.keys()
+    assert {"tier.stall_ratio", "tier.commit_ratio"} <= found.keys()
+    assert found["s3.blocking_requests"] == 2  # are there later launches, and which generation is free
+    assert found["s3.save_requests"] <= 26
+    assert found["s3.load_requests"] <= 22
+
+
 def test_plan_tells_milliseconds_and_bytes(tmp_path):
     found = told(tmp_path, "plan", size=1)
     assert {"plan_ms", "load_plan_ms", "manifest_bytes", "open_ms", "sent_bytes", "commit_s"} <= found.keys()
