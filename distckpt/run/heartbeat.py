@@ -64,8 +64,9 @@ class Heartbeat:
         if self._thread:
             self._stop.set()
             self._thread.join(2 * INTERVAL)
-            self._thread = None
-            self._beat(-1, ended=True)
+            stuck, self._thread = self._thread.is_alive(), None
+            if not stuck:  # else the store does not answer, and the beat will be seen to have stopped
+                self._beat(-1, ended=True)
 
 
 def _run(heartbeat: weakref.ref[Heartbeat], stop: threading.Event) -> None:

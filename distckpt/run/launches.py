@@ -70,7 +70,7 @@ def _read(store: Store, number: int) -> Launch:
         if record.number != number or (record.resumed_from and not StepDir.parse(record.resumed_from)):
             raise FormatError(f"it names launch {record.number}, resumed from {record.resumed_from!r}")
     except (TypeError, KeyError, FormatError, Corrupt) as e:
-        raise FormatError(f"{key}: not the record of a launch ({e}); restore or remove it by hand") from e
+        raise FormatError(f"{store}: {key} is not the record of a launch ({e}); restore or remove it by hand") from e
     return record
 
 

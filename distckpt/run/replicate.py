@@ -18,11 +18,12 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from distckpt.errors import Corrupt, DistckptError, FormatError, KeyExists, KeyMissing, RunConflict
-from distckpt.format.layout import COMMIT, LAUNCHES, ack_file, attempt_of, launch_number
+from distckpt.format.layout import COMMIT, ack_file, attempt_of
 from distckpt.format.manifest import MAX_BYTES
 from distckpt.run.events import note
 from distckpt.run.history import History
 from distckpt.run.keep import Keep, decide
+from distckpt.run.launches import launch_numbers
 from distckpt.run.lease import SECONDS as LEASED
 from distckpt.run.lease import lease
 from distckpt.run.outbound import Outbound
@@ -327,4 +328,4 @@ def _let_go(store: Store, directories: Iterable[StepDir]) -> None:
 
 def _launches(store: Store) -> int:
     """Number of a run's newest launch. A store may lack the records of those before it was the run's."""
-    return max((launch_number(entry.name) or 0 for entry in store.list(LAUNCHES)), default=0)
+    return max(launch_numbers(store), default=0)

@@ -178,6 +178,8 @@ def _advice(known: Any, error: Exception) -> str:
     text = str(error)
     if "169.254." in text or "metadata.google" in text:  # where a cloud's own machines find theirs
         return " (there are no credentials: set them in the environment or in ~/.aws, as for the cloud's own tools)"
+    if "Account must be specified" in text:
+        return " (set AZURE_STORAGE_ACCOUNT_NAME)"
     refused = isinstance(error, (known.PermissionDeniedError, known.UnauthenticatedError))
     if refused or re.search(r"status code: 40[13]", text):
         return " (check the credentials, and that they may read, write, list and delete here)"

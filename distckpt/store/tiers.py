@@ -7,11 +7,10 @@ is written through it (launches, heartbeats, leases) goes to both, to the far on
 
 from __future__ import annotations
 
-import contextlib
 import time
 from typing import TYPE_CHECKING, TypeVar
 
-from distckpt.errors import KeyMissing, KeyTruncated
+from distckpt.errors import KeyMissing, KeyTruncated, RunConflict, StoreError
 from distckpt.store.base import FOR_GOOD, Dated, Entry, read_all
 
 if TYPE_CHECKING:
@@ -38,12 +37,16 @@ class Tiers:
         self._awaits: Callable[[str], bool] = lambda _: False
         self._patience = 0.0
 
+    @property
+    def _both(self) -> tuple[Store, Store]:
+        return self.near, self.far
+
     def __repr__(self) -> str:
         return f"{self.near!r} in front of {self.far!r}"
 
     def list(self, prefix: str) -> list[Entry]:
         """See Store.list."""
-        both = {entry.name: entry for store in (self.far, self.near) for entry in store.list(prefix)}
+        both = {entry.name: entry for store in self._both[::-1] for entry in store.list(prefix)}
         return sorted(both.values())
 
     def head(self, key: str) -> int:
@@ -63,14 +66,24 @@ class Tiers:
         self._nearest(key, lambda store: store.read(key, start, buffers))
 
     def _nearest(self, key: str, ask: Callable[[Store], T]) -> T:
+        problem: StoreError | None = None
         if key not in self._distrusted:
-            with contextlib.suppress(KeyMissing, KeyTruncated):
+            try:
                 return ask(self.near)
+            except (KeyMissing, KeyTruncated):
+                pass
+            except StoreError as e:  # its disk fails
+                problem = e
         deadline = time.monotonic() + self._patience
         while self._awaits(key) and not _is_there(self.far, key) and time.monotonic() < deadline:
             time.sleep(_LOOKS)
-        answer = ask(self.far)
+        try:
+            answer = ask(self.far)
+        except KeyMissing as e:
+            raise problem or e from None
         self.fetched.add(key)
+        if problem:
+            self._distrusted.add(key)
         return answer
 
     def await_keys(self, which: Callable[[str], bool], seconds: float) -> None:
@@ -89,7 +102,7 @@ class Tiers:
     def write(self, key: str, pieces: Iterable[memoryview], *, size: int, stable: int = 0) -> None:  # noqa: ARG002
         """See Store.write. Held in memory meanwhile: what is large is replicated instead."""
         data = [memoryview(bytes(piece)) for piece in pieces]
-        for store in (self.far, self.near):
+        for store in self._both[::-1]:
             store.write(key, data, size=size, stable=FOR_GOOD)
 
     def create(self, key: str, data: bytes) -> None:
@@ -103,12 +116,21 @@ class Tiers:
         self.far.delete(key)
 
     def bring_near(self, prefix: str, which: Callable[[str], bool]) -> None:
-        """Copy the keys directly below a prefix, of those names, that the near store lacks."""
-        here = {entry.name for entry in self.near.list(prefix)}
-        for entry in self.far.list(prefix):
-            if entry.size is not None and entry.name not in here and which(entry.name):
-                key = f"{prefix}/{entry.name}"
-                self.near.create(key, read_all(self.far, key, limit=_MOST_BYTES))
+        """Copy the keys directly below a prefix, of those names, that the near store lacks.
+
+        RunConflict where the last that both have is another in each.
+        """
+        here, there = ({entry.name for entry in store.list(prefix) if which(entry.name)} for store in self._both)
+        if common := here & there:
+            key = f"{prefix}/{max(common)}"
+            if len({read_all(store, key, limit=_MOST_BYTES) for store in self._both}) > 1:
+                raise RunConflict(
+                    f"{key} is another in {self.near} than in {self.far}: each was used without the other. Give "
+                    "another local directory to go on from the root; what that one has alone can be loaded from there"
+                )
+        for name in sorted(there - here):
+            key = f"{prefix}/{name}"
+            self.near.create(key, read_all(self.far, key, limit=_MOST_BYTES))
 
 
 def _is_there(store: Store, key: str) -> bool:

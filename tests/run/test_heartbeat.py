@@ -147,3 +147,23 @@ def test_a_job_that_was_let_go_of_without_a_close_beats_no_more(tmp_path):
     while threading.active_count() > before:
         assert time.monotonic() < deadline
         time.sleep(0.05)
+
+
+def test_a_store_that_does_not_answer_keeps_nobody_from_ending(monkeypatch):
+    monkeypatch.setattr(heartbeat, "INTERVAL", 0.1)
+    ended, begun = threading.Event(), threading.Event()
+
+    class Silent(MemoryStore):
+        def write(self, key, pieces, *, size, stable=0):
+            if begun.is_set():
+                ended.wait(20)
+            super().write(key, pieces, size=size, stable=stable)
+
+    beats = Heartbeat(Silent())
+    beats.start(1)
+    begun.set()
+    time.sleep(0.3)
+    started = time.monotonic()
+    beats.stop()
+    assert time.monotonic() - started < 5
+    ended.set()

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from distckpt import After, Checkpointer, Keep, Local, TrainState
-from distckpt.errors import Corrupt, RunConflict, StateWarning, Unsupported
+from distckpt.errors import Corrupt, RunConflict, StateWarning, StoreError, Unsupported
 from distckpt.format.checksum import BLOCK
 from distckpt.run import outbound, replicate
 from distckpt.run.history import History
@@ -152,6 +152,33 @@ def test_what_is_damaged_near_is_read_from_the_root_and_nothing_else(near, far, 
         places = c._places.whole
     assert same(training.content(), saved)
     assert {key for key in places.fetched if key.startswith("step-")} == {f"step-00000002/{victim.name}"}
+
+
+def test_of_a_disk_that_fails_the_root_has_the_files(near, far, monkeypatch):
+    saved = train(far, near, [1, 2])
+    read = LocalStore.read
+
+    def fails(store, key, start, buffers):
+        if store.root == near and key.startswith("step-00000002/rank-"):
+            raise StoreError(f"cannot read {key}: Input/output error")
+        read(store, key, start, buffers)
+
+    monkeypatch.setattr(LocalStore, "read", fails)
+    loaded, report = resumed(far, near)
+    assert (report.step, same(loaded, saved)) == (2, True)
+    assert any("read from" in note for note in report.notes)
+    shutil.rmtree(far / "step-00000002")
+    with pytest.raises(StoreError, match="Input/output error"):
+        resumed(far, near)
+
+
+def test_a_directory_that_was_used_without_its_root_meanwhile_is_refused(near, far, tmp_path):
+    train(far, near, [1])
+    train(near, None, [2])
+    train(far, tmp_path / "elsewhere", [2])
+    with pytest.raises(RunConflict, match=r"0002\.json is another in .*nvme.* than in .*root.*each was used without"):
+        resumed(far, near)
+    assert steps_at(far) == [1, 2]
 
 
 def test_what_is_damaged_in_both_makes_it_fall_back(near, far):
