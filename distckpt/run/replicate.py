@@ -56,6 +56,8 @@ _UNCOMMITTED = 4
 _PAUSE = 1.0
 """Seconds after which what failed is tried again, at first; and between looks at the clock."""
 _LONGEST_PAUSE = 60.0
+_HELD = 1.0
+"""Seconds that a piece on its way waits at most for a save to end: saves that never pause must not stop it for good."""
 
 
 @dataclass(frozen=True)
@@ -93,6 +95,8 @@ class Replicator:
         self._tell, self._told = tell, ""
         self._launches, self._looked = _launches(self._near.store), 0.0
         self._lock = threading.Condition()
+        self._free = threading.Event()
+        self._free.set()
         self._ahead: list[tuple[StepDir, float]] = []
         """Near checkpoints that came since the far store's newest, and when."""
         self._asked, self._deadline = True, float("inf")
@@ -114,6 +118,13 @@ class Replicator:
                 self._ahead.append((directory, time.monotonic()))
             self._asked = True
             self._lock.notify()
+
+    def give_way(self, *, saving: bool) -> None:
+        """Send next to nothing while a save is under way, which has disk, memory and this process to itself then."""
+        if saving:
+            self._free.clear()
+        else:
+            self._free.set()
 
     def finish(self, seconds: float) -> None:
         """End once nothing is left to copy, after `seconds` at the latest; what is left then is told."""
@@ -226,6 +237,7 @@ class Replicator:
 
     def _look(self) -> None:
         """What is looked at again and again while a checkpoint is being sent, which can take hours."""
+        self._free.wait(_HELD)
         self._check_behind()
         if self._held and time.monotonic() - self._held_at > LEASED / 4:
             self._hold(self._held)

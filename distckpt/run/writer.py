@@ -128,9 +128,12 @@ class _Writer:
                     kind, text = message["error"]
                     self._refuse(self._begun.pop(message["job"]), RanksMissing(f"{kind}: {text}"))
                     self._answer(message["job"], {"error": [kind, text]})
+            if self._replicator:
+                self._replicator.give_way(saving=bool(self._begun))
         for begun in self._begun.values():
             self._refuse(begun, RanksMissing("the training process ended before it had staged its state"))
         if self._replicator:
+            self._replicator.give_way(saving=False)
             self._replicator.finish(_REPLICATING * self._timeout)
 
     def _messages(self) -> Any:

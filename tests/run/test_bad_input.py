@@ -64,7 +64,7 @@ def _state(model=None, **more):
 
 
 def _model(state):
-    return state._parts["model"]._module
+    return state._parts["model"].module
 
 
 def _content(state):

@@ -108,6 +108,24 @@ def test_each_tier_keeps_by_its_own_rules(near, far):
     assert steps_at(far) == [3, 4, 5]
 
 
+def test_while_a_save_is_under_way_nothing_is_sent(near, far, monkeypatch):
+    monkeypatch.setattr(replicate, "_HELD", 30.0)
+    rules = Rules(None, None, None, behind=60.0).to_json()
+    addresses = {"near": LocalStore(near).address, "far": LocalStore(far).address}
+    told = []
+    replicator = Replicator({**addresses, "rules": rules, "apart": None}, told.append)
+    replicator.give_way(saving=True)
+    with Checkpointer(near) as c:
+        c.save(1, Training().state, wait=True)
+    replicator.again()
+    time.sleep(0.5)
+    assert steps_at(far) == []
+    replicator.give_way(saving=False)
+    replicator.finish(20)
+    assert steps_at(far) == [1]
+    assert told == []
+
+
 def test_where_the_near_directory_is_gone_a_resume_reads_the_root_and_goes_on(near, far):
     saved = train(far, near, [1, 2])
     shutil.rmtree(near)
