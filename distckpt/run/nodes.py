@@ -85,12 +85,14 @@ def settle_apart(comm: Comm, near: History, beside: Iterable[History], *, leads:
     near: this node's. leads: whether this rank acts for it. beside: where acks may lie besides, as in the root, of a
     node that is lost.
     """
-    mine: dict[str, str] = {}
+    here, mine = dict[str, str](), dict[str, str]()
 
     def look() -> None:
         if leads:
-            for history in (*beside, near):
+            here.update(_small_files(near))
+            for history in beside:
                 mine.update(_small_files(history))
+            mine.update(here)
 
     together(comm, "looking for what each node has saved", look)
     told = exchange(comm, "telling what each node has saved", json.dumps(mine).encode() if mine else b"")
@@ -99,7 +101,7 @@ def settle_apart(comm: Comm, near: History, beside: Iterable[History], *, leads:
     def commit() -> None:
         if leads:
             for key, text in sorted(pair for said in told if said for pair in json.loads(said).items()):
-                if not key.rpartition("/")[2].startswith(ACK) or key not in mine:
+                if not key.rpartition("/")[2].startswith(ACK) or key not in here:
                     write_all(near.store, key, text.encode())
             notes.extend(near.roll_forward(apart=True))
 

@@ -95,6 +95,20 @@ def die_half_way(far, nodes):
         os.kill(pid, signal.SIGKILL)
 
 
+def half_sent(far, nodes):
+    """Save twice, where one node alone can send what it has."""
+    training = Training()
+    rank = torch.distributed.get_rank()
+    with warnings.catch_warnings(), Checkpointer(far, local=nodes[rank], timeout=8) as c:
+        warnings.simplefilter("ignore")
+        if rank == 2:
+            c._places.replication = lambda: None
+        c.resume(training.state)
+        for step in (1, 2):
+            c.save(step, training.state).wait()
+        lives.until(lambda: len(list(far.glob("step-00000002/ack-*"))) == 2)
+
+
 def send_each(far, nodes):
     """Save, and do nothing until the root has it, again and again."""
     training = Training()
@@ -218,3 +232,10 @@ def test_a_directory_that_is_a_copy_of_another_nodes_is_a_node_of_its_own(far, n
         assert (step, loaded) == (1, saved)
     assert steps_at(far) == [1, 2]
     assert {int(f.name[5:10]) for f in nodes[2].glob("step-00000002/rank-*")} == {2, 3}
+
+
+def test_what_one_node_could_not_send_is_resumed_whichever_rank_comes_to_be_there(far, nodes):
+    ranks.run(4, half_sent, far, nodes, timeout=90)
+    for step, _, _ in run(3, far, [nodes[2], nodes[0], nodes[0]], [3]):
+        assert step == 2
+    assert steps_at(far)[-2:] == [2, 3]
