@@ -6,7 +6,6 @@ import json
 import re
 import shutil
 import time
-import warnings
 from functools import partial
 from pathlib import Path
 
@@ -190,15 +189,6 @@ def test_of_a_disk_that_fails_the_root_has_the_files(near, far, monkeypatch):
         resumed(far, near)
 
 
-def test_a_directory_that_was_used_without_its_root_meanwhile_is_refused(near, far, tmp_path):
-    train(far, near, [1])
-    train(near, None, [2])
-    train(far, tmp_path / "elsewhere", [2])
-    with pytest.raises(RunConflict, match=r"0002\.json is another in .*nvme.* than in .*root.*each was used without"):
-        resumed(far, near)
-    assert steps_at(far) == [1, 2]
-
-
 def test_what_is_damaged_in_both_makes_it_fall_back(near, far):
     train(far, near, [1])
     before = resumed(far)[0]
@@ -271,28 +261,6 @@ def test_a_job_that_was_superseded_from_another_machine_sends_nothing_more(near,
     assert steps_at(far) == [1]
 
 
-@pytest.mark.parametrize("again", [False, True])
-def test_a_step_that_two_machines_saved_is_read_as_the_root_has_it_and_stays_there(near, far, tmp_path, again):
-    train(far, near, [1])
-    ours, theirs = Training(), Training()
-    with warnings.catch_warnings(), Checkpointer(far, local=near, timeout=30) as c:
-        warnings.simplefilter("ignore")
-        c.resume(ours.state)
-        with Checkpointer(far, local=tmp_path / "elsewhere", timeout=30) as d:
-            d.resume(theirs.state)
-            ours.step()
-            c.save(2, ours.state, wait=True)  # superseded, and never sent
-            for _ in range(2):
-                theirs.step()
-            d.save(2, theirs.state)
-    for _ in range(1 + again):
-        loaded, report = resumed(far, near)
-        assert (report.step, same(loaded, theirs.content())) == (2, True)
-    with Checkpointer(far, timeout=30) as c:
-        c.load(ours.state)
-    assert same(ours.content(), theirs.content())
-
-
 def test_it_is_warned_of_a_root_that_cannot_be_written_and_saves_go_on(near, far):
     training = Training()
     c = Checkpointer(far, local=near, timeout=4)
@@ -344,22 +312,6 @@ def test_what_fails_at_the_root_after_a_commit_is_told(near, far):
     with pytest.warns(StateWarning, match="root.*step-00000002 is committed, but last.json or meta.json could not be"):
         train(far, near, [2])
     assert steps_at(far) == [1, 2]
-
-
-def test_a_run_that_gets_a_root_is_fenced_off_by_its_launches_as_any(near, far, tmp_path):
-    train(near, None, [1])
-    train(near, None, [2])
-    ours = Training()
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        with Checkpointer(far, local=near, timeout=30) as c:
-            c.resume(ours.state)
-            c.save(3, ours.state)
-            until(lambda: 3 in steps_at(far))
-            resumed(far, tmp_path / "elsewhere")
-            c.save(4, ours.state)
-    assert any("a later launch, elsewhere" in str(w.message) for w in caught)
-    assert not (far / "step-00000004").exists()
 
 
 def test_the_two_places_must_differ(near):
