@@ -91,13 +91,13 @@ class Tiers:
         self._awaits, self._patience = which, seconds
 
     def distrust(self, key: str) -> bool:
-        """Read a key from the far store from now on, for the near copy is damaged. False if that is all there is."""
-        if key in self._distrusted or key in self.fetched:
-            return False
-        if _is_there(self.far, key):
+        """Read a key from the far store from now on, for the near copy is damaged. False if that is all there is.
+
+        True again for one that is distrusted already: another thread may have found it damaged, too, meanwhile.
+        """
+        if key not in self._distrusted and _is_there(self.far, key):
             self._distrusted.add(key)
-            return True
-        return False
+        return key in self._distrusted
 
     def write(self, key: str, pieces: Iterable[memoryview], *, size: int, stable: int = 0) -> None:  # noqa: ARG002
         """See Store.write. Held in memory meanwhile: what is large is replicated instead."""

@@ -367,3 +367,21 @@ def test_what_needs_a_directory_is_refused_at_a_uri():
     for options in ({"hold": "1 min"}, {"after_commit": [After(("true",))]}):
         with pytest.raises(Unsupported, match="give local="):
             Checkpointer("memory://run", **options)
+
+
+def test_blocks_that_several_threads_find_damaged_near_are_all_read_from_the_root(near, far, monkeypatch):
+    monkeypatch.setattr("distckpt.loading.read.WINDOW", 1 << 20)
+    model = nn.Linear(1024, 4096)  # 16 MiB, by windows of one
+    with Checkpointer(far, local=near, timeout=30) as c:
+        c.save(1, TrainState(model=model, rng=False))
+    victim = data_file(near, 1)
+    data = bytearray(victim.read_bytes())
+    for at in range(1 << 16, len(data) - (1 << 16), 1 << 19):
+        data[at] ^= 1
+    victim.write_bytes(data)
+    saved = model.weight.detach().clone()
+    with torch.no_grad():
+        model.weight.zero_()
+    with Checkpointer(far, local=near, timeout=30) as c:
+        assert c.load(TrainState(model=model, rng=False)).step == 1
+    assert torch.equal(model.weight, saved)
