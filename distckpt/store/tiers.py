@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING, TypeVar
 
-from distckpt.errors import KeyMissing, KeyTruncated, RunConflict, StoreError
+from distckpt.errors import KeyMissing, RunConflict, StoreError
 from distckpt.store.base import FOR_GOOD, Dated, Entry, read_all
 
 if TYPE_CHECKING:
@@ -70,9 +70,9 @@ class Tiers:
         if key not in self._distrusted:
             try:
                 return ask(self.near)
-            except (KeyMissing, KeyTruncated):
+            except KeyMissing:
                 pass
-            except StoreError as e:  # its disk fails
+            except StoreError as e:  # it is short, or the disk fails
                 problem = e
         deadline = time.monotonic() + self._patience
         while self._awaits(key) and not _is_there(self.far, key) and time.monotonic() < deadline:
