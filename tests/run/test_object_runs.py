@@ -139,12 +139,14 @@ def _save_first(environment, uri, value, wait):
 @pytest.mark.parametrize("wait", [True, False], ids=["sync", "async"])
 def test_of_two_jobs_that_save_one_step_at_once_one_wins_and_the_other_is_told(bucket, environ, wait):
     with Faulty(bucket.address) as proxy:
-        proxy.on("PUT .*/step-00000001/rank-", Fault(delay=3))
+        over = threading.Event()
+        proxy.on("PUT .*/step-00000001/rank-", Fault(until=over))
         slow = bucket.at(proxy.endpoint).environment
         with _started(_save_first, slow, bucket.uri, 1, wait) as first:
             lives.until(lambda: proxy.count("PUT .*/step-00000001/rank-"))
             with _started(_save_first, bucket.environment, bucket.uri, 2, wait) as second:
                 assert second() is None
+            over.set()
             told = first()
     assert re.search("resumed this run since launch 1" if wait else "another job or launch committed it first", told)
     live, w = state(0)

@@ -27,6 +27,8 @@ class Fault:
 
     delay: float = 0
     """Seconds until the server hears of it."""
+    until: threading.Event | None = None
+    """The server hears of it once that is set."""
     status: int | None = None
     """The answer, without the server's ever hearing of it."""
     upload: int | None = None
@@ -168,6 +170,8 @@ class Faulty:
         line = " ".join(head.split(b"\r\n", 1)[0].decode("latin1").split(" ")[:2])
         fault = self._judge(line)
         self._ended.wait(self.latency + fault.delay)
+        if fault.until and not fault.until.wait(_TIMEOUT):
+            raise TimeoutError("a held request was never let go")
         if fault.status is not None:
             self._upload(client, None, head, body, None)
             client.sendall(_answer(fault.status))
