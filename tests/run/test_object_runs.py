@@ -92,6 +92,7 @@ FAULTS = (
 )
 
 
+@pytest.mark.full
 def test_a_run_whose_every_tenth_request_or_so_fails_is_the_one_without(bucket, environ, reference, tmp_path):
     draw = random.Random(5)
     with Faulty(bucket.address) as proxy:

@@ -158,6 +158,7 @@ def test_a_generator_of_ones_own_is_missed(training, capsys):
     assert "a random generator of your own" in capsys.readouterr().out
 
 
+@pytest.mark.full
 def test_what_does_not_come_back_as_it_was_is_named(training, capsys):
     found = outcome(capsys, "forgetful", code=1)
     assert (found["cause"], found["after_load"]) == ("held", ["counter"])
