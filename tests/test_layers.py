@@ -22,7 +22,7 @@ LAYERS = [
     {"saving", "loading"},
     {"foreign"},
     {"run"},
-    {"drop-ins"},
+    {"drop-ins", "integrations"},
     {"queue"},
     {"tools"},
     {"cli", "reshard", "__main__"},
