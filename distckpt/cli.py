@@ -7,7 +7,8 @@ Exit codes:
   3    there is no run or no checkpoint where one was asked for
   4    refused: by the file system, or because another job is at it
   130  interrupted
-What removes anything only says so, unless it is given --delete. --json prints one value instead of text.
+What removes anything only says so, unless it is given --delete. --json prints one value instead of text; of an error
+{"error": message, "kind": its class, "code": the exit code}, besides the line on stderr.
 """
 
 from __future__ import annotations
@@ -19,14 +20,15 @@ import json
 import os
 import sys
 import warnings
+from typing import Any
 
 from distckpt.errors import DistckptError, NotACheckpoint, RanksMissing, RunConflict, StoreError
 
 COMMANDS = {
-    "ls": "checkpoints of a run",
-    "show": "what a checkpoint holds",
+    "ls": "checkpoints of a run, or the runs of a directory",
+    "show": "what a checkpoint holds, the statistics of a tensor, a picture of who wrote what",
     "diff": "what two checkpoints differ in: names, shapes, and how far their values are apart",
-    "verify": "read every byte of checkpoints, and compare it with its checksum",
+    "verify": "read every byte of checkpoints, and compare it with its checksum; --quick: no tensor",
     "prune": "what rules keep of a run and what they let go of; --delete removes it",
     "gc": "what killed saves and copies left behind; --delete removes it",
     "repair": "write pointers, symlinks and meta.json anew from the commits",
@@ -49,7 +51,7 @@ def main(arguments: list[str] | None = None) -> int:
     warnings.simplefilter("ignore")  # what they say is among the notes
     try:
         answer = options.run(options)
-        print(json.dumps(answer.value, indent=1) if options.json else "\n".join(answer.lines), flush=True)
+        print(_json(answer.value) if options.json else "\n".join(answer.lines), flush=True)
     except KeyboardInterrupt:
         return INTERRUPTED
     except BrokenPipeError:  # whoever read the output has read enough
@@ -57,9 +59,25 @@ def main(arguments: list[str] | None = None) -> int:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except (DistckptError, ValueError, OSError) as e:
-        print(f"distckpt {options.command}: {' '.join(str(e).split())}", file=sys.stderr)
+        line = " ".join(str(e).split()) or type(e).__name__
+        print(f"distckpt {options.command}: {line}", file=sys.stderr)
+        if options.json:
+            print(_json({"error": line, "kind": type(e).__name__, "code": _code(e)}), flush=True)
         return _code(e)
     return int(answer.code)
+
+
+def _json(value: Any) -> str:
+    return json.dumps(_strict(value), indent=1, allow_nan=False)
+
+
+def _strict(value: Any) -> Any:
+    """Value as strict JSON has it: what is not finite as text."""
+    if isinstance(value, dict):
+        return {name: _strict(member) for name, member in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_strict(member) for member in value]
+    return str(value) if isinstance(value, float) and value - value != 0 else value
 
 
 def _code(error: Exception) -> int:

@@ -40,6 +40,7 @@ NAMES = (
     "behind",
 )
 _MOST_TEXT = 2000
+_NEWEST = 1 << 16
 _BEGINS = b'{"time": '
 
 
@@ -77,6 +78,15 @@ def read(root: Path, start: int = 0) -> Iterator[tuple[dict[str, Any], int]]:
             start += len(line)
             if said := _event(line):
                 yield said, start
+
+
+def newest(root: Path) -> list[dict[str, Any]]:
+    """Newest events, oldest first: those at the end of the file, however long it is."""
+    try:
+        size = (root / EVENTS).stat().st_size
+    except FileNotFoundError:
+        return []
+    return [event for event, _ in read(root, max(0, size - _NEWEST))]
 
 
 def _event(line: bytes) -> dict[str, Any] | None:

@@ -12,7 +12,7 @@ import socket
 import threading
 import time
 import weakref
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from distckpt.errors import FormatError, KeyMissing, RunConflict, StoreError
 from distckpt.format.layout import beat_file
@@ -22,8 +22,11 @@ from distckpt.store.base import read_all, write_all
 
 if TYPE_CHECKING:
     from distckpt.run.launches import Launch
-    from distckpt.store.base import Store
-    from distckpt.store.local import LocalStore
+    from distckpt.store.base import Dated, Store
+
+    class Beats(Store, Dated, Protocol):
+        """A store that knows when a beat was written."""
+
 
 INTERVAL = 5.0
 """Seconds between beats."""
@@ -107,7 +110,14 @@ def living(store: Store, patience: float) -> dict[str, Any] | None:
     return None
 
 
-def seen_alive(store: LocalStore) -> bool:
+def has_ended(store: Store) -> bool:
+    """Whether the job of the newest launch has said that it ended, well or not."""
+    launches = read_launches(store)
+    beat = _read(store, launches[-1]) if launches else None
+    return beat is not None and bool(beat["ended"])
+
+
+def seen_alive(store: Beats) -> bool:
     """Whether a job seems to train on a run, found out without waiting: its beat is young by this machine's clock."""
     launches = read_launches(store)
     beat = _read(store, launches[-1]) if launches else None

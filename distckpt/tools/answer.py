@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,6 +68,16 @@ def checkpoint_at(path: str, step: int | None = None) -> tuple[History, Checkpoi
         wanted = "no checkpoint that counts" if step is None else f"no checkpoint of step {step}"
         raise NotACheckpoint(f"{whole}: holds {wanted}: {history.why_nothing()}")
     return history, found
+
+
+def save_text(path: Path, text: str) -> None:
+    """Write a file that a command was asked for, whole or not at all. OSError."""
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        temporary.write_text(text, "utf-8")
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def table(rows: Sequence[Sequence[str]]) -> list[str]:

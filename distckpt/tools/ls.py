@@ -1,41 +1,73 @@
-"""`distckpt ls RUN`: its checkpoints, newest first, and saves that did not finish."""
+"""`distckpt ls RUN|ROOT`: checkpoints of a run, newest first, and saves that did not finish; or the runs of a ROOT."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from distckpt.run.publish import pointing
-from distckpt.run.retention import listed
+from distckpt.errors import NotACheckpoint
+from distckpt.run.keep import Keep
+from distckpt.run.publish import pointing, recorded_rules
+from distckpt.run.retention import decided, listed
 from distckpt.tools.answer import Answer, run_at, table
 from distckpt.units import size_text
 
 if TYPE_CHECKING:
     import argparse
+    from collections.abc import Sequence
 
+    from distckpt.run.history import History
+    from distckpt.run.keep import Decision
     from distckpt.run.retention import Listed
+    from distckpt.tools.runs import Row
 
 
 def options(parser: argparse.ArgumentParser) -> None:
     """Add the command's options."""
-    parser.add_argument("run_path", metavar="RUN", help="directory or URI of a run")
+    parser.add_argument("run_path", metavar="RUN|ROOT", help="directory or URI of a run, or of what holds several")
 
 
 def run(given: argparse.Namespace) -> Answer:
     """Answer the command."""
-    history = run_at(given.run_path)
+    try:
+        history = run_at(given.run_path)
+    except NotACheckpoint:
+        from distckpt.tools.runs import runs_below
+
+        if runs := runs_below(given.run_path):
+            return Answer(_runs_text(runs), [row.to_json() for row in runs])
+        raise
+    found, notes = rows(history)
+    head = ("checkpoint", "date", "ranks", "size", "epoch", "status", "metrics", "kept")
+    return Answer([*table([head, *map(_text, found)]), *notes], found)
+
+
+def rows(history: History) -> tuple[list[dict[str, Any]], list[str]]:
+    """Row of each step directory, newest first; and notes."""
     names: dict[str, list[str]] = {}
     for name, target in pointing(history.store).items():
         names.setdefault(target, []).append(name)
-    checkpoints = {c.directory: _row(c) for c in listed(history)}
-    rows = [
+    found = listed(history)
+    decision, notes = kept(history, found)
+    checkpoints = {c.directory: _row(c, decision) for c in found}
+    return [
         {**checkpoints.get(d, {"path": str(d), "status": "incomplete"}), "names": sorted(names.get(str(d), []))}
         for d in history.directories()
-    ]
-    lines = table([("checkpoint", "date", "ranks", "size", "epoch", "status", "metrics"), *map(_text, rows)])
-    return Answer(lines, rows)
+    ], notes
 
 
-def _row(listed: Listed) -> dict[str, Any]:
+def kept(history: History, found: list[Listed]) -> tuple[Decision | None, list[str]]:
+    """What the run's own rules say of each checkpoint (None: it has none); and notes."""
+    recorded = recorded_rules(history.store)
+    if recorded is None:
+        return None, []
+    try:
+        decision = decided(history, found, Keep.from_json(recorded))
+    except (TypeError, ValueError) as e:
+        return None, [f"note: meta.json has rules that are none ({e}); `distckpt repair` writes it anew"]
+    return decision, [f"note: {note}" for note in decision.notes]
+
+
+def _row(listed: Listed, decision: Decision | None) -> dict[str, Any]:
     found, facts = listed.found, listed.candidate
     if not found.checkpoint:
         return {"path": str(found.directory), "status": "damaged", "problem": found.problem}
@@ -50,6 +82,7 @@ def _row(listed: Listed) -> dict[str, Any]:
         "epoch": facts.epoch,
         "status": facts.state,
         "metrics": dict(facts.metrics),
+        **({"kept": list(decision.stays.get(found.directory, ()))} if decision else {}),
     }
 
 
@@ -63,4 +96,18 @@ def _text(row: dict[str, Any]) -> tuple[str, ...]:
         "-" if row.get("epoch") is None else str(row["epoch"]),
         row["status"],
         metrics or row.get("problem", ""),
+        ", ".join(row.get("kept", ())),
     )
+
+
+def _runs_text(runs: Sequence[Row]) -> list[str]:
+    head = ("run", "state", "step", "date", "checkpoints", "size", "")
+    return table([head, *((r.run, r.state, _or(r.step), _or(r.date), *_counts(r), r.problem) for r in runs)])
+
+
+def _counts(row: Row) -> tuple[str, str]:
+    return str(row.checkpoints), size_text(row.bytes) if row.checkpoints else "-"
+
+
+def _or(value: object) -> str:
+    return "-" if value is None else str(value)

@@ -1,26 +1,44 @@
-"""`distckpt verify CHECKPOINT`: every byte of a checkpoint is read, and compared with its checksum."""
+"""`distckpt verify CHECKPOINT`: every byte of a checkpoint is read, and compared with its checksum.
+
+--quick reads no tensor: is each file there, of its size, its header and its table of checksums as the commit says?
+"""
 
 from __future__ import annotations
 
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from distckpt.errors import Corrupt, FormatError, StoreError
 from distckpt.format.checksum import BLOCK
+from distckpt.format.layout import CHECKSUMS_CHUNK, OBJECTS_CHUNK
+from distckpt.format.partition import regions_of
 from distckpt.run.lease import lease
 from distckpt.run.retention import listed
 from distckpt.tools.answer import Answer, checkpoint_at, run_at
+from distckpt.tools.progress import progress
 from distckpt.units import size_text
 
 if TYPE_CHECKING:
     import argparse
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from distckpt.loading.open import Checkpoint, DataFile
 
 _WINDOW = 16 * BLOCK
+_NAMED = 8
+"""Tensors that a line names."""
+
+
+@dataclass(frozen=True, slots=True)
+class Damage:
+    """What is wrong with a file; `tensors`: fqns that it hits, of which a part cannot be read."""
+
+    file: str
+    problem: str
+    tensors: list[str]
 
 
 def options(parser: argparse.ArgumentParser) -> None:
@@ -28,10 +46,15 @@ def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("path", metavar="CHECKPOINT", help="a step, `last`, or a run (its newest); a path or URI")
     parser.add_argument("--step", type=int, help="step of the run")
     parser.add_argument("--all", action="store_true", help="every committed checkpoint of the run")
+    parser.add_argument(
+        "--quick", action="store_true", help="no tensor: sizes of files, their headers and tables of checksums"
+    )
 
 
 def run(given: argparse.Namespace) -> Answer:
     """Answer the command."""
+    if given.all and given.step is not None:
+        raise ValueError(f"--all --step {given.step}: every checkpoint, or one")
     if given.all:
         history = run_at(given.path)
         found = [(str(c.directory), c.found.checkpoint, c.found.problem) for c in listed(history)]
@@ -41,50 +64,89 @@ def run(given: argparse.Namespace) -> Answer:
     values: list[dict[str, Any]] = []
     for name, opened, problem in found:
         started = time.monotonic()
-        problems = [problem] if problem else []
+        hit = [Damage(f"{name}/commit.json", problem, [])] if problem else []
         if opened:
             with lease(history.store, opened.directory):
-                problems += damage(opened)
-        nbytes = opened.bytes_read if opened else 0
-        values.append({"path": name, "bytes": nbytes, "seconds": time.monotonic() - started, "problems": problems})
-    lines = []
-    for value in values:
-        state = "DAMAGED" if value["problems"] else "whole"
-        lines += [f"{value['path']}: {state}, {size_text(value['bytes'])} read in {value['seconds']:.1f} s"]
-        lines += [f"  {problem}" for problem in value["problems"]]
+                hit += damage(opened, quick=given.quick)
+        values.append(
+            {
+                "path": name,
+                "bytes": opened.bytes_read if opened else 0,
+                "seconds": round(time.monotonic() - started, 3),
+                "quick": given.quick,
+                "problems": [d.problem for d in hit],
+                "damage": [asdict(d) for d in hit],
+                "tensors": sorted({fqn for d in hit for fqn in d.tensors}),
+            }
+        )
+    lines = [line for value in values for line in _lines(value)]
     return Answer(lines, values, code=int(any(value["problems"] for value in values)))
 
 
-def damage(checkpoint: Checkpoint) -> list[str]:
+def _lines(value: dict[str, Any]) -> Iterator[str]:
+    good = "sizes and headers are whole" if value["quick"] else "whole"
+    state = "DAMAGED" if value["problems"] else good
+    yield f"{value['path']}: {state}, {size_text(value['bytes'])} read in {value['seconds']:.1f} s"
+    yield from (f"  {problem}" for problem in value["problems"])
+    if hit := value["tensors"]:
+        rest = f" and {len(hit) - _NAMED} more (--json names all)" if len(hit) > _NAMED else ""
+        yield f"  {len(hit)} tensors are hit: {', '.join(hit[:_NAMED])}{rest}"
+
+
+def damage(checkpoint: Checkpoint, *, quick: bool = False) -> list[Damage]:
     """What is wrong with a checkpoint's files: everything that can be told, not only the first."""
     files = range(len(checkpoint.manifest.files))
-    with ThreadPoolExecutor(checkpoint.store.pace.in_flight, "distckpt-verify") as pool:
-        problems = [problem for index in files for problem in _of_file(checkpoint, index, pool)]
-    for name in checkpoint.manifest.objects:
+    total = sum(f.size for f in checkpoint.manifest.files)
+    workers = ThreadPoolExecutor(checkpoint.store.pace.in_flight, "distckpt-verify")
+    with progress(0 if quick else total, str(checkpoint.directory)) as tell, workers as pool:
+        found = [hit for hits in pool.map(partial(_of_header, checkpoint), files) for hit in hits]
+        gone = {hit.file for hit in found}
+        if not quick:
+            whole = [file for i in files if _key(checkpoint, i) not in gone and (file := checkpoint.data_file(i))]
+            windows = [(file, start) for file in whole for start in range(0, file.covered, _WINDOW)]
+            look = partial(_of_window, checkpoint, tell)
+            found += [hit for hits in pool.map(look, windows) for hit in hits]
+    for name, info in checkpoint.manifest.objects.items():
         try:
             checkpoint.object(name)
         except (Corrupt, FormatError, StoreError) as e:  # noqa: PERF203  the others are wanted, too
-            problems.append(str(e))
-    return problems
+            found.append(Damage(f"{checkpoint.directory}/{info.name}", str(e), []))
+    return found
 
 
-def _of_file(checkpoint: Checkpoint, index: int, pool: ThreadPoolExecutor) -> Iterator[str]:
-    """Problems of one file, several windows of which are read at once; where one cannot be read, no further ones."""
+def _key(checkpoint: Checkpoint, index: int) -> str:
+    name = checkpoint.manifest.files[index].name
+    return name if "/" in name else f"{checkpoint.directory}/{name}"
+
+
+def _of_header(checkpoint: Checkpoint, index: int) -> list[Damage]:
+    """Damage that makes all of a file unreadable."""
     try:
-        file = checkpoint.data_file(index)
-        for problems in pool.map(partial(_of_window, checkpoint, file), range(0, file.covered, _WINDOW)):
-            yield from problems
+        checkpoint.data_file(index)
     except (Corrupt, FormatError, StoreError) as e:
-        yield str(e)
+        held = [fqn for fqn, info in checkpoint.manifest.tensors.items() if regions_of(info.partition, index)]
+        return [Damage(_key(checkpoint, index), str(e), held)]
+    return []
 
 
-def _of_window(checkpoint: Checkpoint, file: DataFile, start: int) -> list[str]:
+def _of_window(checkpoint: Checkpoint, tell: Callable[[int], None], window: tuple[DataFile, int]) -> list[Damage]:
+    """Damage of the blocks of a stretch of a file."""
+    file, start = window
     view = memoryview(bytearray(min(_WINDOW, file.covered - start)))
-    checkpoint.read(file.key, start, [view])
-    problems = []
+    try:
+        checkpoint.read(file.key, start, [view])
+    except (Corrupt, StoreError) as e:
+        return [Damage(file.key, str(e), _tensors(file, start, start + len(view)))]
+    found = []
     for offset in range(0, len(view), BLOCK):
+        at = start + offset
         try:
-            file.verify((start + offset) // BLOCK, [[view[offset : offset + BLOCK]]])
-        except Corrupt as e:  # noqa: PERF203  the next block may be damaged, too
-            problems.append(str(e))
-    return problems
+            file.verify(at // BLOCK, [[view[offset : offset + BLOCK]]])
+        except Corrupt as e:  # the next block may be damaged, too
+            found.append(Damage(file.key, str(e), _tensors(file, at, min(at + BLOCK, file.covered))))
+    tell(len(view))
+    return found
+
+
+def _tensors(file: DataFile, start: int, stop: int) -> list[str]:
+    return [name for name in file.names(start, stop) if name not in {OBJECTS_CHUNK, CHECKSUMS_CHUNK, "the header"}]
