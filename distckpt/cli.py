@@ -17,6 +17,7 @@ import argparse
 import contextlib
 import importlib
 import json
+import keyword
 import os
 import sys
 import warnings
@@ -28,6 +29,10 @@ COMMANDS = {
     "ls": "checkpoints of a run, or the runs of a directory",
     "show": "what a checkpoint holds, the statistics of a tensor, a picture of who wrote what",
     "diff": "what two checkpoints differ in: names, shapes, and how far their values are apart",
+    "export": "a model's weights for those who use them: Hugging Face, safetensors, torch.save, DCP, DeepSpeed",
+    "import": "another tool's checkpoint as a step of a run",
+    "cp": "checkpoints from one directory or object store to another, verified",
+    "reshard": "any checkpoint that is read, as any that is written",
     "verify": "read every byte of checkpoints, and compare it with its checksum; --quick: no tensor",
     "prune": "what rules keep of a run and what they let go of; --delete removes it",
     "gc": "what killed saves and copies left behind; --delete removes it",
@@ -51,7 +56,9 @@ def main(arguments: list[str] | None = None) -> int:
     warnings.simplefilter("ignore")  # what they say is among the notes
     try:
         answer = options.run(options)
-        print(_json(answer.value) if options.json else "\n".join(answer.lines), flush=True)
+        text = _json(answer.value) if options.json else "\n".join(answer.lines)
+        if answer.lines or answer.value is not None:
+            print(text, flush=True)
     except KeyboardInterrupt:
         return INTERRUPTED
     except BrokenPipeError:  # whoever read the output has read enough
@@ -99,7 +106,7 @@ def _parser(chosen: str) -> argparse.ArgumentParser:
     for name, what in COMMANDS.items():
         added = commands.add_parser(name, help=what, description=what)
         if name == chosen:
-            tool = importlib.import_module(f"distckpt.tools.{name}")
+            tool = importlib.import_module(f"distckpt.tools.{name}{'_' * keyword.iskeyword(name)}")
             tool.options(added)
             added.add_argument("--json", action="store_true", help="print JSON instead of text")
             added.set_defaults(run=tool.run)

@@ -7,6 +7,7 @@ for itself.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import multiprocessing
 import os
@@ -16,7 +17,7 @@ import time
 import warnings
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from distckpt import __version__
 from distckpt.errors import Corrupt, RankFailed, StateWarning, StoreError, Unsupported
@@ -24,6 +25,7 @@ from distckpt.foreign.files import PlainFile
 from distckpt.format import manifest
 from distckpt.format.checksum import digest
 from distckpt.loading.stream import ROOM
+from distckpt.run.lease import lease
 from distckpt.run.source import open_source
 from distckpt.store.open import located
 from distckpt.tools.formats import FORMATS, DeepSpeed, Distckpt, Format, Safetensors, Torch, is_taken, refuse_taken
@@ -35,6 +37,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from distckpt.loading.open import Checkpoint
+    from distckpt.store.base import Store
 
 _LEAST_ROOM, _MOST_ROOM = 1 << 20, 64 << 20
 
@@ -100,8 +103,8 @@ def copy(
     """Copy a checkpoint, as another format or the same.
 
     destination: a path; of a run, a URI too. to: "distckpt" (the destination is a run), "dcp" (a directory),
-    "safetensors" (a file `*.safetensors`, or a directory as Hugging Face has it), "torch" (a file); or a value of
-    tools/formats.py, such as `DeepSpeed(stage=3, ranks=16)`, which puts a tag into the destination. change: what is
+    "safetensors", "hf" (a file `*.safetensors`, or a directory as Hugging Face has it), "torch" (a file); or a value
+    of tools/formats.py, such as `DeepSpeed(stage=3, ranks=16)`, which puts a tag into the destination. change: what is
     left out, renamed, cast, divided otherwise. verify: check another tool's records against their CRC-32 first, and
     read the result back. memory: bytes that buffers take at most. worker: this process's share of a copy that several
     do, who share the destination; the first finishes it. dry_run: only plan. tell: called with the bytes of each file
@@ -125,7 +128,7 @@ def copy(
         if not is_taken(plan.sink, plan.destination):
             plan.write(request, shares, tell, verify=verify)
     else:
-        with plan.staging.held():
+        with plan.staging.held(), plan.leased():
             refuse_taken(plan.sink, plan.destination)
             for note in report.notes:
                 warnings.warn(note, StateWarning, stacklevel=2)
@@ -180,6 +183,11 @@ class _Plan:
     def where(self) -> str:
         """What the copy is called in the end."""
         return f"{self.destination}/{self.sink.top}" if self.sink.kind == "inside" else str(self.destination)
+
+    def leased(self) -> contextlib.AbstractContextManager[object]:
+        """Keep retention from the source, if that is a run's, while the block reads it."""
+        base = self.view.base
+        return contextlib.nullcontext() if base.foreign else lease(cast("Store", base.store), base.directory)
 
     def write(self, request: _Request, shares: list[Worker], tell: Callable[[int], None], *, verify: bool) -> None:
         """Write these shares: by processes of their own, if there are several. Corrupt if the source has changed."""

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from distckpt.errors import RunConflict, StoreError
+from distckpt.foreign.companions import with_companions
 from distckpt.foreign.dcp_write import dcp_sink
 from distckpt.foreign.deepspeed_write import DeepSpeed
 from distckpt.foreign.safetensors_write import safetensors_sink
@@ -58,16 +59,19 @@ class DCP:
 class Safetensors:
     """A file, if the destination is called `*.safetensors`; else a directory as Hugging Face has it.
 
-    shard_bytes: most bytes of a file of such a directory.
+    shard_bytes: most bytes of a file of such a directory. config: a directory whose config, tokenizer and other small
+    files are copied along.
     """
 
     shard_bytes: int = 5_000_000_000
+    config: str | None = None
 
     def sink(self, view: View, destination: str | Path, attempt: str, room: int) -> Sink:  # noqa: ARG002
         """See Format."""
         name = parted(destination)[1]
         alone = name if Path(name).suffix == ".safetensors" else None
-        return safetensors_sink(view, alone, self.shard_bytes, room)
+        sink = safetensors_sink(view, alone, self.shard_bytes, room)
+        return sink if self.config is None else with_companions(sink, view, Path(self.config))
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +87,7 @@ FORMATS: dict[str, Callable[[], Format]] = {
     "distckpt": Distckpt,
     "dcp": DCP,
     "deepspeed": DeepSpeed,
+    "hf": Safetensors,
     "safetensors": Safetensors,
     "torch": Torch,
 }

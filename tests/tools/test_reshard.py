@@ -239,13 +239,12 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(runs, tmp_path, capsys):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_errors_are_one_line_and_exit_status_1(runs, tmp_path, capsys):
-    assert reshard(tmp_path / "nothing", tmp_path / "out") == 1
-    assert capsys.readouterr().err.startswith(f"NotACheckpoint: {tmp_path / 'nothing'}: does not exist")
+def test_errors_are_one_line_and_an_exit_code(runs, tmp_path, capsys):
+    assert reshard(tmp_path / "nothing", tmp_path / "out") == 3
+    assert capsys.readouterr().err.startswith(f"distckpt reshard: {tmp_path / 'nothing'}: does not exist")
     assert reshard(runs / "one", tmp_path / "out", "--only", "modle") == 1
     assert "it has" in capsys.readouterr().err
-    with pytest.raises(SystemExit):
-        reshard(runs / "one", tmp_path / "out", "--memory", "lots")
+    assert reshard(runs / "one", tmp_path / "out", "--memory", "lots") == 2
     with pytest.raises(Unsupported, match="dtype 'int4'"):
         copy(runs / "one", tmp_path / "out", change=Change(dtype="int4"))
 

@@ -131,8 +131,7 @@ def test_of_two_at_once_the_second_is_told_and_changes_nothing(source, tmp_path)
     )
     with plan.staging.held():
         done = as_job([source, tmp_path / "out", "--to", "dcp", "--memory", "8MB"], 0, 1)
-        assert done.returncode == 1
-        assert "RunConflict" in done.stderr
+        assert done.returncode == 4
         assert "another process is making this very copy: wait for it" in done.stderr
     assert hidden(tmp_path) == []
 
@@ -142,7 +141,7 @@ def test_a_task_that_comes_when_all_is_done_has_nothing_to_do(to, source, tmp_pa
     arguments = [source, tmp_path / "out", "--to", to]
     assert [as_job(arguments, rank, 2).returncode for rank in (0, 1)] == [0, 0]
     assert hidden(tmp_path) == []
-    assert as_job(arguments, 0, 2).returncode == 1
+    assert as_job(arguments, 0, 2).returncode == 4
 
 
 def test_a_batch_script_is_a_task_by_itself(source, tmp_path, monkeypatch):
@@ -150,7 +149,7 @@ def test_a_batch_script_is_a_task_by_itself(source, tmp_path, monkeypatch):
         monkeypatch.setenv(name, value)
     assert main([str(source), str(tmp_path / "alone"), "--to", "dcp", "--world-size", "4", "--timeout", "1"]) == 0
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "4")  # as srun says it to each of its tasks
-    assert main([str(source), str(tmp_path / "shared"), "--to", "dcp", "--world-size", "4", "--timeout", "1"]) == 1
+    assert main([str(source), str(tmp_path / "shared"), "--to", "dcp", "--world-size", "4", "--timeout", "1"]) == 4
 
 
 @pytest.mark.parametrize("processes", [1, 2])
@@ -234,14 +233,12 @@ def test_a_tag_is_a_plain_name_that_deepspeed_has_no_other_use_for(tag):
         (["out", "--zero-stage", "3"], "--zero-stage is for --to deepspeed, not distckpt"),
         (["out", "--tag", "x", "--to", "dcp"], "--tag is for --to deepspeed, not dcp"),
         (["out.pt", "--world-size", "2"], "--world-size is for --to deepspeed or distckpt or dcp, not torch"),
-        (["out", "--shard-size", "1GB"], "--shard-size is for --to safetensors, not distckpt"),
+        (["out", "--shard-size", "1GB"], "--shard-size is for --to hf or safetensors, not distckpt"),
     ],
 )
 def test_an_option_that_would_change_nothing_is_refused(arguments, message, source, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit) as e:
-        main([str(source), *arguments])
-    assert e.value.code == 2
+    assert main([str(source), *arguments]) == 2
     assert message in capsys.readouterr().err
 
 
@@ -258,7 +255,7 @@ def test_an_option_that_would_change_nothing_is_refused(arguments, message, sour
 def test_what_makes_no_sense_is_one_line(arguments, message, source, tmp_path, capsys):
     import re
 
-    assert main([str(source), str(tmp_path / "out"), *arguments]) == 1
+    assert main([str(source), str(tmp_path / "out"), *arguments]) in {1, 2}
     (line,) = capsys.readouterr().err.splitlines()
     assert re.search(message, line)
     assert hidden(tmp_path) == []
@@ -277,7 +274,7 @@ def test_more_that_makes_no_sense(source, tmp_path):
         copy(Source(str(tmp_path / "run"), names=(("ema", "model"),)), tmp_path / "out")
     with pytest.raises(NotACheckpoint, match="no such checkpoint: step-00000000 is whole"):
         copy(Source(str(tmp_path / "run"), step=7), tmp_path / "out")
-    assert main(["a" * 300, str(tmp_path / "out")]) == 1
+    assert main(["a" * 300, str(tmp_path / "out")]) == 4
 
 
 def test_a_model_that_cannot_be_read_safely_is_no_copy_without_it(tmp_path):
