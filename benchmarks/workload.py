@@ -29,7 +29,7 @@ class Holder(nn.Module):
     def __init__(self, tensors: dict[str, Any]) -> None:
         super().__init__()
         for name, t in tensors.items():
-            self.register_parameter(name, nn.Parameter(t, requires_grad=False))
+            self.register_parameter(name, nn.Parameter(t, requires_grad=t.is_floating_point()))
 
 
 class Sharded:

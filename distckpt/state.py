@@ -16,6 +16,7 @@ import torch
 
 from distckpt.errors import Unsupported
 from distckpt.format.box import Box, Part, Region, Run, Shape
+from distckpt.format.checksum import crc_of
 from distckpt.format.dtype import ITEM_SIZE
 
 if TYPE_CHECKING:
@@ -58,6 +59,7 @@ class GlobalTensor:
     """One global tensor as this rank sees it: shape, torch dtype name, layout, and the shards it holds.
 
     `trusted`: replicas are equal by construction (parameters, optimizer state). Of others equality is checked.
+    `frozen`: a parameter that is not trained.
     """
 
     shape: Shape
@@ -65,6 +67,7 @@ class GlobalTensor:
     layout: Layout | Everywhere | Listed
     shards: tuple[Shard, ...]
     trusted: bool = True
+    frozen: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,6 +211,11 @@ def as_bytes(tensor: torch.Tensor) -> memoryview:
         tensor = tensor.as_strided((tensor.numel(),), (1,))
     data: Any = tensor.view(torch.uint8).numpy()
     return memoryview(data).cast("B")
+
+
+def content_of(tensor: torch.Tensor) -> int:
+    """CRC-32C of a tensor's elements, in row-major order."""
+    return crc_of([as_bytes(tensor.detach().resolve_conj().resolve_neg().cpu().contiguous())])
 
 
 def is_plain_memory(tensor: torch.Tensor) -> bool:

@@ -6,6 +6,7 @@ Tied parameters are stored once, under the first name; the others are aliases.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -73,7 +74,7 @@ class ModuleAdapter:
                 state.tensors[fqn] = describe(fqn)
 
         for name, slot in named_slots(self.module):
-            add(name, slot.key, slot.whole)
+            add(name, slot.key, slot.whole if slot.parameter.requires_grad else partial(_frozen, slot))
         for name, buffer in named_buffers(self.module):
             add(name, id(buffer), partial(tensors.describe, buffer, trusted=False))
         return state
@@ -113,6 +114,10 @@ class ModuleAdapter:
                 owner.set_extra_state(extra[name])
         self._made = {}
         return []
+
+
+def _frozen(slot: Slot, fqn: str) -> GlobalTensor:
+    return replace(slot.whole(fqn), frozen=True)
 
 
 class GradientAdapter:

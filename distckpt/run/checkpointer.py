@@ -21,7 +21,7 @@ from distckpt.errors import (
 from distckpt.garbage import uncollected
 from distckpt.loading.plan import Options
 from distckpt.run.after import checked
-from distckpt.run.choose import Search, load_newest
+from distckpt.run.choose import Search, load_newest, loaded_whole
 from distckpt.run.events import note
 from distckpt.run.held import held
 from distckpt.run.history import History
@@ -339,7 +339,9 @@ class Checkpointer:
         self._saver.replicate()  # others may need what lies here alone
         search = Search(self._comm, self._whole, step)
         with held(self._store) if self._hold and isinstance(self._store, LocalStore) else nullcontext(0) as files:
-            report, _ = load_newest(search, state, options, then=self._job.open) or (None, None)
+            report, found = load_newest(search, state, options, then=self._job.open) or (None, None)
+        whole = report and loaded_whole(report, options) and not rename
+        self._saver.resumed(state.capture, found if whole else None)
         if report and files:
             report.notes.append(f"{files} data file(s) of this machine were held in memory")
         if report is None:

@@ -72,7 +72,7 @@ class Search:
 
 def load_newest(
     search: Search, state: Loadable, options: Options, *, then: Callable[[StepDir], None] = lambda _: None
-) -> tuple[LoadReport, StepDir] | None:
+) -> tuple[LoadReport, Checkpoint] | None:
     """Load the newest checkpoint that counts and is whole; None where there is none at all.
 
     then: called once it is loaded, and while nobody removes it. What is damaged where nothing else is left;
@@ -81,11 +81,11 @@ def load_newest(
     with search.held:
         loaded = _load_newest(search, state, options)
         if loaded:
-            then(loaded[1])
+            then(loaded[1].directory)
         return loaded
 
 
-def _load_newest(search: Search, state: Loadable, options: Options) -> tuple[LoadReport, StepDir] | None:
+def _load_newest(search: Search, state: Loadable, options: Options) -> tuple[LoadReport, Checkpoint] | None:
     before = state.unusable
     damage: DistckptError | None = None
     while directory := choose(search):
@@ -93,7 +93,8 @@ def _load_newest(search: Search, state: Loadable, options: Options) -> tuple[Loa
             warnings.warn(f"falling back to {directory}: {damage}", StateWarning, stacklevel=3)
         search.tried.add(directory)
         try:
-            report = load(search.comm, _open(search, directory), state, options, about_to_change=lambda: mark(state))
+            opened = _open(search, directory)
+            report = load(search.comm, opened, state, options, about_to_change=lambda: mark(state))
         except NewerFormat:
             raise
         except (Corrupt, FormatError, NotACheckpoint) as e:  # not one: removed since it was chosen
@@ -103,7 +104,7 @@ def _load_newest(search: Search, state: Loadable, options: Options) -> tuple[Loa
         state.unusable = None if loaded_whole(report, options) else before
         report.fell_back_from = search.damaged
         report.notes += filter(None, [search.unleased])
-        return report, directory
+        return report, opened
     if damage:
         raise damage
     return None

@@ -219,7 +219,8 @@ class History:
 
     def _has_all(self, attempt: Attempt, whole: Manifest, *, apart: bool) -> bool:
         here = {entry.name: entry.size for entry in self.store.list(str(attempt.directory))}
-        return all(here.get(f.name, f.size if apart else None) == f.size for f in whole.files)
+        own = whole.files[: whole.world_size]  # those of earlier checkpoints were committed before it began
+        return all(here.get(f.name, f.size if apart else None) == f.size for f in own)
 
     def _roll_forward(self, attempt: Attempt, *, apart: bool) -> bool:
         """Commit an attempt whose every rank has acked, and whose files are all there."""

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from distckpt.format.layout import StepDir
     from distckpt.format.manifest import FileInfo
-from distckpt.store.base import Store
+    from distckpt.store.base import Store
 
 _PIECE = 4 * BLOCK
 

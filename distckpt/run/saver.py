@@ -12,6 +12,8 @@ from distckpt.errors import StateWarning
 from distckpt.run.background import ARENAS, Background
 from distckpt.run.pending import PendingSave
 from distckpt.run.save import SaveReport, save_and_publish
+from distckpt.saving.commit import Attempt
+from distckpt.saving.frozen import Frozen
 from distckpt.saving.image import local_bytes
 from distckpt.saving.save import Request, plan
 
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from distckpt.comm import Comm
+    from distckpt.loading.open import Checkpoint
     from distckpt.run.history import History
     from distckpt.run.places import Places
     from distckpt.run.publish import Then
@@ -47,6 +50,7 @@ class Saver:
             raise ValueError(f"when_busy={when_busy!r}: 'wait' or 'skip'")
         self._comm, self._places = comm, places
         self.when_busy: Literal["wait", "skip"] = when_busy
+        self._frozen = Frozen(places.whole if places else None)
         self._background = Background(comm.timeout, arena_bytes, hold)
         self._pending: list[PendingSave] = []
         self.blocked = 0.0
@@ -59,6 +63,7 @@ class Saver:
     ) -> PendingSave | SaveReport | None:
         """Save what `capture` gives in a run, and have `then` follow. None: skipped, and said so."""
         apart = self._places is not None and self._places.apart
+        request = replace(request, frozen=self._frozen)
         if history.store.address and (apart or not wait):
             if apart and then.after and self._comm.rank == 0 and not self._committed:
                 why = "no node has all of a checkpoint: use a shared local directory, or run them on the root's"
@@ -127,6 +132,15 @@ class Saver:
         """Generation of a step that a save is to make, if in the store `free` is: others may have been begun."""
         at = store.address
         return max(free, *(p.directory.generation + 1 for p in self._pending if (p.address, p.step) == (at, step)), 1)
+
+    def resumed(self, capture: Callable[[], State], found: Checkpoint | None) -> None:
+        """Take note of what a launch begins with. found: loaded whole; None: nothing of the run, or a part."""
+        self._frozen = Frozen(self._places.whole if self._places else None)
+        if found:
+            content = found.manifest
+            attempt = Attempt(found.directory, content.attempt, content.world_size)
+            with suppress(Exception):  # on this rank alone; the next save meets it again, and all ranks learn of it
+                self._frozen.loaded(capture(), content, attempt)
 
     def prepare(self, capture: Callable[[], State]) -> None:
         """Have the first save find what it needs: the writer process, and an arena of its size."""

@@ -16,18 +16,16 @@ from typing import TYPE_CHECKING
 
 from distckpt.comm import exchange, together
 from distckpt.errors import Mismatch, Unsupported
-from distckpt.format.checksum import DIGEST_SIZE, crc_of, digest
+from distckpt.format.checksum import DIGEST_SIZE, digest
 from distckpt.format.partition import Copies
 from distckpt.latest import Latest
 from distckpt.saving.description import described, dump
 from distckpt.saving.merge import Agreed, Distinct, Merged, merged, steps_of, uniform
 from distckpt.saving.objects import encoded, of_rank, share
-from distckpt.state import Everywhere, State, as_bytes
+from distckpt.state import Everywhere, State, content_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
-
-    import torch
 
     from distckpt.comm import Comm
 
@@ -73,7 +71,7 @@ def agree(
     *,
     step: int,
     generation: Callable[[], int],
-    flag: Callable[[], int] = lambda: 0,
+    flag: Callable[[State], int] = lambda _: 0,
     check_replicas: bool = False,
 ) -> tuple[State, Agreement]:
     """Capture the state on every rank and agree on what it is, and that it is of this step.
@@ -91,7 +89,7 @@ def agree(
         digests = b"".join(bytes.fromhex(digest(part)) for part in (own.described, shared, dump(own.contents)))
         first = comm.rank == 0  # it alone names the attempt: what the others say is the same, as a rule
         nonce, chosen = (secrets.token_bytes(_NONCE), generation()) if first else (bytes(_NONCE), 0)
-        return nonce + digests + _PLACE.pack(step, chosen, flag())
+        return nonce + digests + _PLACE.pack(step, chosen, flag(state))
 
     replies = together(comm, "describing the state", describe)
     assert own is not None
@@ -155,14 +153,10 @@ def _distinct(comm: Comm, runs: Sequence[tuple[bytes, int]], mine: bytes) -> Dis
 # -- replicas that are not equal by construction ------------------------------------------------------------------
 
 
-def _content(tensor: torch.Tensor) -> int:
-    return crc_of([as_bytes(tensor.detach().resolve_conj().resolve_neg().cpu().contiguous())])
-
-
 def _contents(state: State) -> dict[str, int]:
     """CRC-32C of each tensor whose replicas are not equal by construction."""
     return {
-        fqn: _content(t.shards[0].tensor)
+        fqn: content_of(t.shards[0].tensor)
         for fqn, t in state.tensors.items()
         if not t.trusted and isinstance(t.layout, Everywhere)
     }
@@ -189,7 +183,7 @@ def _tell_copies(comm: Comm, agreement: Agreement, own: _Own, distinct: Distinct
 def _check_replicas(comm: Comm, state: State) -> None:
     """Mismatch unless every region that several ranks hold has the same bytes on each."""
     mine = {
-        f"{fqn} {shard.region}": _content(shard.tensor)
+        f"{fqn} {shard.region}": content_of(shard.tensor)
         for fqn, t in state.tensors.items()
         if t.trusted
         for shard in t.shards

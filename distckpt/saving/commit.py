@@ -49,7 +49,7 @@ class Attempt:
 
 
 def write_ack(store: Store, attempt: Attempt, rank: int, file: FileInfo, draft: Manifest | None) -> None:
-    """Say that a rank's data file is durable. Rank 0 adds the manifest, in which the files are still missing."""
+    """Say that a rank's data file is durable. Rank 0 adds the manifest, in which the ranks' files are still missing."""
     said: dict[str, Any] = {"rank": rank, "file": [file.name, file.size, file.header, file.digest]}
     if draft:
         said["draft"] = manifest.to_json(draft)
@@ -117,9 +117,8 @@ def complete(store: Store, attempt: Attempt, draft: Manifest | None = None) -> M
     for rank, ack in enumerate(said):
         if "error" in ack:
             raise RunConflict(f"{attempt.directory}: rank {rank} gave the attempt up: {ack['error']}")
-    whole = replace(
-        draft or manifest.from_json(said[0].get("draft")), files=tuple(FileInfo(*ack["file"]) for ack in said)
-    )
+    draft = draft or manifest.from_json(said[0].get("draft"))
+    whole = replace(draft, files=(*(FileInfo(*ack["file"]) for ack in said), *draft.files))
     manifest.check(whole)
     return whole
 

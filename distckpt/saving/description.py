@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from distckpt.state import State
 
 
+_BOOL = ("false", "true")
+
+
 def dump(value: Any) -> bytes:
     """JSON, always the same for the same value."""
     return json.dumps(value, sort_keys=True, separators=(",", ":")).encode()
@@ -24,7 +27,7 @@ def described(state: State) -> bytes:
     """JSON of what this rank holds; equal on ranks that hold alike."""
     quoted = json.encoder.encode_basestring_ascii
     tensors = ",".join(
-        f'{quoted(fqn)}:[{list(t.shape)},"{t.dtype}",{_layout_text(t.layout)},{"true" if t.trusted else "false"}]'
+        f'{quoted(fqn)}:[{list(t.shape)},"{t.dtype}",{_layout_text(t.layout)},{_BOOL[t.trusted]},{_BOOL[t.frozen]}]'
         for fqn, t in sorted(state.tensors.items())
     )
     objects = {n: v.on_reshard if isinstance(v, RankObject) else None for n, v in state.objects.items()}

@@ -85,20 +85,26 @@ def _slices(sizes: Sequence[int], replicas: Sequence[Split]) -> list[list[Split]
 
 
 def _spread(sizes: Sequence[int], replicas: Sequence[Split]) -> list[list[Split]] | None:
-    """Splits over several dimensions that divide each of them; None where the replicas do not come out even."""
+    """Splits over several dimensions that divide each of them about evenly; None where the replicas do not come out."""
     found: list[list[Split]] = [[] for _ in sizes]
     left = list(sizes)
     for split in replicas:
         rest = split.count
         for d, size in enumerate(left):
-            part = gcd(rest, size)
+            part = _most(rest, size)
             if part > 1:
                 rest //= part
-                left[d] //= part
+                left[d] = -(-size // part)
                 found[d].append(Split(part, split.stride * rest))
         if rest > 1:
             return None
     return found
+
+
+def _most(count: int, size: int) -> int:
+    """Largest divisor of a count of slices that divides a dimension, or is so small that a remainder matters little."""
+    few = max((n for n in range(1, min(count, size // _ABOUT_EVEN) + 1) if count % n == 0), default=1)
+    return max(few, gcd(count, size))
 
 
 def _dealt(layout: Layout, nbytes: int, loads: dict[tuple[Split, ...], list[tuple[int, int]]]) -> Partition:

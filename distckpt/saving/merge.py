@@ -27,11 +27,15 @@ Distinct = list[tuple[list[int], dict[str, Any]]]
 
 @dataclass(frozen=True, slots=True)
 class Agreed:
-    """One global tensor as all ranks see it. Copies: the ranks' values differ, and each keeps its own."""
+    """One global tensor as all ranks see it. Copies: the ranks' values differ, and each keeps its own.
+
+    frozen: a parameter that no rank trains.
+    """
 
     shape: Shape
     dtype: str
     layout: Layout | Listed | Copies
+    frozen: bool = False
 
 
 class Merged(NamedTuple):
@@ -50,6 +54,7 @@ def uniform(state: State, world_size: int) -> Merged:
             t.shape,
             t.dtype,
             Layout(Grid(t.shape, ((),) * len(t.shape), 0), whole) if isinstance(t.layout, Everywhere) else t.layout,
+            t.frozen,
         )
         for fqn, t in sorted(state.tensors.items())
     }
@@ -119,7 +124,8 @@ def _agreed(said_by: list[tuple[int, list[Any]]], groups: _Groups) -> Agreed | s
     versions = _opinions(said_by, groups)
     if not versions:
         return None
-    shape, dtype, layout, _ = versions[0][1]
+    shape, dtype, layout, *_ = versions[0][1]
+    frozen = all(said[4] for _, said in versions)
     if len({dump(_placeless(said)) for _, said in versions}) > 1:
         told = "; ".join(
             f"rank {groups.of[group][0]}: {said[1]}{said[0]} {dump(said[2]).decode()}" for group, said in versions[:4]
@@ -129,7 +135,7 @@ def _agreed(said_by: list[tuple[int, list[Any]]], groups: _Groups) -> Agreed | s
     layouts = [layout_from_json(said[2], tuple(shape), union.first, union.steps) for _, said in versions]
     if len(union.ranks) < groups.world_size:
         layouts = [_held(found, union.ranks) for found in layouts]
-    return Agreed(tuple(shape), dtype, min(layouts, key=_first_rank) if layout else layouts[0])
+    return Agreed(tuple(shape), dtype, min(layouts, key=_first_rank) if layout else layouts[0], frozen)
 
 
 def _opinions(said_by: list[tuple[int, list[Any]]], groups: _Groups) -> list[tuple[int, list[Any]]]:
@@ -208,8 +214,11 @@ def _offsets(split: Split) -> range:
 
 
 def _placeless(said: list[Any]) -> list[Any]:
-    """Description of a tensor without where its first rank is: sub-meshes that hold replicas differ in that alone."""
-    shape, dtype, layout, trusted = said
+    """Description of a tensor without where its first rank is: sub-meshes that hold replicas differ in that alone.
+
+    And without whether it is frozen: it is where all say so.
+    """
+    shape, dtype, layout, trusted, _ = said
     if isinstance(layout, list):
         layout = [{k: v for k, v in layout[0].items() if k != "file"}, layout[1]]
     elif isinstance(layout, dict):

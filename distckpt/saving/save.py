@@ -8,7 +8,8 @@ process does what follows.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from distckpt.comm import together
@@ -20,12 +21,13 @@ from distckpt.latest import Latest
 from distckpt.saving.agree import agree
 from distckpt.saving.commit import Attempt, commit_when_acked, remove_acks
 from distckpt.saving.divide import divide
+from distckpt.saving.frozen import Frozen
 from distckpt.saving.image import Laid, held, lay_out
 from distckpt.saving.part import Part, abandon_part, write_part
 from distckpt.saving.ring import content
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Collection, Mapping, Sequence
 
     import torch
 
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
     from distckpt.format.datafile import Image
     from distckpt.format.partition import Partition
     from distckpt.saving.agree import Agreement
+    from distckpt.saving.frozen import Named
     from distckpt.state import State
     from distckpt.store.base import Store
 
@@ -56,6 +59,8 @@ class Request:
     """What this rank tells all others along with its description."""
     arena_bytes: int | None = None
     """Most host memory that this rank may use for copies of the state; None: as much as is of use."""
+    frozen: Frozen = field(default_factory=Frozen)
+    """Knows whether an earlier checkpoint of the run has the frozen weights."""
     keep: Sequence[str] = ()
     """Why the checkpoint is to be kept whatever the rules; asked on rank 0, once the state is captured."""
 
@@ -80,9 +85,14 @@ class Planned:
     _state: State
     _laid: Laid
     _rank_objects: bytes
+    _wrote: Callable[[], None]
 
     def image(self) -> tuple[Image, list[torch.Tensor]]:
-        """Image of this rank's data file, and views of live memory: its chunks, in file order. Unsupported."""
+        """Image of this rank's data file, and views of live memory: its chunks, in file order. Unsupported.
+
+        Asked for once, where it is to be written, and before anything of the state changes.
+        """
+        self._wrote()
         return build(self._laid.packed, self._rank_objects), held(self._state, self._laid, self.part.rank)
 
     def lasting(self) -> list[bool]:
@@ -92,20 +102,24 @@ class Planned:
 
 def plan(comm: Comm, capture: Callable[[], State], request: Request) -> Planned:
     """Capture the state on every rank and agree on who writes what. Collective; raises on every rank or on none."""
+    frozen = request.frozen
     state, agreement = agree(
         comm,
         capture,
         step=request.step,
         generation=request.generation,
-        flag=request.flag,
+        flag=lambda state: request.flag() | frozen.flag(state, comm.rank),
         check_replicas=request.check_replicas,
     )
-    partitions, laid = _dealt(agreement, comm.rank)
+    shared = frozen.shared(agreement.tensors, agreement.flags)
+    partitions, laid = _dealt(agreement, comm.rank, shared)
     attempt = Attempt(StepDir(request.step, agreement.generation), agreement.attempt, comm.world_size)
     part = Part(attempt, comm.rank)
     if comm.rank == 0:
-        part = Part(attempt, 0, agreement.objects, _draft(attempt, request, agreement, partitions))
-    return Planned(part, agreement.notes, agreement.flags, state, laid, _dump(agreement.rank_objects))
+        named = frozen.named(shared, agreement.flags, comm.world_size)
+        part = Part(attempt, 0, agreement.objects, _draft(attempt, request, agreement, partitions, named))
+    wrote = partial(frozen.wrote, attempt, state, agreement.tensors, agreement.flags, shared)
+    return Planned(part, agreement.notes, agreement.flags, state, laid, _dump(agreement.rank_objects), wrote)
 
 
 def save(comm: Comm, store: Store, capture: Callable[[], State], request: Request) -> Committed:
@@ -143,18 +157,28 @@ def save(comm: Comm, store: Store, capture: Callable[[], State], request: Reques
     return Committed(directory, sum(int.from_bytes(s, "little") for s in sizes), planned.notes, made)
 
 
-def _dealt(agreement: Agreement, rank: int) -> tuple[Mapping[str, Partition], Laid]:
-    """Partitions of all tensors, and the layout of this rank's file. Both are the same for the same description."""
+def _dealt(agreement: Agreement, rank: int, shared: Collection[str]) -> tuple[Mapping[str, Partition], Laid]:
+    """Partitions of what is to be written, and this rank's file of it. Both are the same for the same description."""
 
     def deal() -> tuple[Mapping[str, Partition], Laid]:
-        partitions = divide(agreement.tensors)
-        return partitions, lay_out(agreement.tensors, partitions, rank)
+        written = {fqn: t for fqn, t in agreement.tensors.items() if fqn not in shared} if shared else agreement.tensors
+        partitions = divide(written)
+        return partitions, lay_out(written, partitions, rank)
 
-    return _LAYOUTS.get((agreement.key, rank), deal) if agreement.key else deal()
+    return _LAYOUTS.get((agreement.key, rank, len(shared)), deal) if agreement.key else deal()
 
 
-def _draft(attempt: Attempt, request: Request, agreement: Agreement, partitions: Mapping[str, Partition]) -> Manifest:
-    """Return the manifest, in which files and objects are still missing."""
+def _draft(
+    attempt: Attempt,
+    request: Request,
+    agreement: Agreement,
+    partitions: Mapping[str, Partition],
+    named: Named,
+) -> Manifest:
+    """Return the manifest, in which the ranks' files, and objects, are still missing."""
+    written = {
+        fqn: TensorInfo(t.shape, t.dtype, partitions[fqn]) for fqn, t in agreement.tensors.items() if fqn in partitions
+    }
     return Manifest(
         step=request.step,
         generation=attempt.directory.generation,
@@ -162,8 +186,8 @@ def _draft(attempt: Attempt, request: Request, agreement: Agreement, partitions:
         attempt=attempt.id,
         date=request.date,
         world_size=attempt.world_size,
-        tensors={fqn: TensorInfo(t.shape, t.dtype, partitions[fqn]) for fqn, t in agreement.tensors.items()},
-        files=(),
+        tensors=written | named.tensors,
+        files=named.files,
         objects={},
         rank_objects=agreement.policies,
         aliases=agreement.aliases,

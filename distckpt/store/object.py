@@ -42,7 +42,7 @@ SETTLES = 2.0
 _PATIENCE = 30.0
 _CLAIM = ".claim-"
 
-_keeps_conditions: dict[tuple[str, ...], bool] = {}
+_probed: dict[tuple[str, ...], bool] = {}
 """Bucket -> whether its server keeps the condition of a create."""
 _probing = threading.Lock()
 
@@ -208,9 +208,9 @@ class ObjectStore:
         """Whether a create is one here, in a race too: tried once for each bucket by each process."""
         place = (self._bucket, *(f"{k}={v}" for k, v in sorted(self._options.items())))
         with _probing:
-            if place not in _keeps_conditions:
-                _keeps_conditions[place] = self._probe()
-                if not _keeps_conditions[place]:
+            if place not in _probed:
+                _probed[place] = self._probe()
+                if not _probed[place]:
                     warnings.warn(
                         f"{self.root}: the server does not keep `If-None-Match: *` on a PUT. Commits are decided by "
                         f"claims instead, which is safe only if no request is on its way for longer than {SETTLES:.0f} "
@@ -218,7 +218,7 @@ class ObjectStore:
                         StateWarning,
                         stacklevel=5,
                     )
-        return _keeps_conditions[place]
+        return _probed[place]
 
     def _probe(self) -> bool:
         names = [f".probe-{secrets.token_hex(8)}" for _ in range(_RACES)]

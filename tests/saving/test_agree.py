@@ -461,6 +461,7 @@ def test_groups_that_contradict_each_other_are_not_joined(tmp_path):
         (4096, 1024, 4, 4, (256, 1024)),
         (48, 16384, 16, 6, (1, 8192)),
         (26, 4096, 2, 5, (13, 820)),  # 13 rows and 5 replicas: nothing divides; columns
+        (64, 16384, 4, 50, (8, 656)),  # 16 rows and 50 replicas: halves, and of each 25 slices, nearly even
     ],
 )
 def test_replicas_slice_what_they_share_into_few_stretches(rows, columns, shards, replicas, cell):

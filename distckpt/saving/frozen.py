@@ -1,0 +1,176 @@
+"""Frozen weights are stored once: a save names the files of an earlier checkpoint of the run that has them.
+
+All of them or none: where every rank finds every parameter without a gradient as it was when that checkpoint was saved
+(or loaded), they are left out of the rank's file. Whoever of them has changed, or was thawed and frozen again, has all
+of them written anew. Only where they are at least half of the state: an earlier checkpoint stays as long as a later
+one names its files, optimizer and all.
+
+Same steps on every rank; only rank 0 knows which of the checkpoints that have them are committed, and says so.
+"""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from math import prod
+from typing import TYPE_CHECKING, NamedTuple
+
+from distckpt.errors import DistckptError
+from distckpt.format.dtype import item_size
+from distckpt.format.manifest import FileInfo, TensorInfo
+from distckpt.format.partition import Copies, Pieces
+from distckpt.saving.commit import Attempt, committed_manifest, is_committed
+from distckpt.state import content_of
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Mapping, Sequence
+
+    from distckpt.format.box import Shape
+    from distckpt.format.manifest import Manifest
+    from distckpt.format.partition import Partition
+    from distckpt.saving.merge import Agreed
+    from distckpt.state import State
+    from distckpt.store.base import Store
+
+CHANGED = 4
+"""Flag of a rank that does not hold them as they were."""
+_CHOICE = 3
+"""Bit of rank 0's flag from which on it says which checkpoint is to be named: 1 for the first; 0: none."""
+_MOST = 3
+"""Checkpoints that are remembered: those in flight, and one that is committed."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Holder:
+    """A checkpoint that has them, or will once it is committed. content: rank 0 knows it then."""
+
+    attempt: Attempt
+    content: Manifest | None = None
+
+
+class Named(NamedTuple):
+    """Tensors of an earlier checkpoint, and its files, as they stand in the manifest of a later one."""
+
+    tensors: dict[str, TensorInfo]
+    files: tuple[FileInfo, ...]
+
+
+class Frozen:
+    """Which checkpoints of a run have the frozen parameters as this rank holds them.
+
+    store: all that there is of the run. None: nothing is shared.
+    """
+
+    def __init__(self, store: Store | None = None) -> None:
+        self._store = store
+        self._sums: dict[str, int] = {}
+        """Of this rank's parts, as they were."""
+        self._kinds: dict[str, tuple[Shape, str]] = {}
+        """Shape and dtype of each, on any rank."""
+        self._holders: list[_Holder] = []
+
+    def flag(self, state: State, rank: int) -> int:
+        """What this rank tells the others at a save."""
+        if not self._holders:
+            return 0
+        if any(self._sums.get(name) != value for name, value in _sums(state).items()):
+            return CHANGED
+        return self._chosen() << _CHOICE if rank == 0 else 0
+
+    def _chosen(self) -> int:
+        """Return 1 + index of the newest of them that is committed; 0 if none is known to be."""
+        assert self._store
+        for at in reversed(range(len(self._holders))):
+            attempt, content = self._holders[at].attempt, self._holders[at].content
+            with suppress(DistckptError):  # then they are written anew, which is always right
+                if content is None:
+                    content = committed_manifest(self._store, attempt)
+                    self._holders[at] = _Holder(attempt, content)
+                if content and is_committed(self._store, attempt.directory):
+                    return at + 1
+        return 0
+
+    def shared(self, tensors: Mapping[str, Agreed], flags: Sequence[int]) -> frozenset[str]:
+        """Tensors that a save need not write. The same on every rank."""
+        frozen = _frozen(tensors)
+        as_they_were = all(self._kinds.get(fqn) == (t.shape, t.dtype) for fqn, t in frozen.items())
+        if not (flags and flags[0] >> _CHOICE and as_they_were and _worth_it(tensors, frozen)):
+            return frozenset()
+        return frozenset() if any(flag & CHANGED for flag in flags) else frozenset(frozen)
+
+    def named(self, shared: Collection[str], flags: Sequence[int], world_size: int) -> Named:
+        """How a manifest names them, after the files of `world_size` ranks. On rank 0."""
+        if not shared:
+            return Named({}, ())
+        holder = self._holders[(flags[0] >> _CHOICE) - 1]
+        content = holder.content
+        assert content is not None
+        found = {fqn: content.tensors[fqn] for fqn in shared}
+        own = content.world_size  # of a checkpoint that has none of them itself, what it names is all that is needed
+        first = 0 if any(_first_file(t.partition) < own for t in found.values()) else own
+        files = tuple(
+            f if "/" in f.name else FileInfo(holder.attempt.key(f.name), f.size, f.header, f.digest)
+            for f in content.files[first:]
+        )
+        moved = {fqn: replace(t, partition=_moved(t.partition, world_size - first)) for fqn, t in found.items()}
+        return Named(moved, files)
+
+    def wrote(
+        self,
+        attempt: Attempt,
+        state: State,
+        tensors: Mapping[str, Agreed],
+        flags: Sequence[int],
+        shared: Collection[str],
+    ) -> None:
+        """Take note of a save, before anything of the state changes. It writes all of them, if none is shared."""
+        if shared or not self._store:
+            return
+        frozen = _frozen(tensors)
+        kinds = {fqn: (t.shape, t.dtype) for fqn, t in frozen.items()}
+        if not _worth_it(tensors, frozen):
+            self._holders = []
+        elif self._holders and kinds == self._kinds and not any(flag & CHANGED for flag in flags):
+            self._holders = [*self._holders, _Holder(attempt)][-_MOST:]
+        else:
+            self._sums, self._kinds, self._holders = _sums(state), kinds, [_Holder(attempt)]
+
+    def loaded(self, state: State, content: Manifest, attempt: Attempt) -> None:
+        """Take note of a checkpoint of this run that was loaded whole."""
+        self._sums = _sums(state)
+        self._kinds = {fqn: (t.shape, t.dtype) for fqn, t in content.tensors.items()}
+        self._holders = [_Holder(attempt, content)] if self._sums else []
+
+
+def _first_file(partition: Partition) -> int:
+    if isinstance(partition, Pieces):
+        return min((file for file, _ in partition.pieces), default=0)
+    return partition.first
+
+
+def _moved(partition: Partition, by: int) -> Partition:
+    if isinstance(partition, Pieces):
+        return replace(partition, pieces=tuple((file + by, region) for file, region in partition.pieces))
+    return replace(partition, first=partition.first + by)
+
+
+def _frozen(tensors: Mapping[str, Agreed]) -> dict[str, Agreed]:
+    return {fqn: t for fqn, t in tensors.items() if t.frozen and not isinstance(t.layout, Copies)}
+
+
+def _worth_it(tensors: Mapping[str, Agreed], frozen: Mapping[str, Agreed]) -> bool:
+    return bool(frozen) and 2 * _nbytes(frozen) >= _nbytes(tensors)
+
+
+def _nbytes(tensors: Mapping[str, Agreed]) -> int:
+    return sum(prod(t.shape) * item_size(t.dtype) for t in tensors.values())
+
+
+def _sums(state: State) -> dict[str, int]:
+    """CRC-32C of each part of a frozen parameter that this rank holds."""
+    return {
+        f"{fqn} {shard.region}": content_of(shard.tensor)
+        for fqn, tensor in state.tensors.items()
+        if tensor.frozen
+        for shard in tensor.shards
+    }
