@@ -37,6 +37,7 @@ COMMANDS = {
     "prune": "what rules keep of a run and what they let go of; --delete removes it",
     "gc": "what killed saves and copies left behind; --delete removes it",
     "repair": "write pointers, symlinks and meta.json anew from the commits",
+    "report": "one page of HTML about a run: saves, metrics, what is good, what is kept and why",
     "watch": "what happens to a run, as it happens; for Prometheus, TensorBoard, OpenTelemetry too",
     "queue": "several runs in order, so many at a time, through crashes and reboots",
     "selftest": "a cold restart of your own training: is the step after a load the same, bit for bit",

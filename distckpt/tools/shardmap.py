@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from distckpt.format.box import Box, Run
 from distckpt.format.dtype import item_size
 from distckpt.format.partition import Copies
-from distckpt.tools.svg import Svg, spread, squares
+from distckpt.tools.svg import STYLE, Svg, spread, squares
 from distckpt.units import size_text
 
 if TYPE_CHECKING:
@@ -82,8 +82,8 @@ class Colours:
         return f"rank {first}" if first == last else f"ranks {first}-{last}"
 
 
-def shard_map(content: Manifest, *, width: int = 1200) -> str:
-    """SVG of so many pixels in width."""
+def shard_map(content: Manifest, *, width: int = 1200, style: str = STYLE) -> str:
+    """SVG of so many pixels in width. style: "" in a page that has one."""
     colours = Colours(content.world_size)
     parts: dict[str, dict[str, TensorInfo]] = {}
     for fqn, info in content.tensors.items():
@@ -103,7 +103,7 @@ def shard_map(content: Manifest, *, width: int = 1200) -> str:
         more = ", grouped by name" if alike else ""
         svg.line(f"{name or '(no name)'}: {len(parts[name])} tensors, {size_text(sizes[name])}{more}")
         _treemap(svg, of_part, height, colours)
-    return svg.text(f"Which rank wrote which part of step {content.step}")
+    return svg.text(f"Which rank wrote which part of step {content.step}", style=style)
 
 
 class _Held:

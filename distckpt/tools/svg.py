@@ -85,12 +85,13 @@ class Svg:
             )
 
     def text(self, title: str, *, style: str = STYLE) -> str:
-        """Return the picture as SVG."""
+        """Return the picture as SVG. style: "" where it is part of a page that has one, and a background."""
+        lead = f'<style>{style}</style><rect width="100%" height="100%" fill="#fff"/>' if style else ""
         height = number(max(1.0, self._bottom))
         return (
             f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {self.width} {height}" width="{self.width}" '
             f'height="{height}" role="img"><title>{safe(title)}</title>'
-            f"<style>{style}</style>{''.join(self._made)}</svg>"
+            f"{lead}{''.join(self._made)}</svg>"
         )
 
 
