@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 import warnings
 
 import pytest
@@ -11,6 +10,7 @@ import torch
 from torch import nn
 
 from tests import ranks
+from tests.integrations.together import joined
 
 if importlib.util.find_spec("pytorch_lightning") is None:
     pytest.skip("PyTorch Lightning is not installed", allow_module_level=True)
@@ -144,11 +144,7 @@ def test_what_is_not_there_or_damaged_is_one_clear_error(tmp_path):
 
 
 def _rank(folder):
-    import torch.distributed as dist
-
-    rank, size = str(dist.get_rank()), str(dist.get_world_size())
-    os.environ.update(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=size, LOCAL_WORLD_SIZE=size, GROUP_RANK="0")
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0", TORCHELASTIC_RUN_ID="test")
+    joined()
     two = {"strategy": "ddp", "devices": 2}
     losses = []
     for name, io in (("theirs", TorchCheckpointIO), ("ours", DistckptIO)):

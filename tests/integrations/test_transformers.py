@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from tests import ranks
+from tests.integrations.together import joined, sharded
 
 if importlib.util.find_spec("transformers") is None:
     pytest.skip("transformers is not installed", allow_module_level=True)
@@ -66,17 +67,6 @@ def arguments(folder, **more):
     )
 
 
-def sharded(accelerator):
-    """Have an accelerator shard on CPUs, too. It would on GPUs alone, though what it calls does not mind."""
-    from accelerate import FullyShardedDataParallelPlugin
-    from accelerate.utils import DistributedType
-
-    accelerator.state.distributed_type = DistributedType.FSDP
-    accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(
-        fsdp_version=2, auto_wrap_policy="transformer_based_wrap", transformer_cls_names_to_wrap=["GPT2Block"]
-    )
-
-
 def trained(folder, root, *callbacks, run=None, dropout=0.1, shard=False, **more):
     """Trainer that has trained in a run: 5 steps an epoch."""
     args = arguments(folder, **more)
@@ -84,7 +74,7 @@ def trained(folder, root, *callbacks, run=None, dropout=0.1, shard=False, **more
     with Checkpointer(folder / root, timeout=30, **(run or {})) as checkpointer:
         trainer = CheckpointedTrainer(model, args, callbacks=[*callbacks], checkpointer=checkpointer, **data)
         if shard:
-            sharded(trainer.accelerator)
+            sharded(trainer.accelerator, "GPT2Block")
             trainer.is_fsdp_enabled = True
         with contextlib.suppress(KeyboardInterrupt):
             trainer.train()
@@ -172,11 +162,7 @@ LAYOUTS = {
 
 def _lives(folder, layout, dropout):
     """Log of a run that went through, and of one that was killed and resumed, on ranks."""
-    import torch.distributed as dist
-
-    rank, size = dist.get_rank(), dist.get_world_size()
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size), LOCAL_WORLD_SIZE=str(size))
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
+    joined()
     options = {"gradient_accumulation_steps": 1, "dropout": dropout} | LAYOUTS[layout]
     if "deepspeed" in options:
         from tests import deepspeeds
