@@ -58,7 +58,7 @@ class DistckptIO(CheckpointIO):  # type: ignore[misc]
         if storage_options is not None:
             raise Unsupported("storage_options: an object store is set up by its environment (docs/object-stores.md)")
         with closing(SoloComm(self._timeout)) as alone:
-            counts = {name: checkpoint[name] for name in ("global_step", "epoch") if name in checkpoint}
+            counts: dict[str, Any] = {name: checkpoint[name] for name in ("global_step", "epoch") if name in checkpoint}
             direct.save(path, _named(checkpoint), metrics=counts, comm=alone)
 
     def load_checkpoint(
