@@ -18,6 +18,7 @@ _HOMES = {
     "Keep": "distckpt.run.keep",
     "Local": "distckpt.run.places",
     "LoadReport": "distckpt.loading.report",
+    "Probe": "distckpt.run.probe",
     "Progress": "distckpt.run.trainstate",
     "TrainState": "distckpt.run.trainstate",
     "TrialLoad": "distckpt.run.after",
@@ -33,6 +34,7 @@ __all__ = [
     "Keep",
     "LoadReport",
     "Local",
+    "Probe",
     "Progress",
     "TrainState",
     "TrialLoad",
@@ -49,6 +51,7 @@ if TYPE_CHECKING:
     from distckpt.run.full import full_state_dict
     from distckpt.run.keep import Keep
     from distckpt.run.places import Local
+    from distckpt.run.probe import Probe
     from distckpt.run.sampler import ElasticSampler
     from distckpt.run.trainstate import Progress, TrainState
 

@@ -32,8 +32,8 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from distckpt import Checkpointer, ElasticSampler, Keep, Local, Progress, TrainState
-from distckpt.run.checkpointer import StepReport
 from distckpt.run.preemption import leave
+from distckpt.run.schedule import StepReport
 from launch.gpt import GPT, Shape
 from launch.text import StdlibText
 

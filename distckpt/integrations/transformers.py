@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from distckpt.errors import Mismatch, StateWarning, Unsupported
 from distckpt.run import rng
-from distckpt.run.checkpointer import StepReport
+from distckpt.run.schedule import StepReport
 from distckpt.run.trainstate import TrainState
 
 try:

@@ -77,6 +77,7 @@ def load(
         together(comm, f"reading {checkpoint.name}", lambda: fill(checkpoint, reads))
     report = LoadReport(step, made.loaded, made.missing, made.unexpected, made.cast, [*checkpoint.notes, *made.notes])
     report.unverified = checkpoint.unverified(items)
+    report.metrics, report.world_size = checkpoint.manifest.metrics, checkpoint.manifest.world_size
 
     def restore() -> None:
         report.notes += live.restore(offered)

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 
 @dataclass(slots=True)
@@ -11,7 +15,8 @@ class LoadReport:
 
     `missing` and `unexpected` are empty unless asked for (strict=False, only=). `bytes_read` counts what this rank
     read from the store, in bytes; `seconds` is wall time. `unverified` tensors are of another tool's file, of which no
-    checksum covers a part; verify=True has them checked whole.
+    checksum covers a part; verify=True has them checked whole. `metrics` were recorded with it, and `world_size` ranks
+    saved it.
     """
 
     step: int
@@ -22,6 +27,8 @@ class LoadReport:
     notes: list[str] = field(default_factory=list)
     unverified: list[str] = field(default_factory=list)
     fell_back_from: dict[int, str] = field(default_factory=dict)
+    metrics: Mapping[str, Any] = field(default_factory=dict)
+    world_size: int = 1
     bytes_read: int = 0
     seconds: float = 0.0
 

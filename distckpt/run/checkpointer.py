@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from contextlib import nullcontext
-from dataclasses import dataclass
 from operator import index
 from typing import TYPE_CHECKING, Any, Literal, overload
 
@@ -27,11 +26,12 @@ from distckpt.run.held import held
 from distckpt.run.history import History
 from distckpt.run.job import Job
 from distckpt.run.places import Local, Places
-from distckpt.run.preemption import Preemption, Reason, Watch
+from distckpt.run.preemption import Preemption, Watch
+from distckpt.run.probe import Probing
 from distckpt.run.publish import Retention, Then, now
 from distckpt.run.save import plain_metrics
 from distckpt.run.saver import Saver
-from distckpt.run.schedule import Due, Schedule
+from distckpt.run.schedule import Due, Schedule, StepReport
 from distckpt.run.source import foreign_root, load_source
 from distckpt.run.triggers import Triggers, best_interval, duration
 from distckpt.saving.save import Request
@@ -49,34 +49,12 @@ if TYPE_CHECKING:
     from distckpt.run.after import After
     from distckpt.run.keep import Keep
     from distckpt.run.pending import PendingSave
+    from distckpt.run.probe import Probe
     from distckpt.run.save import SaveReport
     from distckpt.run.trainstate import TrainState
     from distckpt.run.triggers import Trigger
     from distckpt.state import State
     from distckpt.store.base import Store
-
-
-@dataclass(frozen=True, slots=True)
-class StepReport:
-    """What Checkpointer.step did.
-
-    should_stop: leave the training loop, and the program with `exit_code` (REQUEUE or STOPPED of run/preemption.py;
-    `reason` says why): what was to be saved is committed then. note: why nothing was.
-    """
-
-    saved: PendingSave | SaveReport | None = None
-    reason: Reason = Reason.NONE
-    note: str = ""
-
-    @property
-    def should_stop(self) -> bool:
-        """Whether the job is to end here."""
-        return bool(self.reason)
-
-    @property
-    def exit_code(self) -> int:
-        """What the program is to exit with, if it is to stop."""
-        return self.reason.exit_code
 
 
 class Checkpointer:
@@ -93,8 +71,10 @@ class Checkpointer:
     Local has one of its own. after_commit: commands that run on what was committed, off the training path:
     `After(("python", "evaluate.py", "{checkpoint}"))`, `Export(...)`, `TrialLoad()` (run/after.py). hold: how long ("2
     min") this rank's writer holds in memory what it staged last if this process is killed, so that a job which is
-    started again on this machine reads it from there. timeout: seconds that any wait for others lasts at most. What
-    happens is noted in the run's events.jsonl (docs/events.md).
+    started again on this machine reads it from there. probe: a function that gives a number, such as the loss on a
+    fixed batch (or a Probe, run/probe.py): recorded with each save, asked again after each load, and warned of where it
+    has become another. timeout: seconds that any wait for others lasts at most. What happens is noted in the run's
+    events.jsonl (docs/events.md).
     """
 
     def __init__(
@@ -110,6 +90,7 @@ class Checkpointer:
         local: Local | str | os.PathLike[str] | None = None,
         after_commit: Iterable[After] = (),
         hold: str | float | None = None,
+        probe: Probe | Callable[[], Any] | None = None,
         timeout: float = 600.0,
         comm: Comm | None = None,
     ) -> None:
@@ -131,6 +112,7 @@ class Checkpointer:
         if preemption:
             self._watch.start()
         self._job = Job(self._comm, self._history, self._places)
+        self._probing = Probing(self._comm, probe)
         self._wait, self._prepared, self._closed = wait, False, False
 
     def __enter__(self) -> Self:
@@ -187,6 +169,7 @@ class Checkpointer:
             self._note("skipped", step=step, why=why)
             return StepReport(None, due.reason, why)
         self._saver.when_busy = "wait"  # for there is no next one
+        self._probing.hurry(due.seconds_left - 2 * due.save_seconds)
         try:
             saved = self.save(step, state, metrics, wait=False)
         except DistckptError as e:  # of an earlier save, as likely as not: that must not cost the last one
@@ -245,7 +228,8 @@ class Checkpointer:
             raise ValueError(f"step={step!r}: a count of optimizer steps, an int of at least 0")
         with uncollected():
             wait = self._wait if wait is None else wait
-            return self._save(number, state, metrics or {}, wait=wait, check_replicas=check_replicas)
+            metrics = self._probing.recorded(state, metrics or {})
+            return self._save(number, state, metrics, wait=wait, check_replicas=check_replicas)
 
     def _save(
         self, step: int, state: TrainState, metrics: Mapping[str, Any], *, wait: bool, check_replicas: bool
@@ -356,6 +340,7 @@ class Checkpointer:
         self._schedule.resumed(getattr(state, "epoch", None))
         if report:
             report.notes += filter(None, [notes, *self._places.notes()])
+            self._probing.compare(state, report, only, self._note)
         return report
 
     def load(
@@ -392,6 +377,7 @@ class Checkpointer:
         loaded = load_newest(Search(self._comm, self._whole, step), state, options)
         if loaded is None:
             raise NotACheckpoint(f"{self._whole.store} holds no committed checkpoint: {self._whole.why_nothing()}")
+        self._probing.compare(state, loaded[0], only)
         return loaded[0]
 
     def steps(self) -> list[int]:

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 NAMES = (
     "launched",
     "resumed",
+    "probe",
     "staged",
     "committed",
     "failed",

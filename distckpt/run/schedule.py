@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from distckpt.comm import Comm
+    from distckpt.run.pending import PendingSave
+    from distckpt.run.save import SaveReport
     from distckpt.run.saver import Saver
     from distckpt.run.triggers import Triggers
 
@@ -50,6 +52,29 @@ class Due:
     seconds_left: float = math.inf
     save_seconds: float = 0.0
     fits: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class StepReport:
+    """What Checkpointer.step did.
+
+    should_stop: leave the training loop, and the program with `exit_code` (REQUEUE or STOPPED of run/preemption.py;
+    `reason` says why): what was to be saved is committed then. note: why nothing was.
+    """
+
+    saved: PendingSave | SaveReport | None = None
+    reason: Reason = Reason.NONE
+    note: str = ""
+
+    @property
+    def should_stop(self) -> bool:
+        """Whether the job is to end here."""
+        return bool(self.reason)
+
+    @property
+    def exit_code(self) -> int:
+        """What the program is to exit with, if it is to stop."""
+        return self.reason.exit_code
 
 
 class Schedule:

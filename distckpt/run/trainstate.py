@@ -151,6 +151,11 @@ class TrainState:
         seen = getattr(self._progress, "samples_seen", None)
         return seen if isinstance(seen, int) else None
 
+    @property
+    def models(self) -> list[nn.Module]:
+        """The models."""
+        return [part.module for part in self._parts.values() if isinstance(part, ModuleAdapter)]
+
     def capture(self) -> State:
         """See Stateful.capture. StateUnusable after a load that failed half-way."""
         if self.unusable:
