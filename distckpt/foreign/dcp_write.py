@@ -18,8 +18,7 @@ from distckpt.foreign.emit import Call, Global, Instance, Pairs, TensorRecord, p
 from distckpt.foreign.paths import entries_of
 from distckpt.foreign.sink import Output, Sink, lost, refuse_empty
 from distckpt.format.box import Box, parts
-from distckpt.loading.stream import ROOM, Stretch, stream
-from distckpt.state import torch_dtype
+from distckpt.loading.stream import ROOM, Stretch, stream, whole
 from distckpt.statedict import insert, references
 from distckpt.store.base import write_all
 from distckpt.store.local import LocalStore
@@ -160,14 +159,7 @@ def _value_records(checkpoint: Checkpoint, values: dict[TreePath, Any], written:
 
 def _tensors_in(checkpoint: Checkpoint, value: Any) -> dict[str, torch.Tensor]:
     """Tensors that a value has inside where DCP looks for none (a tuple): read into memory."""
-    found = {}
-    for fqn in references(value):
-        info = checkpoint.manifest.tensors[fqn]
-        data = bytearray().join(piece for _, piece in stream(checkpoint, (s for _, _, s in _chunks(fqn, info))))
-        dtype = torch_dtype(info.dtype)
-        flat = torch.frombuffer(data, dtype=dtype) if data else torch.empty(0, dtype=dtype)
-        found[fqn] = flat.reshape(info.shape)
-    return found
+    return {fqn: whole(checkpoint, fqn) for fqn in references(value)}
 
 
 def _add_alias(written: _Written, alias: str, fqn: str) -> None:

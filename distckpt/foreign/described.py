@@ -203,7 +203,7 @@ class Described(Checkpoint):
         self.foreign = True
         self._has_sums, self._homes, self._index_bytes = found.has_sums, found.homes, found.index_bytes
         self._entries = [_Entries(c) for c in chunks]
-        self.sources = found.files
+        self.sources: Sequence[Readable] = found.files
         self._objects = objects
         self._verified: set[tuple[int, str]] = set()
 

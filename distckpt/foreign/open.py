@@ -12,6 +12,7 @@ from distckpt.foreign.described import Directory, describe, leaves
 from distckpt.foreign.files import PlainFile, read_bytes
 from distckpt.foreign.legacyfile import parse_any
 from distckpt.foreign.located import Undecodable
+from distckpt.foreign.peft import is_peft, read_peft
 from distckpt.foreign.safetensors import INDEX, SUFFIX, read_safetensors
 from distckpt.foreign.torchfile import LEGACY, ZIP
 
@@ -22,7 +23,8 @@ if TYPE_CHECKING:
     from distckpt.foreign.described import Described
 
 KINDS = (
-    "a DCP directory, a DeepSpeed tag, a torch.save file, or safetensors (a file, or a directory with or without index)"
+    "a DCP directory, a DeepSpeed tag, a torch.save file, safetensors (a file, or a directory with or without index), "
+    "or an adapter of PEFT"
 )
 
 _TORCH_SUFFIXES = {".pt", ".pth", ".bin", ".ckpt", ".tar"}
@@ -80,6 +82,8 @@ def _reader_of(path: Path) -> Callable[[Path], Directory] | None:
         if is_deepspeed(path):
             return read_deepspeed
         names = [p.name for p in path.iterdir()]
+        if is_peft(names):
+            return read_peft
         return read_safetensors if any(n.endswith((SUFFIX, INDEX)) for n in names) else None
     if not path.is_file():
         return None

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from array import array
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
+    import torch
+
     from distckpt.format.datafile import Stored
     from distckpt.format.manifest import FileInfo, Manifest, ObjectInfo
     from distckpt.loading.plan import Item
@@ -90,6 +92,14 @@ def or_other_copy(store: object, key: str, attempt: Callable[[], T]) -> T:
         return attempt()
 
 
+@dataclass(frozen=True, slots=True)
+class Computed:
+    """A tensor that no file holds: the (checkpoint, fqn) that it is made of, and who makes it."""
+
+    reads: tuple[tuple[Checkpoint, str], ...]
+    make: Callable[[], torch.Tensor]
+
+
 class Checkpoint:
     """One committed checkpoint; `name` is what messages call it."""
 
@@ -103,6 +113,8 @@ class Checkpoint:
         """Objects that are there and cannot be read safely, with the reason. Not in the manifest."""
         self.notes: Sequence[str] = ()
         """What whoever loads it must know: each load reports them."""
+        self.sources: Sequence[Any] = ()
+        """Files of another tool that it is made of."""
         self._bytes_read = 0
         self._files: dict[int, DataFile] = {}
         self._lock = threading.Lock()
@@ -115,6 +127,10 @@ class Checkpoint:
     def saved_name(self, fqn: str) -> str:
         """Name of a tensor in `base`."""
         return fqn
+
+    def computed(self, fqn: str) -> Computed | None:  # noqa: ARG002
+        """How a tensor is made that is not read from `base`: of a view."""
+        return None
 
     @property
     def bytes_read(self) -> int:

@@ -57,7 +57,16 @@ def stream(checkpoint: Checkpoint, wanted: Iterable[Stretch], room: int = ROOM) 
     memory = torch.empty(room, dtype=torch.uint8)
     batch: list[tuple[int, torch.Tensor, list[Item]]] = []
     filled = 0
+    name, made = "", torch.empty(0)
     for index, stretch in enumerate(wanted):
+        if computed := checkpoint.computed(stretch.fqn):
+            yield from _filled(checkpoint, batch, room)
+            batch, filled = [], 0
+            if name != stretch.fqn:
+                made = torch.empty(0)  # one at a time is held
+                name, made = stretch.fqn, computed.make()
+            yield from ((index, data) for data in _parts(made, stretch, memory))
+            continue
         dtype = torch_dtype(stretch.dtype)
         at = stretch.start
         while at < stretch.stop:
@@ -72,6 +81,33 @@ def stream(checkpoint: Checkpoint, wanted: Iterable[Stretch], room: int = ROOM) 
             at += count
             filled = min(room, -(-(filled + len(data)) // _ALIGNMENT) * _ALIGNMENT)
     yield from _filled(checkpoint, batch, room)
+
+
+def whole(checkpoint: Checkpoint, fqn: str) -> torch.Tensor:
+    """A tensor, read into memory. Corrupt."""
+    info = checkpoint.manifest.tensors[fqn]
+    stretch = Stretch.whole(fqn, Box.whole(info.shape), info.dtype)
+    found = torch.empty(info.shape, dtype=torch_dtype(info.dtype))
+    items = _items(checkpoint, stretch, Run(0, stretch.stop), found.view(-1)) if stretch.stop else ()
+    read(checkpoint.base, items, BLOCK)
+    return found
+
+
+def _parts(made: torch.Tensor, stretch: Stretch, memory: torch.Tensor) -> Iterator[memoryview]:
+    """Bytes of a stretch of a tensor that is in memory, as elements of the stretch's dtype."""
+    dtype = torch_dtype(stretch.dtype)
+    most = len(memory) // dtype.itemsize
+    for at in range(stretch.start, stretch.stop, most):
+        count = min(most, stretch.stop - at)
+        data = memory[: count * dtype.itemsize]
+        for shard in _shards(stretch.region, Run(at, at + count), data.view(dtype)):
+            region = shard.region
+            if isinstance(region, Run):
+                shard.tensor.copy_(made.reshape(-1)[region.start : region.stop])
+            else:
+                ends = zip(region.offsets, region.sizes, strict=True)
+                shard.tensor.copy_(made[tuple(slice(a, a + n) for a, n in ends)])
+        yield as_bytes(data)
 
 
 def _items(checkpoint: Checkpoint, stretch: Stretch, run: Run, data: torch.Tensor) -> Iterator[Item]:

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from distckpt import __version__, comm
-from distckpt.adapters import tensors
+from distckpt.adapters import peft, tensors
 from distckpt.adapters.module import GradientAdapter, ModuleAdapter
 from distckpt.adapters.optimizer import OptimizerAdapter
 from distckpt.adapters.slots import parallelism, slots_of
@@ -130,6 +130,10 @@ class TrainState:
         parts["deepspeed"] = CountersAdapter(engines)
         if dataloader is not None:
             parts["dataloader"] = DataLoaderAdapter(dataloader)
+        for lead, wrapped in models.items():
+            if holder := peft.holder_of(wrapped):
+                name = peft.NAME + lead.removeprefix("model")
+                parts[name] = peft.PeftAdapter(wrapped, holder, name)
         parts["environment"] = EnvironmentAdapter(models, config, code_version, tokenizer)
         parts["rng"] = RngAdapter(enabled=rng)
         self._parts = parts
@@ -195,7 +199,7 @@ class TrainState:
         return [note for part in self._parts.values() for note in part.restore(saved)]
 
 
-_PARTS = ("model", "optim", "grad", "dataloader", "deepspeed", "environment", "rng")
+_PARTS = ("model", "optim", "grad", "dataloader", "deepspeed", "environment", "peft", "rng")
 """Names of parts that are no values: an extra value must not take the place of one."""
 
 

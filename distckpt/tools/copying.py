@@ -18,6 +18,7 @@ from distckpt.units import as_bytes
 if TYPE_CHECKING:
     from distckpt.tools.copy import CopyReport, Source
     from distckpt.tools.formats import Format
+    from distckpt.tools.lora import Adapter
     from distckpt.tools.view import Change
 
 _DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "fp64": "float64"}
@@ -46,8 +47,8 @@ def format_at(destination: str, default: str = "distckpt") -> str:
     return "torch" if destination.endswith((".pt", ".pth", ".bin")) else default
 
 
-def format_of(given: argparse.Namespace, to: str) -> Format:
-    """Format of this name, with the options given."""
+def format_of(given: argparse.Namespace, to: str, config: str | None = None) -> Format:
+    """Format of this name, with the options given. config: see Safetensors."""
     from distckpt.tools.formats import FORMATS, DeepSpeed, Safetensors
 
     if to == "deepspeed":
@@ -62,17 +63,16 @@ def format_of(given: argparse.Namespace, to: str) -> Format:
         return replace(made, sub_group_size=given.sub_group_size) if given.sub_group_size else made
     found = FORMATS[to]()
     if isinstance(found, Safetensors):
-        shard, config = given.shard_size, getattr(given, "config", None)
-        return Safetensors(shard or found.shard_bytes, str(config.resolve()) if config else None)
+        return Safetensors(given.shard_size or found.shard_bytes, config)
     return found
 
 
-def source_of(given: argparse.Namespace) -> Source:
+def source_of(given: argparse.Namespace, adapter: Adapter | None = None) -> Source:
     """Checkpoint that is to be read."""
     from distckpt.tools.copy import Source
 
     order = tuple(tuple(group) for group in given.param_order) if given.param_order else None
-    return Source(given.source, given.step, tuple(given.name), order)
+    return Source(given.source, given.step, tuple(given.name), order, adapter)
 
 
 def change_of(given: argparse.Namespace, to: str) -> Change:
@@ -218,6 +218,12 @@ _OPTIONS: dict[str, dict[str, Any]] = {
         "metavar": "DIR",
         "help": "directory whose config, tokenizer and other small files are copied along",
     },
+    "base": {
+        "type": _folder,
+        "metavar": "DIR",
+        "help": "where the base model lies, if the checkpoint has the adapter alone",
+    },
+    "adapter": {"metavar": "NAME", "help": "of several adapters, which (default: default)"},
     "name": {
         "action": "append",
         "type": _pair,
@@ -266,7 +272,8 @@ _OF_FORMAT = {
     "frozen": ["deepspeed"],
     "sub_group_size": ["deepspeed"],
     "shard_size": ["hf", "safetensors"],
-    "config": ["hf"],
+    "adapter": ["hf", "peft", "safetensors", "torch", "dcp"],
+    "merge": ["hf", "safetensors", "torch", "dcp"],
     "world_size": ["deepspeed", "distckpt", "dcp"],
 }
 """Options that only some formats have."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from distckpt.errors import Mismatch
 from distckpt.tools.copying import (
     OF_ALL,
     OF_DEEPSPEED,
@@ -21,8 +22,10 @@ if TYPE_CHECKING:
     import argparse
 
     from distckpt.tools.answer import Answer
-
-_TO = ("hf", "safetensors", "torch", "dcp", "deepspeed")
+    from distckpt.tools.copy import Source
+    from distckpt.tools.lora import Adapter
+CONFIG = "config.json"
+_TO = ("hf", "peft", "safetensors", "torch", "dcp", "deepspeed")
 
 
 def options(parser: argparse.ArgumentParser) -> None:
@@ -32,6 +35,9 @@ def options(parser: argparse.ArgumentParser) -> None:
     add("-o", "--output", required=True, metavar="OUT", help="directory or file to make")
     add("--to", choices=_TO, help="format (default: by the name of OUT; a directory is hf, for from_pretrained)")
     add("--all", action="store_true", help="not the model alone: the optimizer and all other state, too")
+    group = parser.add_argument_group("LoRA")
+    group.add_argument("--merge", action="store_true", help="the base model with the adapter merged in")
+    offer(group, "base", "adapter")
     offer(
         parser,
         "step",
@@ -52,16 +58,50 @@ def options(parser: argparse.ArgumentParser) -> None:
 def run(given: argparse.Namespace) -> Answer:
     """Answer the command."""
     to = given.to or format_at(given.output, "hf")
-    refuse_unused(given, to)
-    if to == "hf" and format_at(given.output, "hf") != "hf":
-        raise ValueError(f"{given.output}: --to hf makes a directory; for a single file, --to safetensors")
-    if given.all and given.only:
-        raise ValueError("--all and --only: one of them")
-    if to != "deepspeed" and not given.all and not given.only:
-        given.only = ["model"]
-    answer = answered(given, source_of(given), given.output, format_of(given, to), change_of(given, to))
-    if to == "hf" and not given.config and answer.lines:
+    _refuse(given, to)
+    config = next((d for d in (given.config, given.base) if d and (d / CONFIG).is_file()), given.config)
+    source, change = source_of(given, _adapter(given, to)), change_of(given, to)
+    if to == "hf" and not given.merge:
+        _refuse_adapted(source)
+    made = format_of(given, to, str(config.resolve()) if config and to == "hf" else None)
+    answer = answered(given, source, given.output, made, change)
+    if to == "hf" and not config and answer.lines:
         answer = replace(
             answer, lines=[*answer.lines, "  note: without config.json and tokenizer: --config DIR has them"]
         )
     return answer
+
+
+def _refuse(given: argparse.Namespace, to: str) -> None:
+    """ValueError for options that do not go together. What is kept unless all is asked for: the model."""
+    refuse_unused(given, to)
+    if to == "hf" and format_at(given.output, "hf") != "hf":
+        raise ValueError(f"{given.output}: --to hf makes a directory; for a single file, --to safetensors")
+    if given.config and not given.merge and to not in {"hf", "peft"}:
+        raise ValueError(f"--config is for --to hf or peft, and for --merge; {to} has no place for it")
+    if given.base and not given.merge:
+        raise ValueError("--base is for --merge")
+    if given.adapter and not given.merge and to != "peft":
+        raise ValueError("--adapter is for --merge, and for --to peft")
+    if (given.all or given.only) and (given.merge or to == "peft"):
+        raise ValueError("--merge and --to peft take what is the model's: neither --all nor --only goes with them")
+    if given.all and given.only:
+        raise ValueError("--all and --only: one of them")
+    if to != "deepspeed" and not given.all and not given.only:
+        given.only = ["model", "peft"] if to == "peft" else ["model"]
+
+
+def _adapter(given: argparse.Namespace, to: str) -> Adapter | None:
+    if not given.merge and to != "peft":
+        return None
+    from distckpt.tools.lora import Adapter
+
+    config, base = (str(path.resolve()) if path else None for path in (given.config, given.base))
+    return Adapter(name=given.adapter, config=config, merge=given.merge, base=base)
+
+
+def _refuse_adapted(source: Source) -> None:
+    """Mismatch for a model that PEFT has wrapped: transformers knows none of its names."""
+    found = source.open()
+    if any(name.startswith("model.base_model.model.") for name in found.manifest.tensors):
+        raise Mismatch(f"{found.name}: holds a model with an adapter of PEFT: --merge, or --to peft for the adapter")

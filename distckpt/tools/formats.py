@@ -11,6 +11,7 @@ from distckpt.errors import RunConflict, StoreError
 from distckpt.foreign.companions import with_companions
 from distckpt.foreign.dcp_write import dcp_sink
 from distckpt.foreign.deepspeed_write import DeepSpeed
+from distckpt.foreign.peft import peft_sink
 from distckpt.foreign.safetensors_write import safetensors_sink
 from distckpt.foreign.torch_write import torch_sink
 from distckpt.format.layout import StepDir, attempt_of
@@ -26,7 +27,18 @@ if TYPE_CHECKING:
     from distckpt.store.base import Store
     from distckpt.tools.view import View
 
-__all__ = ["DCP", "FORMATS", "DeepSpeed", "Distckpt", "Format", "Safetensors", "Torch", "is_taken", "refuse_taken"]
+__all__ = [
+    "DCP",
+    "FORMATS",
+    "DeepSpeed",
+    "Distckpt",
+    "Format",
+    "Peft",
+    "Safetensors",
+    "Torch",
+    "is_taken",
+    "refuse_taken",
+]
 
 
 class Format(Protocol):
@@ -83,11 +95,21 @@ class Torch:
         return torch_sink(view, parted(destination)[1], room)
 
 
+@dataclass(frozen=True, slots=True)
+class Peft:
+    """A directory of an adapter, as PEFT has it. The source: what `Source(adapter=Adapter(...))` opens."""
+
+    def sink(self, view: View, destination: str | Path, attempt: str, room: int) -> Sink:  # noqa: ARG002
+        """See Format."""
+        return peft_sink(view, room)
+
+
 FORMATS: dict[str, Callable[[], Format]] = {
     "distckpt": Distckpt,
     "dcp": DCP,
     "deepspeed": DeepSpeed,
     "hf": Safetensors,
+    "peft": Peft,
     "safetensors": Safetensors,
     "torch": Torch,
 }

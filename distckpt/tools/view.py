@@ -22,8 +22,9 @@ from distckpt.statedict import is_optimizer_object, parameters_of, references, s
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
-    from distckpt.format.manifest import TensorInfo
+    from distckpt.format.manifest import Manifest, TensorInfo
     from distckpt.format.partition import Partition
+    from distckpt.loading.open import Computed
 
 _FLOATS = {name for name in ITEM_SIZE if name.startswith(("float", "bfloat"))} - {"float8_e8m0fnu", "float4_e2m1fn_x2"}
 
@@ -71,7 +72,38 @@ class Change:
         return fqn
 
 
-class View(Checkpoint):
+class Over(Checkpoint):
+    """A checkpoint over another one, whose tensors are called otherwise there; what it holds is told by `content`."""
+
+    def __init__(self, source: Checkpoint, content: Manifest, saved: Mapping[str, str]) -> None:
+        super().__init__(source.store, source.directory, content)
+        self._source, self._saved = source, saved
+        self.name, self.foreign, self.notes, self.sources = source.name, source.foreign, source.notes, source.sources
+
+    @property
+    def base(self) -> Checkpoint:
+        """See Checkpoint.base."""
+        return self._source.base
+
+    def saved_name(self, fqn: str) -> str:
+        """See Checkpoint.saved_name."""
+        return self._source.saved_name(self._saved[fqn])
+
+    def computed(self, fqn: str) -> Computed | None:
+        """See Checkpoint.computed."""
+        return self._source.computed(self._saved[fqn])
+
+    @property
+    def bytes_read(self) -> int:
+        """See Checkpoint.bytes_read."""
+        return self._source.bytes_read
+
+    def home(self, file: int) -> int:
+        """See Checkpoint.home."""
+        return self._source.home(file)
+
+
+class View(Over):
     """A checkpoint after a Change. order: names, by group, of an optimizer's parameters that it has by position."""
 
     def __init__(self, source: Checkpoint, change: Change, order: Sequence[Sequence[str]] = ()) -> None:
@@ -103,8 +135,7 @@ class View(Checkpoint):
             rank_objects={n: p for n, p in content.rank_objects.items() if change.keeps(n)},
             aliases=self._aliases,
         )
-        super().__init__(source.store, source.directory, changed)
-        self.name, self.foreign, self.notes = source.name, source.foreign, source.notes
+        super().__init__(source, changed, self._saved)
         self.unreadable = {n: why for n, why in source.unreadable.items() if change.keeps(n)}
 
     # -- names -----------------------------------------------------------------------------------------------------
@@ -171,19 +202,9 @@ class View(Checkpoint):
 
     # -- what a Checkpoint answers ---------------------------------------------------------------------------------
 
-    @property
-    def base(self) -> Checkpoint:
-        """See Checkpoint.base."""
-        return self._source.base
-
-    def saved_name(self, fqn: str) -> str:
-        """See Checkpoint.saved_name."""
-        return self._source.saved_name(self._saved[fqn])
-
-    @property
-    def bytes_read(self) -> int:
-        """See Checkpoint.bytes_read."""
-        return self._source.bytes_read
+    def home(self, file: int) -> int:
+        """See Checkpoint.home: its partitions say so themselves."""
+        return file
 
     def object(self, name: str) -> Any:
         """See Checkpoint.object: an optimizer's parameters are called as here."""
@@ -220,7 +241,13 @@ class View(Checkpoint):
 
     def verify_all(self) -> None:
         """Check what reading does not check, of all that is kept. Corrupt."""
-        self.base.verify((file, name) for fqn in self._saved for file, name in _chunks(self.base, self.saved_name(fqn)))
+        wanted: dict[Checkpoint, list[tuple[int, str]]] = {}
+        for fqn in self._saved:
+            made = self.computed(fqn)
+            for of, name in made.reads if made else ((self, fqn),):
+                wanted.setdefault(of.base, []).extend(_chunks(of.base, of.saved_name(name)))
+        for base, chunks in wanted.items():
+            base.verify(chunks)
 
 
 def _dealt(infos: Mapping[str, TensorInfo], files: int) -> dict[str, Partition]:
