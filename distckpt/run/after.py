@@ -76,17 +76,17 @@ class After:
 def Export(  # noqa: N802  one of the things that an after_commit= lists, beside After
     to: str | os.PathLike[str],
     *,
-    format: str = "safetensors",  # noqa: A002  as in reshard
+    format: str | None = None,  # noqa: A002  as in the command
     options: Iterable[str] = (),
     every: str | int | None = None,
     on: Literal["commit", "best"] = "commit",
 ) -> After:
-    """Convert the checkpoint as `python -m distckpt.reshard {checkpoint} TO --to FORMAT OPTIONS...` does.
+    """Export the checkpoint as `distckpt export {checkpoint} -o TO --to FORMAT OPTIONS...` does.
 
     to: a path, in which {step} stands for the step: what is there already is replaced only if options say so.
     """
-    words = (sys.executable, "-m", "distckpt.reshard", "{checkpoint}", str(to), "--to", format, *options)
-    return After(words, every, on, name=f"export to {to}")
+    words = (sys.executable, "-m", "distckpt.cli", "export", "{checkpoint}", "-o", str(to), *options)
+    return After((*words, "--to", format) if format else words, every, on, name=f"export to {to}")
 
 
 def TrialLoad(*, every: str | int | None = None, on: Literal["commit", "best"] = "best") -> After:  # noqa: N802

@@ -142,7 +142,7 @@ def test_what_is_due(tmp_path):
 
 
 def test_an_export_and_a_trial_load_of_the_best(tmp_path):
-    commands = [Export(tmp_path / "{step}", options=("--only", "model")), TrialLoad()]
+    commands = [Export(tmp_path / "{step}", format="hf"), TrialLoad()]
     keep = Keep(last=2, best=("loss", "min", 1))
     with Checkpointer(tmp_path / "run", keep=keep, after_commit=commands) as c:
         c.save(1, state(), {"loss": 1.0}, wait=True)
