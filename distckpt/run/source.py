@@ -6,6 +6,7 @@ values of the state that they lack, or that they have besides, are told, and are
 
 from __future__ import annotations
 
+import os
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -29,7 +30,6 @@ from distckpt.store.local import LocalStore
 from distckpt.store.open import is_uri, located, open_store, parted
 
 if TYPE_CHECKING:
-    import os
     from collections.abc import Callable, Mapping, Sequence
 
     from distckpt.comm import Comm
@@ -154,12 +154,14 @@ def _followed(source: str | os.PathLike[str]) -> Where:
     Of what leads to a step directory, such as `last`, that directory's; of a directory whose `latest` names a tag that
     `distckpt.adapters.deepspeed` saved, the tag's.
     """
-    path = located(source) if is_uri(source) else Path(source)
-    if not isinstance(path, Path):
-        return followed(path)
+    where = located(source)
+    if not isinstance(where, Path):
+        return followed(where)
+    path = where if is_uri(source) else Path(source)
     if (path / LATEST[0]).is_file() and History(LocalStore(tag := tag_of(path))).directories():
         return tag
-    return path.resolve() if path.is_symlink() and StepDir.parse(path.resolve().name) else path
+    real = Path(os.path.realpath(path))  # resolve() raises where links lead in a circle
+    return real if path.is_symlink() and StepDir.parse(real.name) else path
 
 
 def _kind(path: Where) -> bytes:

@@ -42,8 +42,13 @@ def open_store(where: str | os.PathLike[str] | Store) -> Store:
 
 
 def located(where: str | os.PathLike[str]) -> str | Path:
-    """Absolute path, of a `file://` too; any other URI without slashes at its end. Unsupported for one of no store."""
+    """Absolute path, of a `file://` too; any other URI without slashes at its end. Unsupported for one of no store.
+
+    ValueError for an empty one, such as of a variable that is not set.
+    """
     if not is_uri(where):
+        if where == "":
+            raise ValueError("the path is empty: it would mean the working directory, which is called `.`")
         return local_path(where)
     scheme, _, rest = str(where).partition("://")
     if scheme not in SCHEMES:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import secrets
 import sys
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,6 +37,21 @@ def tell(line: str, *, beside: bool = False) -> None:
     stream = sys.stderr if beside else sys.stdout
     stream.write(line + "\n")
     stream.flush()
+
+
+def seconds(text: str) -> float:
+    """Seconds in an option. ValueError unless they are more than none, and as many as can be waited for."""
+    found = float(text)
+    if not 0 < found <= threading.TIMEOUT_MAX:
+        raise ValueError(text)
+    return found
+
+
+def count(text: str) -> int:
+    """Number of things in an option. ValueError unless there is one."""
+    if (found := int(text)) < 1:
+        raise ValueError(text)
+    return found
 
 
 def run_at(path: str) -> History:
@@ -76,8 +93,11 @@ def save_text(path: Path, text: str) -> None:
     try:
         temporary.write_text(text, "utf-8")
         temporary.replace(path)
+    except OSError as e:
+        raise OSError(e.errno, e.strerror, str(path)) from e
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
 
 
 def table(rows: Sequence[Sequence[str]]) -> list[str]:

@@ -23,7 +23,7 @@ from distckpt.store.base import FOR_GOOD, Dated, read_all, write_all
 from distckpt.store.local import LocalStore
 from distckpt.store.open import located, open_store
 from distckpt.store.pieces import goes_direct
-from distckpt.tools.answer import Answer, table
+from distckpt.tools.answer import Answer, count, table
 from distckpt.units import as_bytes, duration_text, size_text
 
 if TYPE_CHECKING:
@@ -48,8 +48,8 @@ def options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("run_path", metavar="RUN", help="directory or URI of a run; it need not exist yet")
     add("--bytes", type=as_bytes, metavar="SIZE", help="of one checkpoint, all ranks together (else as the newest)")
-    add("--keep", type=int, default=_AT_ONCE, metavar="N", help="checkpoints that are to fit (4)")
-    add("--writers", type=int, default=1, metavar="N", help="nodes that write at once (1)")
+    add("--keep", type=count, default=_AT_ONCE, metavar="N", help="checkpoints that are to fit (4)")
+    add("--writers", type=count, default=1, metavar="N", help="nodes that write at once (1)")
 
 
 def run(given: argparse.Namespace) -> Answer:

@@ -22,7 +22,7 @@ from distckpt.queue.progress import rows
 from distckpt.queue.runner import GRACE, Runner, runs_it
 from distckpt.queue.spec import load
 from distckpt.queue.standing import State, signal_run, standing
-from distckpt.tools.answer import Answer, table, tell
+from distckpt.tools.answer import Answer, seconds, table, tell
 
 if TYPE_CHECKING:
     import argparse
@@ -42,7 +42,7 @@ def options(parser: argparse.ArgumentParser) -> None:
     add("file", metavar="FILE", help="TOML file of the queue (docs/queue.md)")
     add("what", choices=("run", "status", "stop", "submit"))
     add("--retry", action="store_true", help="run: start what has failed, or was stopped by hand, too")
-    add("--every", type=float, metavar="SECONDS", help="status: again and again, until interrupted")
+    add("--every", type=seconds, metavar="SECONDS", help="status: again and again, until interrupted")
     add("--script", default="launch/slurm/array.sbatch", help="submit: the batch script")
     add(
         "--sbatch",

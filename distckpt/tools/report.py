@@ -15,7 +15,7 @@ from distckpt.run.retention import listed
 from distckpt.store.local import LocalStore
 from distckpt.tools.answer import Answer, run_at, save_text
 from distckpt.tools.told import Told, tell_of
-from distckpt.tools.verify import damage
+from distckpt.tools.verify import Damage, damage
 from distckpt.units import size_text
 
 if TYPE_CHECKING:
@@ -54,20 +54,20 @@ def run(given: argparse.Namespace) -> Answer:
         "bytes": len(text.encode()),
         "state": told.state,
         "checkpoints": len(told.rows),
-        "problems": {path: problems for path, problems in told.problems.items() if problems},
+        "problems": {path: [d.problem for d in hit] for path, hit in told.problems.items() if hit},
     }
     return Answer([f"{given.out}: {size_text(value['bytes'])}", *_wrong(told)], value)
 
 
-def _problems(history: History, how: str) -> dict[str, list[str]]:
+def _problems(history: History, how: str) -> dict[str, list[Damage]]:
     """What is wrong with each checkpoint that has a commit."""
     found = {}
     for c in listed(history):
-        found[str(c.directory)] = [c.found.problem] if c.found.problem else []
+        name = str(c.directory)
+        found[name] = [Damage(f"{name}/commit.json", c.found.problem, [])] if c.found.problem else []
         if c.found.checkpoint and how != "none":
             with lease(history.store, c.directory):
-                hit = damage(c.found.checkpoint, quick=how == "quick")
-            found[str(c.directory)] += [d.problem for d in hit]
+                found[name] += damage(c.found.checkpoint, quick=how == "quick")
     return found
 
 
@@ -76,4 +76,4 @@ def _events(history: History) -> list[dict[str, Any]]:
 
 
 def _wrong(told: Told) -> list[str]:
-    return [f"damaged: {path}: {problems[0]}" for path, problems in told.problems.items() if problems]
+    return [f"{told.health({'path': path})}: {path}: {hit[0].problem}" for path, hit in told.problems.items() if hit]

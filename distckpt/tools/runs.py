@@ -50,7 +50,8 @@ class Row:
 
 def runs_below(root: str) -> list[Row]:
     """Runs at most DEPTH levels below, by name; empty where there are none."""
-    return _below(followed(root), "", DEPTH)
+    whole = followed(root)
+    return [] if isinstance(whole, Path) and not whole.is_dir() else _below(whole, "", DEPTH)
 
 
 def _below(root: str | Path, lead: str, depth: int) -> list[Row]:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from distckpt.tools.told import Told
 
 _ROWS, _CURVES, _LISTED = 60, 12, 12
-_KINDS = {"committed": GOOD, "incomplete": WARN, "damaged": BAD, "superseded": GREY}
+_KINDS = {"committed": GOOD, "incomplete": WARN, "not read": WARN, "damaged": BAD, "superseded": GREY}
 _STATES = {"finished": GOOD, "running": GOOD, "dead": BAD, "resumable": WARN}
 _CHECKED = {
     "quick": "sizes, headers and tables of checksums were checked, tensors were not read (--verify full does)",
@@ -76,7 +76,11 @@ def _attention(told: Told) -> str:
     by_health: dict[str, list[str]] = {}
     for row in told.rows:
         by_health.setdefault(told.health(row), []).append(row["path"])
-    lines = [f"{path} is damaged: {told.problems[path][0]}" for path in by_health.get("damaged", [])]
+    lines = [
+        f"{path} is {health}: {told.problems[path][0].problem}"
+        for health in ("damaged", "not read")
+        for path in by_health.get(health, [])
+    ]
     unfinished = by_health.get("incomplete", [])
     if unfinished and told.state != "running":
         lines.append(f"saves that did not finish: {', '.join(unfinished[:5])}; distckpt gc tells what may go")
@@ -148,7 +152,7 @@ def _checkpoints(told: Told) -> list[str]:
 
 
 def _row(told: Told, row: Mapping[str, Any]) -> list[str]:
-    health, problems = told.health(row), told.problems.get(row["path"], [])
+    health, problems = told.health(row), [d.problem for d in told.problems.get(row["path"], [])]
     names = "".join(f" {badge(name)}" for name in row["names"])
     why = "; ".join([*problems[:3], *([f"and {len(problems) - 3} more"] if len(problems) > 3 else [])])
     kept = ", ".join(row.get("kept", ()))

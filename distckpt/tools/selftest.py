@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from distckpt.errors import Unsupported
-from distckpt.tools.answer import Answer
+from distckpt.tools.answer import Answer, seconds
 
 if TYPE_CHECKING:
     import argparse
@@ -42,7 +42,7 @@ def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("target", metavar="MODULE:FUNCTION", help="what makes the training; found from here")
     parser.add_argument("--steps", type=int, default=3, help="optimizer steps before the save (default: 3)")
     parser.add_argument("--ranks", type=int, default=1, help="processes, started by torchrun (default: one, without)")
-    parser.add_argument("--timeout", type=float, default=600.0, help="seconds that each of the three runs may take")
+    parser.add_argument("--timeout", type=seconds, default=600.0, help="seconds that each of the three runs may take")
 
 
 def run(given: argparse.Namespace) -> Answer:

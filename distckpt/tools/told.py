@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from distckpt.run.goodput import Goodput
     from distckpt.run.history import History
     from distckpt.run.launches import Launch
+    from distckpt.tools.verify import Damage
 
     Event = Mapping[str, Any]
 
@@ -52,7 +53,7 @@ class Told:
     where: str
     state: str
     rows: list[dict[str, Any]]
-    problems: Mapping[str, list[str]]
+    problems: Mapping[str, list[Damage]]
     checked: str
     rules: Mapping[str, Any] | None
     notes: list[str]
@@ -66,11 +67,13 @@ class Told:
 
     def health(self, row: Mapping[str, Any]) -> str:
         """Status of a row: damage that was found in its files counts, too."""
-        return "damaged" if self.problems.get(row["path"]) else str(row["status"])
+        if hit := self.problems.get(row["path"]):
+            return "not read" if all(d.unread for d in hit) else "damaged"
+        return str(row["status"])
 
 
 def tell_of(
-    history: History, where: str, problems: Mapping[str, list[str]], checked: str, events: Sequence[Event]
+    history: History, where: str, problems: Mapping[str, list[Damage]], checked: str, events: Sequence[Event]
 ) -> Told:
     """All that a report says of a run."""
     found = listed(history)

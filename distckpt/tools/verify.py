@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from distckpt.errors import Corrupt, FormatError, StoreError
+from distckpt.errors import Corrupt, FormatError, NotACheckpoint, StoreError
 from distckpt.format.checksum import BLOCK
 from distckpt.format.layout import CHECKSUMS_CHUNK, OBJECTS_CHUNK
 from distckpt.format.partition import regions_of
@@ -34,11 +34,12 @@ _NAMED = 8
 
 @dataclass(frozen=True, slots=True)
 class Damage:
-    """What is wrong with a file; `tensors`: fqns that it hits, of which a part cannot be read."""
+    """What is wrong with a file; `tensors`: fqns that it hits. unread: the store refused, so nobody knows."""
 
     file: str
     problem: str
     tensors: list[str]
+    unread: bool = False
 
 
 def options(parser: argparse.ArgumentParser) -> None:
@@ -58,6 +59,8 @@ def run(given: argparse.Namespace) -> Answer:
     if given.all:
         history = run_at(given.path)
         found = [(str(c.directory), c.found.checkpoint, c.found.problem) for c in listed(history)]
+        if not found:
+            raise NotACheckpoint(f"{given.path}: nothing is committed: {history.why_nothing()}")
     else:
         history, checkpoint = checkpoint_at(given.path, given.step)
         found = [(str(checkpoint.directory), checkpoint, "")]
@@ -85,7 +88,8 @@ def run(given: argparse.Namespace) -> Answer:
 
 def _lines(value: dict[str, Any]) -> Iterator[str]:
     good = "sizes and headers are whole" if value["quick"] else "whole"
-    state = "DAMAGED" if value["problems"] else good
+    bad = "NOT READ" if all(d["unread"] for d in value["damage"]) else "DAMAGED"
+    state = bad if value["damage"] else good
     yield f"{value['path']}: {state}, {size_text(value['bytes'])} read in {value['seconds']:.1f} s"
     yield from (f"  {problem}" for problem in value["problems"])
     if hit := value["tensors"]:
@@ -110,7 +114,7 @@ def damage(checkpoint: Checkpoint, *, quick: bool = False) -> list[Damage]:
         try:
             checkpoint.object(name)
         except (Corrupt, FormatError, StoreError) as e:  # noqa: PERF203  the others are wanted, too
-            found.append(Damage(f"{checkpoint.directory}/{info.name}", str(e), []))
+            found.append(Damage(f"{checkpoint.directory}/{info.name}", str(e), [], isinstance(e, StoreError)))
     return found
 
 
@@ -125,7 +129,7 @@ def _of_header(checkpoint: Checkpoint, index: int) -> list[Damage]:
         checkpoint.data_file(index)
     except (Corrupt, FormatError, StoreError) as e:
         held = [fqn for fqn, info in checkpoint.manifest.tensors.items() if regions_of(info.partition, index)]
-        return [Damage(_key(checkpoint, index), str(e), held)]
+        return [Damage(_key(checkpoint, index), str(e), held, isinstance(e, StoreError))]
     return []
 
 
@@ -136,7 +140,7 @@ def _of_window(checkpoint: Checkpoint, tell: Callable[[int], None], window: tupl
     try:
         checkpoint.read(file.key, start, [view])
     except (Corrupt, StoreError) as e:
-        return [Damage(file.key, str(e), _tensors(file, start, start + len(view)))]
+        return [Damage(file.key, str(e), _tensors(file, start, start + len(view)), isinstance(e, StoreError))]
     found = []
     for offset in range(0, len(view), BLOCK):
         at = start + offset

@@ -17,8 +17,8 @@ from distckpt.format.layout import EVENTS, beat_file
 from distckpt.run.events import Following
 from distckpt.run.goodput import goodput
 from distckpt.store.local import LocalStore
-from distckpt.store.open import located
-from distckpt.tools.answer import Answer, tell
+from distckpt.store.open import located, open_store
+from distckpt.tools.answer import Answer, seconds, tell
 from distckpt.tools.sinks import opened
 from distckpt.units import size_text
 
@@ -37,13 +37,14 @@ def options(parser: argparse.ArgumentParser) -> None:
     add("--prometheus", metavar="FILE", help="textfile to write anew at each event (extra: prometheus)")
     add("--tensorboard", metavar="DIR", help="directory to write scalars to (extra: tensorboard)")
     add("--otel", action="store_true", help="export metrics over OTLP/HTTP; OTEL_* variables say where (extra: otel)")
-    add("--interval", type=float, default=1.0, metavar="SECONDS", help="between looks at the file (1)")
+    add("--interval", type=seconds, default=1.0, metavar="SECONDS", help="between looks at the file (1)")
 
 
 def run(given: argparse.Namespace) -> Answer:
     """Answer the command; without --once, print events until interrupted."""
     root = located(given.run_path)
     if not isinstance(root, Path):
+        open_store(root)  # which refuses one that has credentials in it, and says them not
         raise Unsupported(
             f"{root}: no {EVENTS} is kept at a URI, so there is nothing to watch: `distckpt ls` looks there"
         )
