@@ -209,7 +209,7 @@ def test_whether_a_server_keeps_conditions_is_found_out_behind_faults_too(bucket
     for nth in (0, 1, 2, 9):
         proxy.clear()
         proxy.on("PUT", PASSING[fault], after=nth, times=2)
-        objects._keeps_conditions.clear()
+        objects._probed.clear()
         kept = ObjectStore(there.uri, there.options, timeout=20)._keeps_conditions()
         assert kept == (bucket.server in KEEPS_CONDITIONS)
     assert servers.leftovers(bucket.uri, bucket.options) == []
