@@ -214,3 +214,29 @@ def test_a_file_uri_is_its_path(saved, tmp_path, capsys):
         assert told(capsys, "show", uri)["step"] == 1
     assert "committed" in said(capsys, "watch", f"file://{tmp_path}/run", "--once")
     assert "three slashes" in said(capsys, "ls", "file://host/run", code=1)
+
+
+def test_the_runs_below_a_prefix_are_listed(run, capsys):
+    above, _, name = run.rpartition("/")
+    rows = {row["run"]: row for row in told(capsys, "ls", above)}
+    assert rows[name]["state"] == "ended"
+    assert (rows[name]["step"], rows[name]["checkpoints"]) == (4, 4)
+
+
+def test_a_run_at_a_uri_is_reported_by_what_its_commits_tell(run, capsys, tmp_path):
+    assert told(capsys, "report", run, "-o", tmp_path / "r.html")["checkpoints"] == 4
+    text = (tmp_path / "r.html").read_text()
+    assert "keeps no events" in text
+    assert text.count('class="bar"') == 2 * 4  # sizes, for a wide screen and a narrow one
+    assert "val_loss" in text
+
+
+def test_one_tensor_s_statistics(run, capsys):
+    assert told(capsys, "show", run, "--tensor", "model.weight")["elements"] == 64
+
+
+def test_quick_looks_at_sizes_and_headers(run, capsys):
+    assert "sizes and headers are whole" in said(capsys, "verify", run, "--quick")
+    key = next(e.name for e in ObjectStore(run).list("step-00000004") if e.name.startswith("rank-"))
+    write_all(ObjectStore(run), f"step-00000004/{key}", b"short")
+    assert "model.bias, model.weight" in said(capsys, "verify", run, "--quick", code=1)
