@@ -24,6 +24,7 @@ except ImportError as e:
     raise ImportError(f"this needs transformers and accelerate: pip install 'distckpt[hf]' ({e})") from e
 
 if TYPE_CHECKING:
+    from distckpt.loading.report import LoadReport
     from distckpt.run.checkpointer import Checkpointer
 
 _OF_THIS_RUN = {
@@ -49,7 +50,8 @@ class Checkpointed:
     Saves are those that `checkpointer` has due (`every=`) and those of save_strategy and save_steps (the Trainer's
     default is each 500 steps; "no" for none), and one at the end. Metrics that are logged or evaluated at the step are
     recorded: `keep=Keep(best=("eval_loss", "min", 2))`. With `preemption=True` training stops where the Checkpointer
-    says so, and `stop` tells why: `leave(trainer.stop.exit_code)`.
+    says so, and `stop` tells why: `leave(trainer.stop.exit_code)`. `resumed` is the report of the load, if there was
+    something to load.
 
     checkpointer: made after the TrainingArguments, which start the process group.
     """
@@ -63,6 +65,7 @@ class Checkpointed:
         super().__init__(*args, **options)
         self.checkpointer = checkpointer
         self.stop = StepReport()
+        self.resumed: LoadReport | None = None
         self._resumes, self._resumed_at, self._seen, self._saved = True, 0, -1, -1
         self._generators: dict[str, Any] | None = None
         if self.args.save_total_limit is not None:
@@ -87,9 +90,9 @@ class Checkpointed:
         """Make model, optimizer and scheduler, and resume into them."""
         made = super()._prepare_for_training(*args, **options)  # type: ignore[misc]
         self._train_state = _train_state(self)
-        report = self.checkpointer.resume(self._train_state) if self._resumes else None
-        if report:
-            self._generators, self._resumed_at, self._saved = rng.get_state(), self.state.global_step, report.step
+        self.resumed = self.checkpointer.resume(self._train_state) if self._resumes else None
+        if self.resumed:
+            self._generators, self._resumed_at, self._saved = rng.get_state(), self.state.global_step, self.resumed.step
         return made
 
     def _run_epoch(self, *args: Any, **known: Any) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DeepSpeedPlugin
+from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DataLoaderConfiguration, set_seed
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
@@ -33,22 +34,32 @@ def seen(batch):
     return batch.flatten().tolist()
 
 
-def train(root, stop, *, die=None, workers=0, shard=False, accumulate=1, loaders=KEPT):
-    """Train to step `stop`, saving each; die: raise after that step. (step, samples, loss, mean) of each."""
-    set_seed(3)
-    torch.use_deterministic_algorithms(True)
-    accelerator = Accelerator(
-        cpu=True, dataloader_config=DataLoaderConfiguration(**loaders), gradient_accumulation_steps=accumulate
-    )
-    if shard:
+def made(layout, loaders, accumulate):
+    """An Accelerator: "ddp" (of one rank, none), "fsdp2" or "zero2"."""
+    options = {"dataloader_config": DataLoaderConfiguration(**loaders), "gradient_accumulation_steps": accumulate}
+    AcceleratorState._reset_state()  # as in a process that has just begun
+    if layout == "zero2":
+        PartialState(cpu=True)  # else it counts one process, for want of a GPU
+        zero = {"zero_optimization": {"stage": 2}, "zero_allow_untested_optimizer": True, "gradient_clipping": 0.0}
+        zero |= {"zero_force_ds_cpu_optimizer": False, "train_micro_batch_size_per_gpu": 2}
+        return Accelerator(deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=zero), **options)
+    accelerator = Accelerator(cpu=True, **options)
+    if layout == "fsdp2":
         sharded(accelerator, "Linear")
+    return accelerator
+
+
+def train(root, stop, *, die=None, workers=0, layout="ddp", accumulate=1, loaders=KEPT):
+    """Train to step `stop`, saving each; die: stop after that step, as a crash would. (step, samples, loss, mean) of each."""
+    set_seed(3)
+    accelerator = made(layout, loaders, accumulate)
     model = nn.Sequential(nn.Linear(1, 8), nn.Dropout(0.2), nn.Linear(8, 1))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     schedule = torch.optim.lr_scheduler.StepLR(optimizer, 3, 0.5)
     options = {"shuffle": True, "num_workers": workers, "generator": torch.Generator()}
     data = DataLoader(torch.arange(22.0).unsqueeze(1), batch_size=2, **options)
     model, optimizer, schedule, data = accelerator.prepare(model, optimizer, schedule, data)
-    assert isinstance(model, FSDPModule) == shard
+    assert isinstance(model, FSDPModule) == (layout == "fsdp2")
     average, progress, found = Average(), Progress(), []
     accelerator.register_for_checkpointing(average)
     with Checkpointer(root, timeout=30, wait=True) as checkpointer:
@@ -72,8 +83,12 @@ def train(root, stop, *, die=None, workers=0, shard=False, accumulate=1, loaders
     raise AssertionError
 
 
-def lives(folder, shard):
+def lives(folder, layout):
     joined()
-    whole = train(folder / "whole", 9, shard=shard)
-    train(folder / "run", 9, die=4, shard=shard)
-    return whole[4:], train(folder / "run", 9, shard=shard)
+    if layout == "zero2":
+        from tests import deepspeeds
+
+        deepspeeds.joined()
+    whole = train(folder / "whole", 9, layout=layout)
+    train(folder / "run", 9, die=4, layout=layout)
+    return whole[4:], train(folder / "run", 9, layout=layout)

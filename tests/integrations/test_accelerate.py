@@ -40,9 +40,12 @@ def test_a_loader_that_does_not_tell_where_it_is_is_warned_of(hf, tmp_path):
         hf.train(tmp_path / "b", 1, loaders={"use_stateful_dataloader": True})
 
 
-@pytest.mark.parametrize("shard", [True, pytest.param(False, marks=pytest.mark.full)])
-def test_a_resume_on_two_ranks_goes_on_with_the_same_samples_and_losses(hf, tmp_path, shard):
-    lives = ranks.run(2, hf.lives, tmp_path, shard, preload=("tests.integrations.accelerators",))
+@pytest.mark.parametrize(
+    "layout", ["fsdp2", *(pytest.param(kind, marks=pytest.mark.full) for kind in ("ddp", "zero2"))]
+)
+def test_a_resume_on_two_ranks_goes_on_with_the_same_samples_and_losses(hf, tmp_path, layout):
+    preload = ("tests.integrations.accelerators", *(["tests.deepspeed_loaded"] if layout == "zero2" else []))
+    lives = ranks.run(2, hf.lives, tmp_path, layout, preload=preload)
     for whole, resumed in lives:
         assert resumed == whole
     assert lives[0][0][0][1] != lives[1][0][0][1]  # each its own samples

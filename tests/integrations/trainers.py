@@ -107,4 +107,7 @@ def lives(folder, layout, dropout):
         deepspeeds.joined()
     whole = trained(folder, "whole", **options)
     trained(folder, "run", Killed(7), run={"every": 1}, **options)
-    return log(whole), log(trained(folder, "run", **options)), type(whole.model_wrapped).__name__
+    resumed = trained(folder, "run", **options)
+    assert resumed.resumed.step == 7
+    assert resumed.state.epoch == STEPS / 5  # 20 samples: 2 at a time on each of 2 ranks
+    return log(whole), log(resumed), type(whole.model_wrapped).__name__

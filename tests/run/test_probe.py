@@ -173,9 +173,9 @@ def _ranks(root, action):
 
 def test_under_fsdp_every_rank_asks_and_what_they_say_is_averaged(tmp_path):
     root = str(tmp_path / "run")
-    for with_probe, without in ranks.run(2, _ranks, root, "save"):
-        assert with_probe == without
-    for report, told, _ in ranks.run(2, _ranks, root, "load"):
+    lives = ranks.run(2, _ranks, root, "save")
+    for (with_probe, without), (report, told, after) in zip(lives, ranks.run(2, _ranks, root, "load"), strict=True):
+        assert with_probe == without == after
         assert told == []
         assert report.notes[-1].startswith("probe: ")
     report, told, _ = resumed(root)  # on one rank
