@@ -84,10 +84,33 @@ def read_config(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         raise NotACheckpoint(f"{path}: does not exist; PEFT writes it beside an adapter")
     file = PlainFile(path)
-    config = read_json(read_bytes(file, 0, min(file.size, _MOST)))
+    return checked_config(read_json(read_bytes(file, 0, min(file.size, _MOST))), str(path))
+
+
+def checked_config(config: Any, where: str) -> dict[str, Any]:
+    """Configuration of an adapter. FormatError, with the member, for one that has it in another form than PEFT."""
     if not isinstance(config, dict):
-        raise FormatError(f"{path}: is no JSON object")
+        raise FormatError(f"{where}: is no JSON object")
+    patterns = config.get("alpha_pattern") or {}
+    numbers = [config.get("lora_alpha", 8), *(patterns.values() if isinstance(patterns, dict) else ())]
+    copies = config.get("modules_to_save") or []
+    for member, fine in (
+        ("peft_type", isinstance(config.get("peft_type"), str)),
+        ("alpha_pattern", isinstance(patterns, dict) and all(map(_is_pattern, patterns))),
+        ("lora_alpha, or alpha_pattern", all(type(n) in {int, float} for n in numbers)),
+        ("modules_to_save", isinstance(copies, list) and all(isinstance(name, str) for name in copies)),
+    ):
+        if not fine:
+            raise FormatError(f"{where}: {member} is not as PEFT writes it")
     return config
+
+
+def _is_pattern(text: Any) -> bool:
+    try:
+        re.compile(text)
+    except (re.error, TypeError):
+        return False
+    return True
 
 
 def _live(name: str, config: Mapping[str, Any]) -> str:
@@ -95,7 +118,7 @@ def _live(name: str, config: Mapping[str, Any]) -> str:
     if match := _IN_FILE.fullmatch(name):
         rest = ".weight" if match["part"] == "lora_magnitude_vector" else match["rest"] or ""
         return Part(match["module"], match["part"], DEFAULT, rest).name
-    copies = [t for t in config.get("modules_to_save") or () if isinstance(t, str)]
+    copies = config.get("modules_to_save") or []
     steps = name.split(".")
     for count in range(1, len(steps)):
         module = ".".join(steps[:count])
@@ -106,8 +129,10 @@ def _live(name: str, config: Mapping[str, Any]) -> str:
 
 def peft_sink(checkpoint: Checkpoint, room: int) -> Sink:
     """Plan the two files of an adapter's directory. Mismatch for a checkpoint that is no adapter alone."""
-    said = checkpoint.object(NAME) if NAME in checkpoint.manifest.objects else {}
-    config = said.get(DEFAULT, {}).get("config") if isinstance(said, dict) else None
+    config: Any = None
+    match checkpoint.object(NAME) if NAME in checkpoint.manifest.objects else None:
+        case {"default": {"config": dict(config)}}:
+            pass
     names = {fqn: fqn.removeprefix(LEAD) for fqn in checkpoint.manifest.tensors if fqn.startswith(LEAD)}
     if not config or any(not name.startswith(ROOT) for name in names.values()):
         raise Mismatch(f"{checkpoint.name}: is not an adapter of PEFT alone")

@@ -32,6 +32,7 @@ class Sink:
     order. kind: "file" where the destination is one file, "inside" where it is the directory `top` in the destination,
     else "directory". pointers: files (name, content) of the destination that are switched once all is in place.
     dtypes: of tensors that are written as another than they have. order: names by position, to read it back with.
+    beside: files that the destination has already, of which the checkpoint is made as well.
     """
 
     outputs: list[Output]
@@ -42,6 +43,7 @@ class Sink:
     pointers: list[tuple[str, bytes]] = field(default_factory=list)
     dtypes: dict[str, str] = field(default_factory=dict)
     order: list[list[str]] | None = None
+    beside: list[str] = field(default_factory=list)
 
 
 def refuse_empty(checkpoint: Checkpoint) -> None:

@@ -18,7 +18,7 @@ from distckpt.tools.copying import OF_ALL, copied, is_first, lines_of, offer
 if TYPE_CHECKING:
     import argparse
 
-    from distckpt.format.manifest import Manifest
+    from distckpt.format.manifest import FileInfo, Manifest
     from distckpt.loading.open import Checkpoint
 
 
@@ -48,7 +48,8 @@ def run(given: argparse.Namespace) -> Answer:
             value["there"].append(step)
             lines.append(f"step {step}: is there already")
             continue
-        report = copied(given, Source(given.source, step), given.destination, Distckpt(), Change())
+        to = Distckpt(_files_before(step, history) if _names_others(checkpoint) else ())
+        report = copied(given, Source(given.source, step), given.destination, to, Change())
         value["copied"].append(asdict(report))
         lines += lines_of(report, dry_run=given.dry_run)
     return Answer(lines, value) if is_first() else Answer((), None)
@@ -76,6 +77,18 @@ def _is_there(checkpoint: Checkpoint, history: History) -> bool:
                 return True
             raise RunConflict(f"{history.store}: holds another checkpoint of step {step}: copy into a new directory")
     return False
+
+
+def _names_others(checkpoint: Checkpoint) -> bool:
+    """Whether files of earlier checkpoints are a part of this one: frozen weights."""
+    return any("/" in file.name for file in checkpoint.manifest.files)
+
+
+def _files_before(step: int, history: History) -> tuple[FileInfo, ...]:
+    """Files of a run's earlier checkpoints, by their names in the run."""
+    earlier = (c for c in history.valid() if c.directory.step < step)
+    files = ((c.directory, file) for c in earlier for file in c.manifest.files)
+    return tuple(f if "/" in f.name else f._replace(name=f"{directory}/{f.name}") for directory, f in files)
 
 
 def _told(content: Manifest) -> tuple[object, ...]:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from distckpt.foreign.sink import Sink
+    from distckpt.format.manifest import FileInfo
     from distckpt.store.base import Store
     from distckpt.tools.view import View
 
@@ -51,11 +52,16 @@ class Format(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Distckpt:
-    """A run: the checkpoint becomes a step of it."""
+    """A run: the checkpoint becomes a step of it.
+
+    has: files of earlier steps there, to be named where the source names equal ones.
+    """
+
+    has: tuple[FileInfo, ...] = ()
 
     def sink(self, view: View, destination: str | Path, attempt: str, room: int) -> Sink:
         """See Format."""
-        return run_sink(view, _step_dir(open_store(destination), view.manifest.step, attempt), attempt, room)
+        return run_sink(view, _step_dir(open_store(destination), view.manifest.step, attempt), attempt, room, self.has)
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,7 @@ import torch
 
 from distckpt.adapters.peft import NAME, ROOT
 from distckpt.errors import Mismatch, Unsupported
-from distckpt.foreign.peft import CONFIG, DEFAULT, part_of, read_config
+from distckpt.foreign.peft import CONFIG, DEFAULT, checked_config, part_of, read_config
 from distckpt.foreign.safetensors_write import LEAD
 from distckpt.format import objects
 from distckpt.format.checksum import digest
@@ -133,8 +133,9 @@ def _configuration(source: Checkpoint, adapter: str, folder: str | None) -> tupl
     found = said.get(adapter) if isinstance(said, dict) else None
     found = found if isinstance(found, dict) else {}
     config = read_config(Path(folder)) if folder and (Path(folder) / CONFIG).is_file() else found.get("config")
-    if not isinstance(config, dict):
+    if config is None:
         raise Mismatch(f"{source.name}: has no configuration of adapter {adapter!r}: --config DIR with its {CONFIG}")
+    config = checked_config(config, f"{source.name}: configuration of adapter {adapter!r}")
     if config.get("peft_type") != "LORA":
         raise Unsupported(f"{source.name}: adapter {adapter!r} is of PEFT's type {config.get('peft_type')}, not LORA")
     turned = found.get("transposed")

@@ -19,7 +19,7 @@ from distckpt.saving.image import MODEL_LEAD
 from distckpt.saving.part import whole
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
 
     from distckpt.format.box import Region, Shape
     from distckpt.format.layout import StepDir
@@ -27,13 +27,18 @@ if TYPE_CHECKING:
     from distckpt.tools.view import View
 
 
-def run_sink(view: View, directory: StepDir, attempt: str, room: int) -> Sink:
-    """Plan the files of a step directory. NotACheckpoint where there is nothing to write."""
+def run_sink(view: View, directory: StepDir, attempt: str, room: int, has: Iterable[FileInfo] = ()) -> Sink:
+    """Plan the files of a step directory. NotACheckpoint where there is nothing to write.
+
+    has: files of earlier checkpoints there, which are named where the source names equal ones of its own.
+    """
     content = view.manifest
     refuse_empty(view)
     last = max((info.partition.last_file for info in content.tensors.values()), default=0)
     count = max(content.world_size, last + 1)
-    outputs = [_data_file(view, f"{directory}/", index, attempt, room) for index in range(count)]
+    known = {_content_of(file): file for file in has}
+    named = {i: known[_content_of(f)] for i, f in enumerate(content.files) if "/" in f.name and _content_of(f) in known}
+    written = {i: _data_file(view, f"{directory}/", i, attempt, room) for i in range(count) if i not in named}
     shared = {name: objects.encode(view.object(name), name) for name in content.objects}
     infos = {n: ObjectInfo(object_file(n, attempt), len(data), digest(data)) for n, data in shared.items()}
 
@@ -44,7 +49,7 @@ def run_sink(view: View, directory: StepDir, attempt: str, room: int) -> Sink:
             launch=0,
             attempt=attempt,
             date=content.date or now(),
-            files=tuple(FileInfo(*results[output.name]) for output in outputs),
+            files=tuple(named.get(i) or FileInfo(*results[written[i].name]) for i in range(count)),
             objects=infos,
             writer={**content.writer, "distckpt": __version__},
         )
@@ -53,7 +58,13 @@ def run_sink(view: View, directory: StepDir, attempt: str, room: int) -> Sink:
         return [*readable, (f"{directory}/{COMMIT}", manifest.encode(whole))]
 
     notes = [f"{name}: cannot be read safely; left out: {why}" for name, why in view.unreadable.items()]
-    return Sink(outputs, finish, notes, "inside", top=str(directory))
+    beside = [file.name for file in named.values()]
+    return Sink([*written.values()], finish, notes, "inside", top=str(directory), beside=beside)
+
+
+def _content_of(file: FileInfo) -> tuple[int, int, str]:
+    """What files that are equal have in common: the digest is one of all their checksums."""
+    return file.size, file.header, file.digest
 
 
 def _data_file(view: View, lead: str, index: int, attempt: str, room: int) -> Output:

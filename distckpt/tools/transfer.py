@@ -115,6 +115,10 @@ class Staging:
         for name, data in files:
             self.data.discard_temporary(name)
             write_all(self.data, name, data)
+        for name in self._sink.beside:
+            (self.data.root / name).parent.mkdir(exist_ok=True)
+            with contextlib.suppress(FileExistsError):
+                (self.data.root / name).hardlink_to(self._destination / name)
         return open_source(self.data.root / self._top, order=self._sink.order)
 
     def forget(self) -> None:

@@ -15,6 +15,7 @@ from distckpt.store.local import LocalStore
 from distckpt.tools import copy as copier
 from distckpt.tools import transfer
 from tests import layouts, ranks
+from tests.run.test_frozen import WIDTH, train
 
 
 def _save(root):
@@ -84,6 +85,20 @@ def test_all_of_a_run_is_copied_and_then_what_is_new(saved, tmp_path, capsys):
     found = told(capsys, "cp", saved, tmp_path / "to", "--all")
     assert ([r["destination"][-1] for r in found["copied"]], found["there"]) == (["7"], [4, 5])
     assert steps(tmp_path / "to") == [4, 5, 7]
+
+
+def test_frozen_weights_are_sent_once(tmp_path, capsys):
+    train(tmp_path / "run", (1, 2, 3))
+    assert told(capsys, "cp", tmp_path / "run", tmp_path / "to", "--step", "1")["copied"]
+    for found in told(capsys, "cp", tmp_path / "run", tmp_path / "to", "--all")["copied"]:
+        assert sum(found["files"].values()) < WIDTH * WIDTH * 4
+    for step in (1, 2, 3):
+        name = f"step-0000000{step}"
+        assert main(["diff", str(tmp_path / "run" / name), str(tmp_path / "to" / name)]) == 0
+    assert main(["verify", str(tmp_path / "to"), "--all"]) == 0
+    assert main(["cp", str(tmp_path / "run"), str(tmp_path / "alone")]) == 0
+    shutil.rmtree(tmp_path / "run")
+    assert main(["verify", str(tmp_path / "alone")]) == 0
 
 
 def test_another_checkpoint_of_the_step_is_never_touched(saved, tmp_path, capsys):

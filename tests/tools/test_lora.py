@@ -201,6 +201,15 @@ def test_a_real_model_with_an_adapter_says_the_same_merged_and_not(tmp_path, cap
     equal(mine, {name: tensor for name, tensor in other.items() if name != "embeddings.position_ids"})
 
 
+@pytest.mark.parametrize("variant", ["llama", "conv1d", pytest.param("embedding", marks=pytest.mark.full)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.full)])
+def test_an_adapter_of_16_bits_is_merged_with_the_same_rounding(variant, dtype, tmp_path, capsys):
+    model = wrapped(variant, dtype).to(dtype)
+    save(tmp_path / "run", model)
+    said(capsys, "export", tmp_path / "run", "-o", tmp_path / "m.safetensors", "--merge")
+    equal(load_file(tmp_path / "m.safetensors"), merged(model), ["lm_head.weight"] if variant == "conv1d" else [])
+
+
 def test_the_adapter_that_is_meant_is_taken(tmp_path, capsys):
     model = wrapped("llama")
     quiet(model.add_adapter, "other", peft.LoraConfig(r=2, lora_alpha=3, target_modules=["k_proj"]))
@@ -314,8 +323,19 @@ def test_wrong_use_is_one_line(tmp_path, capsys):
         ([run, "--adapter", "x"], 2, "--adapter is for"),
     ):
         assert text in said(capsys, "export", *arguments, "-o", out, code=code), arguments
-    (adapter / "adapter_config.json").write_text("[]")
-    assert "is no JSON object" in said(capsys, "export", adapter, "-o", out, "--to", "peft", code=1)
+    good = json.loads((adapter / "adapter_config.json").read_text())
+    for odd in (
+        [],
+        good | {"peft_type": 3},
+        good | {"lora_alpha": "much"},
+        good | {"alpha_pattern": {"(": 3}},
+        good | {"alpha_pattern": ["q_proj"]},
+        good | {"modules_to_save": "head"},
+    ):
+        (adapter / "adapter_config.json").write_text(json.dumps(odd))
+        assert "adapter_config.json: " in said(capsys, "export", adapter, "-o", out, "--to", "peft", code=1)
+    (adapter / "adapter_config.json").write_text("{")
+    said(capsys, "export", adapter, "-o", out, "--to", "peft", code=1)
     (adapter / "adapter_config.json").unlink()
     assert "--config DIR" in said(capsys, "export", adapter, "-o", out, "--to", "peft", code=1)
     assert not out.exists()

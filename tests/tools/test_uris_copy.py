@@ -26,6 +26,7 @@ from distckpt.tools import in_place
 from distckpt.tools.copy import copy
 from distckpt.tools.transfer import Worker
 from distckpt.tools.view import Change
+from tests.run.test_frozen import WIDTH, train
 from tests.store import servers
 
 
@@ -294,6 +295,15 @@ def test_cp_goes_on_where_it_was_killed(source, to, monkeypatch):
     monkeypatch.setattr(in_place.InPlace, "make", lambda *_: pytest.fail("it is there already"))
     assert cli(["cp", source, to]) == 0
     assert torch.equal(weights(to), weights(source))
+
+
+def test_cp_sends_frozen_weights_once(to, tmp_path):
+    train(tmp_path / "run", (1, 2))
+    assert cli(["cp", str(tmp_path / "run"), to, "--all"]) == 0
+    assert sum(file.size for file in open_source(to).manifest.files if "/" not in file.name) < WIDTH * WIDTH * 4
+    assert cli(["verify", to, "--all"]) == 0
+    assert cli(["cp", to, str(tmp_path / "back"), "--all"]) == 0
+    assert cli(["diff", str(tmp_path / "run"), str(tmp_path / "back")]) == 0
 
 
 def test_cp_of_what_is_not_there_is_one_line(source, to, capsys):
