@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import secrets
+import shutil
 import sys
 import threading
 from dataclasses import dataclass
@@ -98,6 +99,12 @@ def save_text(path: Path, text: str) -> None:
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
+
+
+def fitted(lines: Sequence[str]) -> list[str]:
+    """Lines as a terminal is wide, each cut at its end; where the output is none, all of them."""
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+    return [line if width is None or len(line) <= width else f"{line[: width - 1]}…" for line in lines]
 
 
 def table(rows: Sequence[Sequence[str]]) -> list[str]:

@@ -8,13 +8,14 @@ from distckpt.errors import NotACheckpoint
 from distckpt.run.keep import Keep
 from distckpt.run.publish import pointing, recorded_rules
 from distckpt.run.retention import decided, listed
-from distckpt.tools.answer import Answer, run_at, table
+from distckpt.tools.answer import Answer, fitted, run_at, table
 from distckpt.units import size_text
 
 if TYPE_CHECKING:
     import argparse
     from collections.abc import Sequence
 
+    from distckpt.format.layout import StepDir
     from distckpt.run.history import History
     from distckpt.run.keep import Decision
     from distckpt.run.retention import Listed
@@ -34,11 +35,11 @@ def run(given: argparse.Namespace) -> Answer:
         from distckpt.tools.runs import runs_below
 
         if runs := runs_below(given.run_path):
-            return Answer(_runs_text(runs), [row.to_json() for row in runs])
+            return Answer(fitted(_runs_text(runs)), [row.to_json() for row in runs])
         raise
     found, notes = rows(history)
     head = ("checkpoint", "date", "ranks", "size", "epoch", "status", "metrics", "kept")
-    return Answer([*table([head, *map(_text, found)]), *notes], found)
+    return Answer(fitted([*table([head, *map(_text, found)]), *notes]), found)
 
 
 def rows(history: History) -> tuple[list[dict[str, Any]], list[str]]:
@@ -82,8 +83,16 @@ def _row(listed: Listed, decision: Decision | None) -> dict[str, Any]:
         "epoch": facts.epoch,
         "status": facts.state,
         "metrics": dict(facts.metrics),
-        **({"kept": list(decision.stays.get(found.directory, ()))} if decision else {}),
+        **_fate(found.directory, decision),
     }
+
+
+def _fate(directory: StepDir, decision: Decision | None) -> dict[str, Any]:
+    """Why a checkpoint is kept, or goes."""
+    if decision is None:
+        return {}
+    goes = {"goes": decision.goes[directory]} if directory in decision.goes else {}
+    return {"kept": list(decision.stays.get(directory, ())), **goes}
 
 
 def _text(row: dict[str, Any]) -> tuple[str, ...]:
@@ -96,7 +105,7 @@ def _text(row: dict[str, Any]) -> tuple[str, ...]:
         "-" if row.get("epoch") is None else str(row["epoch"]),
         row["status"],
         metrics or row.get("problem", ""),
-        ", ".join(row.get("kept", ())),
+        f"goes: {row['goes']}" if "goes" in row else ", ".join(row.get("kept", ())),
     )
 
 

@@ -10,12 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from distckpt.run import events
-from distckpt.run.lease import lease
 from distckpt.run.retention import listed
 from distckpt.store.local import LocalStore
 from distckpt.tools.answer import Answer, run_at, save_text
 from distckpt.tools.told import Told, tell_of
-from distckpt.tools.verify import Damage, damage
+from distckpt.tools.verify import Damage, damage_of
 from distckpt.units import size_text
 
 if TYPE_CHECKING:
@@ -66,8 +65,7 @@ def _problems(history: History, how: str) -> dict[str, list[Damage]]:
         name = str(c.directory)
         found[name] = [Damage(f"{name}/commit.json", c.found.problem, [])] if c.found.problem else []
         if c.found.checkpoint and how != "none":
-            with lease(history.store, c.directory):
-                found[name] += damage(c.found.checkpoint, quick=how == "quick")
+            found[name] += damage_of(history, c.found.checkpoint, quick=how == "quick") or []
     return found
 
 

@@ -100,6 +100,7 @@ def _saves(told: Told) -> list[str]:
     if not told.saves:
         return [muted("No save is known.")]
     parts = [both(timeline(told.saves, 1150), timeline(told.saves, 360))]
+    parts.append(muted(f"{len(told.saves)} saves, from {told.saves[0].at} to {told.saves[-1].at}."))
     if not told.has_events:
         parts.append(muted("A run at a URI keeps no events: what saves took is not known, and those removed are not."))
     elif told.goodput and told.goodput.wall:
@@ -155,11 +156,9 @@ def _row(told: Told, row: Mapping[str, Any]) -> list[str]:
     health, problems = told.health(row), [d.problem for d in told.problems.get(row["path"], [])]
     names = "".join(f" {badge(name)}" for name in row["names"])
     why = "; ".join([*problems[:3], *([f"and {len(problems) - 3} more"] if len(problems) > 3 else [])])
-    kept = ", ".join(row.get("kept", ()))
+    kept = f"goes: {row['goes']}" if "goes" in row else ", ".join(row.get("kept", ()))
     if not kept and health == "superseded":
-        kept = "it goes: a later launch resumed from before it"
-    elif not kept and "kept" in row and health == "committed":
-        kept = "it goes with the next save: no rule keeps it"
+        kept = "a later launch resumed from before it"
     return [
         f"<b>{safe(row['path'])}</b>{names}",
         safe(local(row["date"])) if "date" in row else "",

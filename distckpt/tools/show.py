@@ -69,6 +69,7 @@ def run(given: argparse.Namespace) -> Answer:
         "objects": {name: _object(checkpoint, name) for name in content.objects},
         "objects_of_ranks": dict(content.rank_objects),
     }
+    value |= {"svg": str(given.svg)} if given.svg else {}
     lines = [f"{name}: {_line(name, found)}" for name, found in value.items() if found not in ("", {}, None)]
     if given.tensors:
         value["tensors"] = {fqn: [list(i.shape), i.dtype] for fqn, i in content.tensors.items()}

@@ -17,6 +17,7 @@ from distckpt.format.layout import CHECKSUMS_CHUNK, OBJECTS_CHUNK
 from distckpt.format.partition import regions_of
 from distckpt.run.lease import lease
 from distckpt.run.retention import listed
+from distckpt.saving.commit import is_committed
 from distckpt.tools.answer import Answer, checkpoint_at, run_at
 from distckpt.tools.progress import progress
 from distckpt.units import size_text
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from distckpt.loading.open import Checkpoint, DataFile
+    from distckpt.run.history import History
 
 _WINDOW = 16 * BLOCK
 _NAMED = 8
@@ -69,8 +71,12 @@ def run(given: argparse.Namespace) -> Answer:
         started = time.monotonic()
         hit = [Damage(f"{name}/commit.json", problem, [])] if problem else []
         if opened:
-            with lease(history.store, opened.directory):
-                hit += damage(opened, quick=given.quick)
+            seen = damage_of(history, opened, quick=given.quick)
+            if seen is None:
+                if not given.all:
+                    raise NotACheckpoint(f"{given.path}: {name} has been removed meanwhile")
+                continue
+            hit += seen
         values.append(
             {
                 "path": name,
@@ -95,6 +101,13 @@ def _lines(value: dict[str, Any]) -> Iterator[str]:
     if hit := value["tensors"]:
         rest = f" and {len(hit) - _NAMED} more (--json names all)" if len(hit) > _NAMED else ""
         yield f"  {len(hit)} tensors are hit: {', '.join(hit[:_NAMED])}{rest}"
+
+
+def damage_of(history: History, checkpoint: Checkpoint, *, quick: bool = False) -> list[Damage] | None:
+    """`damage`, while nobody removes the checkpoint; None where retention has removed it before, or is at it."""
+    with lease(history.store, checkpoint.directory):
+        found = damage(checkpoint, quick=quick)
+    return None if found and not is_committed(history.store, checkpoint.directory) else found
 
 
 def damage(checkpoint: Checkpoint, *, quick: bool = False) -> list[Damage]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 
 import pytest
 import torch
@@ -110,3 +111,31 @@ def test_a_directory_that_cannot_be_listed_is_a_row(tmp_path, capsys, monkeypatc
     assert found["closed"]["state"] == "unreadable"
     assert "Permission denied" in found["closed"]["problem"]
     assert found["a"]["state"] == "finished"
+
+
+def test_on_a_terminal_lines_are_cut_where_it_ends(root, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "40")
+    assert main(["ls", str(root / "done")]) == 0
+    assert max(map(len, capsys.readouterr().out.splitlines())) > 40
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    assert main(["ls", str(root / "done")]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) == 40
+    assert lines[1].startswith("step-00000002 (last)")
+    assert lines[1].endswith("…")
+
+
+def test_what_rules_let_go_of_is_told(tmp_path, capsys):
+    state = TrainState(model=torch.nn.Linear(2, 2), rng=False)
+    with Checkpointer(tmp_path / "run", wait=True) as c:
+        for step in (1, 2, 3):
+            c.save(step, state)
+    meta = tmp_path / "run" / "meta.json"
+    meta.write_text(json.dumps({**json.loads(meta.read_text()), "keep": {"last": 2}}))
+    assert main(["ls", str(tmp_path / "run"), "--json"]) == 0
+    assert [row.get("goes") for row in json.loads(capsys.readouterr().out)] == [None, None, "no rule keeps it"]
+    assert main(["ls", str(tmp_path / "run")]) == 0
+    assert "goes: no rule keeps it" in capsys.readouterr().out
+    meta.write_text(json.dumps({"keep": {"lats": 2}}))
+    assert main(["ls", str(tmp_path / "run")]) == 0
+    assert "no such rule: lats" in capsys.readouterr().out

@@ -170,6 +170,7 @@ def test_a_picture_escapes_what_names_hold():
 def test_show_writes_the_picture(saved, tmp_path, capsys):
     out = tmp_path / "who wrote.svg"
     assert main(["show", str(saved[0]), "--svg", str(out)]) == 0
+    assert f"svg: {out}" in capsys.readouterr().out
     shapes(out.read_text())
     assert main(["show", str(saved[0]), "--svg", str(tmp_path / "no" / "such.svg")]) == 4
     assert "such.svg" in capsys.readouterr().err

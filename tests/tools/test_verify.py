@@ -10,7 +10,7 @@ import torch
 
 import distckpt
 from distckpt.cli import main
-from distckpt.tools import progress
+from distckpt.tools import progress, verify
 
 MIB = 1 << 20
 
@@ -86,3 +86,18 @@ def test_on_a_terminal_there_is_a_bar(run, capsys, monkeypatch):
 
 def test_all_and_one_step_do_not_go_together(run, capsys):
     assert main(["verify", str(run), "--all", "--step", "0"]) == 2
+
+
+def test_what_is_removed_while_it_is_verified_is_no_damage(tmp_path, capsys, monkeypatch):
+    for step in (1, 2):
+        distckpt.save(tmp_path / "run" / f"step-0000000{step}", {"t": torch.ones(3)})
+    damage = verify.damage
+
+    def slow(checkpoint, **options):
+        if checkpoint.directory.step == 1:
+            shutil.rmtree(tmp_path / "run" / "step-00000001")
+        return damage(checkpoint, **options)
+
+    monkeypatch.setattr(verify, "damage", slow)
+    assert main(["verify", str(tmp_path / "run"), "--all", "--json"]) == 0
+    assert [row["path"] for row in json.loads(capsys.readouterr().out)] == ["step-00000002"]
