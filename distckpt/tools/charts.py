@@ -173,6 +173,10 @@ def curve(points: Sequence[Point], width: int = 360, height: int = 170) -> str:
     for counts in (False, True):
         made += [_line(list(line), at, counts=counts) for line in _lines(points, counts=counts)]
     made.append(f'<text class="m" x="{left:.0f}" y="{height - 4}">step {first}</text>')
+    if logs:
+        made.append(
+            f'<text class="m" x="{number((left + right) / 2)}" y="{height - 4}" text-anchor="middle">log</text>'
+        )
     if last > first:
         made.append(f'<text class="m" x="{number(right)}" y="{height - 4}" text-anchor="end">{last}</text>')
     return _svg(width, height, "over steps", made)

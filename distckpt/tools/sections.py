@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from distckpt.tools.told import Told
 
-_ROWS, _CURVES, _LISTED = 60, 12, 12
+_ROWS, _CURVES, _LISTED = 60, 12, 6
 _KINDS = {"committed": GOOD, "incomplete": WARN, "not read": WARN, "damaged": BAD, "superseded": GREY}
 _STATES = {"finished": GOOD, "running": GOOD, "dead": BAD, "resumable": WARN}
 _CHECKED = {
