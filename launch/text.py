@@ -15,20 +15,18 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 
-class StdlibText(Dataset[Tensor]):
-    """The first `nbytes` bytes of the standard library's .py files, as windows of `seq` inputs and their targets.
+class Windows(Dataset[Tensor]):
+    """A text, as windows of `seq` inputs and their targets. `digest` tells texts apart.
 
     Sample i is int64[seq + 1]: bytes i * seq to (i + 1) * seq, both included, so that each byte is predicted once.
-    The files come in the order of their paths, so one Python release gives one text; `digest` tells texts apart.
     """
 
-    def __init__(self, nbytes: int, seq: int) -> None:
-        text = _read(nbytes)
+    def __init__(self, text: bytearray, seq: int) -> None:
         self.seq = seq
         self.digest = hashlib.sha256(text).hexdigest()
         self._bytes = torch.frombuffer(text, dtype=torch.uint8)
         if len(self) < 1:
-            raise ValueError(f"{nbytes} bytes of text hold no window of {seq} + 1 bytes")
+            raise ValueError(f"{len(text)} bytes of text hold no window of {seq} + 1 bytes")
 
     def __len__(self) -> int:
         return (len(self._bytes) - 1) // self.seq
@@ -37,6 +35,16 @@ class StdlibText(Dataset[Tensor]):
         if not 0 <= i < len(self):
             raise IndexError(f"sample {i} of {len(self)}")
         return self._bytes[i * self.seq : (i + 1) * self.seq + 1].long()
+
+
+class StdlibText(Windows):
+    """The first `nbytes` bytes of the standard library's .py files.
+
+    The files come in the order of their paths, so one Python release gives one text.
+    """
+
+    def __init__(self, nbytes: int, seq: int) -> None:
+        super().__init__(_read(nbytes), seq)
 
 
 def _read(nbytes: int) -> bytearray:

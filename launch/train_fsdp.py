@@ -44,7 +44,7 @@ WARM_UP = 10
 """Steps in which the learning rate rises to its peak."""
 
 
-def _trigger(text: str) -> int | str:
+def trigger(text: str) -> int | str:
     """A number of steps, or what Checkpointer says it is."""
     return int(text) if text.isdecimal() else text
 
@@ -65,7 +65,7 @@ def arguments(description: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--keep-local", type=int, default=2, help="checkpoints that stay in --local-dir")
     parser.add_argument("--steps", type=int, default=50, help="optimizer steps of the whole run")
     parser.add_argument(
-        "--every", nargs="+", type=_trigger, default=[10], help="when to save: '500 steps', '20 min', '1 epoch'"
+        "--every", nargs="+", type=trigger, default=[10], help="when to save: '500 steps', '20 min', '1 epoch'"
     )
     parser.add_argument("--global-batch", type=int, default=12, help="samples of a step, over all ranks")
     parser.add_argument("--micro-batch", type=int, default=2, help="most samples of one forward pass of one rank")
@@ -152,7 +152,8 @@ class Log:
         self._file: TextIO | None = None
         self._bar: tqdm[None] | None = None
         self._steps, self._said = steps, -math.inf
-        self._silent = dist.get_rank() != 0
+        self._world = dist.get_world_size() if dist.is_initialized() else 1
+        self._silent = self._world > 1 and dist.get_rank() != 0
         if self._silent:
             return
         if file:
@@ -170,7 +171,7 @@ class Log:
     def step(self, step: int, loss: float, lr: float) -> None:
         """Record a step."""
         if self._file:
-            line = {"step": step, "loss": loss, "hex": loss.hex(), "lr": lr, "world": dist.get_world_size()}
+            line = {"step": step, "loss": loss, "hex": loss.hex(), "lr": lr, "world": self._world}
             self._file.write(json.dumps(line | {"time": time.time()}) + "\n")
         if self._bar is not None:
             self._bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
