@@ -23,6 +23,12 @@ try:
 except ImportError as e:
     raise ImportError(f"this needs transformers and accelerate: pip install 'distckpt[hf]' ({e})") from e
 
+_SEAMS = ("_prepare_for_training", "_run_epoch", "_load_rng_state", "_maybe_log_save_evaluate", "_save_checkpoint")
+"""Methods of the Trainer that are taken over. One of another version that lacks them would not resume, in silence."""
+
+if _lacking := [name for name in _SEAMS if not hasattr(Trainer, name)]:
+    raise ImportError(f"the Trainer of this transformers has no {', '.join(_lacking)}: install another; 5.23 has them")
+
 if TYPE_CHECKING:
     from distckpt.loading.report import LoadReport
     from distckpt.run.checkpointer import Checkpointer
