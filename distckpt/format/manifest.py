@@ -46,6 +46,11 @@ class TensorInfo:
     dtype: str
     partition: Partition
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the whole tensor."""
+        return prod(self.shape) * item_size(self.dtype)
+
 
 class FileInfo(NamedTuple):
     """One data file: its name in the step directory (or key in the run), bytes, bytes of its header, digest."""
@@ -230,7 +235,7 @@ def check(manifest: Manifest) -> None:
         if tensor.partition.last_file >= len(m.files):
             raise FormatError(f"tensor {fqn!r} names file {tensor.partition.last_file} of a table of {len(m.files)}")
         tensor.partition.check()
-        nbytes += count[id(tensor)] * prod(tensor.shape) * item_size(tensor.dtype)
+        nbytes += count[id(tensor)] * tensor.nbytes
     if nbytes > (room := sum(f.size for f in m.files)):
         raise FormatError(
             f"tensors of more than {shown(nbytes)} bytes in data files of {room}"

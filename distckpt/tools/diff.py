@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any
 from distckpt.format.objects import tag
 from distckpt.format.partition import Copies
 from distckpt.tools.answer import Answer, table
+from distckpt.tools.progress import progress
 
 if TYPE_CHECKING:
     import argparse
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     import torch
 
@@ -67,7 +68,9 @@ def run(given: argparse.Namespace) -> Answer:
     both, alone_a, alone_b = _names(a.manifest.tensors, b.manifest.tensors, kept)
     unlike = [line for fqn in both if (line := _unlike(a, b, fqn))]
     comparable = [fqn for fqn in both if not _unlike(a, b, fqn)]
-    apart = sorted((d for fqn in comparable if (d := _compared(a, b, fqn)).count), key=lambda d: -d.max_rel)
+    with progress(sum(a.manifest.tensors[fqn].nbytes for fqn in comparable), "diff") as tell:
+        compared = [_compared(a, b, fqn, tell) for fqn in comparable]
+    apart = sorted((d for d in compared if d.count), key=lambda d: -d.max_rel)
     objects, objects_a, objects_b = _names(a.manifest.objects, b.manifest.objects, kept)
     changed = [name for name in objects if tag(a.object(name)) != tag(b.object(name))]
     value: dict[str, Any] = {
@@ -105,12 +108,13 @@ def _unlike(a: Checkpoint, b: Checkpoint, fqn: str) -> str:
     return f"{fqn}: {one.dtype} and {other.dtype}" if one.dtype != other.dtype else ""
 
 
-def _compared(a: Checkpoint, b: Checkpoint, fqn: str) -> Apart:
+def _compared(a: Checkpoint, b: Checkpoint, fqn: str, tell: Callable[[int], None]) -> Apart:
     from distckpt.loading.read import rows_of
 
     found = Apart(fqn)
     for x, y in zip(rows_of(a, fqn), rows_of(b, fqn), strict=True):
         found.add(x, y)
+        tell(x.nbytes)
     return found
 
 

@@ -6,12 +6,10 @@
 from __future__ import annotations
 
 from collections import Counter
-from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from distckpt.errors import Corrupt
-from distckpt.format.dtype import item_size
 from distckpt.format.objects import tag
 from distckpt.format.partition import Copies, FlatEven, Grid, Partition
 from distckpt.format.text import shown
@@ -22,7 +20,6 @@ from distckpt.units import size_text
 if TYPE_CHECKING:
     import argparse
 
-    from distckpt.format.manifest import TensorInfo
     from distckpt.loading.open import Checkpoint
 
 
@@ -48,7 +45,7 @@ def run(given: argparse.Namespace) -> Answer:
     content = checkpoint.manifest
     parts: Counter[str] = Counter()
     for fqn, info in content.tensors.items():
-        parts[fqn.partition(".")[0]] += _nbytes(info)
+        parts[fqn.partition(".")[0]] += info.nbytes
     value: dict[str, Any] = {
         "path": str(checkpoint.directory),
         "step": content.step,
@@ -89,7 +86,7 @@ def _one_tensor(checkpoint: Checkpoint, fqn: str) -> Answer:
         "tensor": fqn,
         "dtype": info.dtype,
         "shape": list(info.shape),
-        "bytes": _nbytes(info),
+        "bytes": info.nbytes,
         "divided": divided(info.partition),
         **stats.to_json(),
     }
@@ -133,7 +130,3 @@ def _line(name: str, found: Any) -> str:
     if isinstance(found, dict):
         return ", ".join(f"{k} {v}" if name in {"dtypes", "partitions"} else f"{k}={v}" for k, v in found.items())
     return str(found)
-
-
-def _nbytes(info: TensorInfo) -> int:
-    return prod(info.shape) * item_size(info.dtype)

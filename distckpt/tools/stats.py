@@ -13,6 +13,7 @@ from distckpt.format.box import Box
 from distckpt.format.partition import Copies
 from distckpt.loading.stream import Stretch, stream
 from distckpt.state import torch_dtype
+from distckpt.tools.progress import progress
 
 if TYPE_CHECKING:
     from distckpt.loading.open import Checkpoint
@@ -68,7 +69,8 @@ class Stats:
 def stats_of(checkpoint: Checkpoint, fqn: str) -> Stats:
     """Statistics of a saved tensor; of one of which ranks have values of their own, the first rank's.
 
-    ValueError where there is none of that name; Corrupt; Unsupported for a dtype that cannot be computed with.
+    Says how far it is. ValueError where there is none of that name; Corrupt; Unsupported for a dtype that cannot be
+    computed with.
     """
     info = checkpoint.manifest.tensors.get(fqn := checkpoint.manifest.aliases.get(fqn, fqn))
     if info is None:
@@ -76,10 +78,12 @@ def stats_of(checkpoint: Checkpoint, fqn: str) -> Stats:
     dtype = torch_dtype(info.dtype)
     first = info.partition.first if isinstance(info.partition, Copies) else None
     found = Stats()
-    for _, data in stream(checkpoint, [Stretch.whole(fqn, Box.whole(info.shape), info.dtype, first)]):
-        part = torch.frombuffer(data, dtype=torch.uint8).view(dtype)
-        for piece in part.split(_AT_ONCE):
-            found.add(_numbers(piece, info.dtype, fqn))
+    with progress(info.nbytes, fqn) as tell:
+        for _, data in stream(checkpoint, [Stretch.whole(fqn, Box.whole(info.shape), info.dtype, first)]):
+            part = torch.frombuffer(data, dtype=torch.uint8).view(dtype)
+            for piece in part.split(_AT_ONCE):
+                found.add(_numbers(piece, info.dtype, fqn))
+                tell(piece.nbytes)
     return found
 
 

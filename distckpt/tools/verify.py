@@ -9,6 +9,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from distckpt.errors import Corrupt, FormatError, NotACheckpoint, StoreError
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from distckpt.run.history import History
 
 _WINDOW = 16 * BLOCK
+_MOST_WINDOWS = 1024
 _NAMED = 8
 """Tensors that a line names."""
 
@@ -120,9 +122,10 @@ def damage(checkpoint: Checkpoint, *, quick: bool = False) -> list[Damage]:
         gone = {hit.file for hit in found}
         if not quick:
             whole = [file for i in files if _key(checkpoint, i) not in gone and (file := checkpoint.data_file(i))]
-            windows = [(file, start) for file in whole for start in range(0, file.covered, _WINDOW)]
+            windows = ((file, start) for file in whole for start in range(0, file.covered, _WINDOW))
             look = partial(_of_window, checkpoint, tell)
-            found += [hit for hits in pool.map(look, windows) for hit in hits]
+            while some := list(islice(windows, _MOST_WINDOWS)):  # of 100 TB, all at once would fill the memory
+                found += [hit for hits in pool.map(look, some) for hit in hits]
     for name, info in checkpoint.manifest.objects.items():
         try:
             checkpoint.object(name)
