@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from distckpt.errors import FormatError, NotACheckpoint, StoreError
 from distckpt.foreign.safetensors_write import LEAD
@@ -12,7 +12,6 @@ from distckpt.format.text import read_json
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
-    from typing import Any
 
     from distckpt.foreign.sink import Sink
     from distckpt.loading.open import Checkpoint
@@ -26,17 +25,21 @@ _MOST = 256 << 20
 def with_companions(sink: Sink, checkpoint: Checkpoint, folder: Path) -> Sink:
     """Sink that also has the small files of a directory: config.json says the dtype that is written.
 
-    NotACheckpoint where there is no config.json.
+    NotACheckpoint where there is no config.json; FormatError where it is none.
     """
     if not (folder / CONFIG).is_file():
         raise NotACheckpoint(f"{folder}: has no {CONFIG}: give the directory of the model that training began from")
+    config = _configuration(folder / CONFIG)
     dtypes = {i.dtype for n, i in checkpoint.manifest.tensors.items() if n.startswith(LEAD) and "float" in i.dtype}
     finish = sink.finish
 
     def complete(results: Mapping[str, Any]) -> list[tuple[str, bytes]]:
-        beside = [(path.name, _content(path)) for path in _companions(folder)]
-        dtype = dtypes.pop() if len(dtypes) == 1 else None
-        return [(n, _with_dtype(n, data, dtype) if n == CONFIG else data) for n, data in beside] + finish(results)
+        found = {path.name: _content(path) for path in _companions(folder)}
+        named = config.keys() & {"dtype", "torch_dtype"}
+        if len(dtypes) == 1 and named:
+            told = config | dict.fromkeys(named, *dtypes)
+            found[CONFIG] = (json.dumps(told, indent=2, ensure_ascii=False) + "\n").encode()
+        return [*found.items(), *finish(results)]
 
     sink.finish = complete
     return sink
@@ -66,12 +69,11 @@ def _content(path: Path) -> bytes:
         raise StoreError(f"cannot read {path}: {e.strerror}") from e
 
 
-def _with_dtype(name: str, data: bytes, dtype: str | None) -> bytes:
-    """Configuration with the dtype that the weights have, where it names one."""
-    said = read_json(data)
+def _configuration(path: Path) -> dict[str, Any]:
+    try:
+        said = read_json(_content(path))
+    except FormatError as e:
+        raise FormatError(f"{path}: {e}") from e
     if not isinstance(said, dict):
-        raise FormatError(f"{name}: is no JSON object")
-    named = said.keys() & {"dtype", "torch_dtype"}
-    if dtype is None or not named:
-        return data
-    return (json.dumps(said | dict.fromkeys(named, dtype), indent=2, ensure_ascii=False) + "\n").encode()
+        raise FormatError(f"{path}: is no JSON object")
+    return said

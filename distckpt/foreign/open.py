@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from distckpt.errors import DistckptError, FormatError, StoreError
+from distckpt.errors import Corrupt, DistckptError, FormatError, StoreError
 from distckpt.foreign.dcp import is_dcp, read_dcp
 from distckpt.foreign.deepspeed import is_deepspeed, read_deepspeed
 from distckpt.foreign.described import Directory, describe, leaves
@@ -27,6 +28,7 @@ KINDS = (
     "or an adapter of PEFT"
 )
 
+_PICKLED = re.compile(r"pytorch_model(?:-([0-9]+)-of-([0-9]+))?\.bin")
 _TORCH_SUFFIXES = {".pt", ".pth", ".bin", ".ckpt", ".tar"}
 
 
@@ -84,7 +86,9 @@ def _reader_of(path: Path) -> Callable[[Path], Directory] | None:
         names = [p.name for p in path.iterdir()]
         if is_peft(names):
             return read_peft
-        return read_safetensors if any(n.endswith((SUFFIX, INDEX)) for n in names) else None
+        if any(n.endswith((SUFFIX, INDEX)) for n in names):
+            return read_safetensors
+        return _read_torch_files if any(_PICKLED.fullmatch(n) for n in names) else None
     if not path.is_file():
         return None
     if path.name.endswith(SUFFIX):
@@ -102,3 +106,17 @@ def _read_torch_file(path: Path) -> Directory:
         what = tree.why if isinstance(tree, Undecodable) else f"{file.name}: holds a {type(tree).__name__}"
         raise FormatError(f"{what}; a state dict, or a dict of them, is expected")
     return Directory(file.name, dict(tree), [file], has_sums=read_bytes(file, 0, len(ZIP)) == ZIP)
+
+
+def _read_torch_files(path: Path) -> Directory:
+    """Describe what transformers saved before safetensors: state dicts, of which each has a part of the model."""
+    found = sorted(p for p in path.iterdir() if _PICKLED.fullmatch(p.name))
+    parts = {int(m[1]): int(m[2]) for p in found if (m := _PICKLED.fullmatch(p.name)) and m[1]}
+    if missing := set(range(1, max(parts.values(), default=0) + 1)) - parts.keys():
+        raise Corrupt(f"{path}: of files 1 to {max(parts.values())}, {sorted(missing)[:10]} are gone")
+    files = [PlainFile(p) for p in found]
+    trees = [leaves(parse_any(file), index) for index, file in enumerate(files)]
+    if not all(isinstance(tree, dict) for tree in trees):
+        raise FormatError(f"{path}: a state dict is expected in each of {', '.join(p.name for p in found)}")
+    has_sums = all(read_bytes(file, 0, len(ZIP)) == ZIP for file in files)
+    return Directory(str(path), {k: v for tree in trees for k, v in tree.items()}, files, has_sums=has_sums)

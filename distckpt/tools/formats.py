@@ -134,6 +134,8 @@ def refuse_taken(sink: Sink, destination: str | Path) -> None:
     """RunConflict where the destination holds something already. StoreError where nothing can be moved to it."""
     if os.path.ismount(destination):
         raise StoreError(f"{destination}: is a mount point, which no directory can be moved to: give a path below it")
+    if sink.kind == "inside" and os.path.exists(destination) and not os.path.isdir(destination):  # noqa: PTH110, PTH112
+        raise StoreError(f"{destination}: is a file; a directory is expected")
     if step := StepDir.parse(sink.top) if sink.kind == "inside" else None:
         if is_taken(sink, destination):
             raise RunConflict(

@@ -153,12 +153,14 @@ def test_what_was_not_written_as_it_was_read_is_found_unless_quick(saved, tmp_pa
 
 def test_wrong_paths_are_one_line(saved, tmp_path, capsys):
     (tmp_path / "empty").mkdir()
+    (tmp_path / "file").write_text("mine")
     for arguments, code in (
         ([tmp_path / "nothing", tmp_path / "to"], 3),
         ([tmp_path / "empty", tmp_path / "to"], 3),
         ([saved, tmp_path / "to", "--step", 6], 3),
         ([saved, tmp_path / "to", "--all", "--step", 5], 2),
         ([saved, "s3x://bucket/run"], 1),
+        ([saved, tmp_path / "file"], 4),
         ([tmp_path / "empty", tmp_path / "to", "--all"], 3),
     ):
         told(capsys, "cp", *arguments, code=code)

@@ -139,6 +139,22 @@ def test_a_directory_of_hugging_face_is_imported_whatever_it_is_divided_into(tmp
     assert all(torch.equal(tensor, theirs[name]) for name, tensor in mine.items())
 
 
+@pytest.mark.parametrize("shards", [1, 2])
+def test_a_directory_from_before_safetensors_is_imported(shards, tmp_path, capsys):
+    tensors = [*tied().state_dict().items()]
+    (tmp_path / "old").mkdir()
+    for i in range(shards):
+        name = "pytorch_model.bin" if shards == 1 else f"pytorch_model-{i + 1:05d}-of-{shards:05d}.bin"
+        torch.save(dict(tensors[i::shards]), tmp_path / "old" / name)
+    said(capsys, "import", tmp_path / "old", tmp_path / "run")
+    said(capsys, "export", tmp_path / "run", "-o", tmp_path / "m.safetensors")
+    found = load_file(tmp_path / "m.safetensors")
+    assert all(torch.equal(found[name], dict(tensors)[name]) for name in found)
+    if shards == 2:
+        next((tmp_path / "old").glob("*1-of*")).unlink()
+        assert "[1] are gone" in said(capsys, "import", tmp_path / "old", tmp_path / "again", code=1)
+
+
 def test_names_are_changed_on_the_way(tmp_path, capsys):
     dcp_save({"net": {"module.a": torch.ones(2), "module.b": torch.zeros(3)}}, tmp_path / "dcp")
     said(capsys, "import", tmp_path / "dcp", tmp_path / "run", "--name", "net=model")
@@ -153,6 +169,8 @@ def test_wrong_paths_and_options_are_one_line(runs, tmp_path, capsys):
     run, out = runs / "gpt2", tmp_path / "out"
     (tmp_path / "text.pt").write_text("no checkpoint")
     (tmp_path / "empty").mkdir()
+    (tmp_path / "odd").mkdir()
+    (tmp_path / "odd" / "config.json").write_text("{")
     for arguments, code, text in (
         ([tmp_path / "nothing", "-o", out], 3, "does not exist"),
         ([tmp_path / "empty", "-o", out], 3, "neither a run"),
@@ -160,6 +178,7 @@ def test_wrong_paths_and_options_are_one_line(runs, tmp_path, capsys):
         ([run, "-o", out, "--step", 8], 3, "holds no such checkpoint"),
         ([run, "-o", run], 4, "exists already"),
         ([run, "-o", out, "--config", tmp_path / "empty"], 3, "has no config.json"),
+        ([run, "-o", out, "--config", tmp_path / "odd"], 1, "odd/config.json: not JSON"),
         ([run, "-o", out, "--only", "modle"], 1, "has no such part; it has model, optim"),
         ([run, "-o", out, "--dtype", "int4"], 1, "dtype 'int4'"),
         ([run, "-o", "s3://bucket/out"], 1, "only distckpt's own format is written to a URI"),
