@@ -12,7 +12,7 @@ import warnings
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from distckpt.errors import Mismatch, StateWarning, Unsupported
+from distckpt.errors import Mismatch, NotACheckpoint, StateWarning, Unsupported
 from distckpt.run import rng
 from distckpt.run.schedule import StepReport
 from distckpt.run.trainstate import TrainState
@@ -66,14 +66,15 @@ class Checkpointed:
     state: Any
     control: Any
     model_wrapped: Any
+    stop: StepReport
+    resumed: LoadReport | None
+    _generators: dict[str, Any] | None
+    _saved: tuple[int, dict[str, float]]
 
     def __init__(self, *args: Any, checkpointer: Checkpointer, **options: Any) -> None:
         super().__init__(*args, **options)
         self.checkpointer = checkpointer
-        self.stop = StepReport()
-        self.resumed: LoadReport | None = None
-        self._resumes, self._resumed_at, self._seen, self._saved = True, 0, -1, -1
-        self._generators: dict[str, Any] | None = None
+        self._begin(resumes=True)
         if self.args.save_total_limit is not None:
             why = "save_total_limit is of the Trainer's own checkpoints: give Checkpointer(keep=Keep(last=...))"
             warnings.warn(why, StateWarning, stacklevel=2)
@@ -85,10 +86,14 @@ class Checkpointed:
         **options: Any,
     ) -> Any:
         """See Trainer.train, and the class."""
-        self.stop, self._generators, self._resumed_at, self._seen, self._saved = StepReport(), None, 0, -1, -1
-        self._resumes = resume_from_checkpoint in {None, True}
+        self._begin(resumes=resume_from_checkpoint in {None, True})
         native = resume_from_checkpoint if isinstance(resume_from_checkpoint, str) else None
         return super().train(native, *args, **options)  # type: ignore[misc]
+
+    def _begin(self, *, resumes: bool) -> None:
+        self.stop, self.resumed = StepReport(), None
+        self._resumes, self._resumed_at, self._generators = resumes, 0, None
+        self._asked, self._seen, self._saved = False, -1, (-1, {})
 
     # -- resume ------------------------------------------------------------------------------------------------------
 
@@ -98,7 +103,8 @@ class Checkpointed:
         self._train_state = _train_state(self)
         self.resumed = self.checkpointer.resume(self._train_state) if self._resumes else None
         if self.resumed:
-            self._generators, self._resumed_at, self._saved = rng.get_state(), self.state.global_step, self.resumed.step
+            self._generators, self._resumed_at = rng.get_state(), self.state.global_step
+            self._saved = (self._resumed_at, {})
         return made
 
     def _run_epoch(self, *args: Any, **known: Any) -> None:
@@ -121,36 +127,45 @@ class Checkpointed:
             super()._load_rng_state(checkpoint)  # type: ignore[misc]
 
     def _load_best_model(self) -> None:
+        """Load the weights that had the best metric."""
         if self.stop.should_stop:
             return
-        state = TrainState(model=self.model_wrapped, rng=False)
-        self.checkpointer.load(state, step=self.state.best_global_step, only=("model",))
+        state, step = TrainState(model=self.model_wrapped, rng=False), self.state.best_global_step
+        try:
+            self.checkpointer.load(state, step=step, only=("model",))
+        except NotACheckpoint as e:
+            how = f"Keep(best=({self.args.metric_for_best_model!r}, ...)) keeps it"
+            warnings.warn(
+                f"the weights stay those of the last step, not of step {step}: {e}; {how}", StateWarning, stacklevel=2
+            )
 
     # -- save --------------------------------------------------------------------------------------------------------
 
     def _maybe_log_save_evaluate(self, *args: Any, **options: Any) -> None:
-        """Log, evaluate and save as the arguments say; then what the Checkpointer says."""
+        """Log and evaluate, and save at most once: as the arguments say, as the Checkpointer says, or at the end."""
         if self.stop.should_stop:  # at the end of the epoch that is left: there is no time to evaluate
             return
+        self._asked = False
         super()._maybe_log_save_evaluate(*args, **options)  # type: ignore[misc]
-        step = self.state.global_step
-        if step != self._seen:  # which comes again at the end of an epoch
+        step, metrics = self.state.global_step, self._metrics()
+        if step != self._seen:  # it comes again at the end of an epoch
             self._seen = step
-            self.stop = self.checkpointer.step(step, self._train_state, self._metrics())
+            self.stop = self.checkpointer.step(step, self._train_state, metrics)
             if self.stop.saved:
-                self._saved = step
+                self._saved = (step, metrics)
         if self.stop.should_stop:
             self.control.should_training_stop = True
-        elif self.control.should_training_stop and self._saved != step:
-            self._save_checkpoint(None, None)
+        elif (self._asked and self._saved != (step, metrics)) or (
+            self.control.should_training_stop and self._saved[0] != step
+        ):
+            self._saved = (step, metrics)
+            self.checkpointer.save(step, self._train_state, metrics)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:  # noqa: ARG002
-        """Save through the Checkpointer."""
+        """Note that the arguments ask for a save."""
         if trial is not None:
             raise Unsupported("hyperparameter_search: each trial is a run of its own: use the Trainer of transformers")
-        if self._saved != self.state.global_step:
-            self._saved = self.state.global_step
-            self.checkpointer.save(self.state.global_step, self._train_state, self._metrics())
+        self._asked = True
         if self.state.best_global_step == self.state.global_step:
             self.state.best_model_checkpoint = f"step {self.state.best_global_step}"
 

@@ -7,7 +7,7 @@ import importlib.util
 import pytest
 import torch
 
-from distckpt import Checkpointer, Keep
+from distckpt import Checkpointer, Keep, TrainState
 from distckpt.errors import Mismatch, StateWarning
 from distckpt.run.preemption import REQUEUE
 from tests import ranks
@@ -65,6 +65,28 @@ def test_what_the_arguments_say_is_saved_and_the_best_is_loaded_at_the_end(hf, t
         assert checkpointer.steps() == sorted({best, 8, 9})
     assert trainer.evaluate()["eval_loss"] == trainer.state.best_metric
     assert not list((tmp_path / "out").glob("checkpoint-*"))
+
+
+def test_a_step_is_saved_once_and_again_where_an_evaluation_came_to_it(hf, tmp_path):
+    options = {"save_strategy": "epoch", "eval_strategy": "epoch"}
+    hf.trained(tmp_path, "run", run={"every": 1, "wait": True}, max_steps=6, **options)
+    saved = sorted(path.name for path in (tmp_path / "run").glob("step-*"))
+    assert saved == [
+        *(f"step-0000000{n}" for n in (1, 2, 3, 4, 5)),
+        "step-00000005.2",
+        "step-00000006",
+        "step-00000006.2",
+    ]
+    with Checkpointer(tmp_path / "run") as checkpointer:
+        found = checkpointer.load(TrainState(model=hf.small()), step=5, only=("model",)).metrics
+    assert {"loss", "eval_loss"} <= found.keys()
+
+
+@pytest.mark.full
+def test_a_best_that_is_no_longer_there_is_told(hf, tmp_path):
+    saves = {"save_strategy": "steps", "save_steps": 1, "eval_strategy": "steps", "eval_steps": 1, "learning_rate": 5.0}
+    with pytest.warns(StateWarning, match=r"stay those of the last step, not of step \d: .*Keep\(best=\('loss'"):
+        hf.trained(tmp_path, "run", run={"keep": Keep(last=2), "wait": True}, load_best_model_at_end=True, **saves)
 
 
 def test_another_global_batch_is_refused(hf, tmp_path):
