@@ -101,6 +101,11 @@ def is_first() -> bool:
     return _place()[0] == 0
 
 
+def is_alone() -> bool:
+    """Whether this is the only task: others may see another moment of what they share."""
+    return _place()[1] == 1
+
+
 def copied(given: argparse.Namespace, source: Source, destination: str, to: Format, change: Change) -> CopyReport:
     """Plan, show how far it is, and copy; a run's pointers and meta.json say what is there."""
     from distckpt.run.history import History

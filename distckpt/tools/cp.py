@@ -13,7 +13,7 @@ from distckpt.errors import NotACheckpoint, RunConflict
 from distckpt.run.history import History
 from distckpt.store.open import open_store
 from distckpt.tools.answer import Answer, checkpoint_at, run_at
-from distckpt.tools.copying import OF_ALL, copied, is_first, lines_of, offer
+from distckpt.tools.copying import OF_ALL, copied, is_alone, is_first, lines_of, offer
 
 if TYPE_CHECKING:
     import argparse
@@ -48,7 +48,7 @@ def run(given: argparse.Namespace) -> Answer:
             value["there"].append(step)
             lines.append(f"step {step}: is there already")
             continue
-        to = Distckpt(_files_before(step, history) if _names_others(checkpoint) else ())
+        to = Distckpt(_files_before(step, history) if is_alone() and _names_others(checkpoint) else ())
         report = copied(given, Source(given.source, step), given.destination, to, Change())
         value["copied"].append(asdict(report))
         lines += lines_of(report, dry_run=given.dry_run)

@@ -20,6 +20,7 @@ from distckpt.tools.copying import (
 
 if TYPE_CHECKING:
     import argparse
+    from collections.abc import Sequence
 
     from distckpt.tools.answer import Answer
     from distckpt.tools.copy import Source
@@ -62,7 +63,7 @@ def run(given: argparse.Namespace) -> Answer:
     config = next((d for d in (given.config, given.base) if d and (d / CONFIG).is_file()), given.config)
     source, change = source_of(given, _adapter(given, to)), change_of(given, to)
     if to == "hf" and not given.merge:
-        _refuse_adapted(source)
+        _refuse_others(source, given.only or [])
     made = format_of(given, to, str(config.resolve()) if config and to == "hf" else None)
     answer = answered(given, source, given.output, made, change)
     if to == "hf" and not config and answer.lines:
@@ -100,8 +101,15 @@ def _adapter(given: argparse.Namespace, to: str) -> Adapter | None:
     return Adapter(name=given.adapter, config=config, merge=given.merge, base=base)
 
 
-def _refuse_adapted(source: Source) -> None:
-    """Mismatch for a model that PEFT has wrapped: transformers knows none of its names."""
+def _refuse_others(source: Source, only: Sequence[str]) -> None:
+    """Mismatch for a model that PEFT has wrapped, and for several: transformers knows none of their names."""
     found = source.open()
     if any(name.startswith("model.base_model.model.") for name in found.manifest.tensors):
         raise Mismatch(f"{found.name}: holds a model with an adapter of PEFT: --merge, or --to peft for the adapter")
+    match found.object("environment") if "environment" in found.manifest.objects else None:
+        case {"parallelism": {**models}} if "model" not in models and list(only) == ["model"] and models:
+            names = [str(name).removeprefix("model.") for name in models]
+            raise Mismatch(
+                f"{found.name}: holds the models {', '.join(names)}: which one? --only model.{names[0]} "
+                f"--rename '^{names[0]}\\.='"
+            )

@@ -162,6 +162,15 @@ def test_names_are_changed_on_the_way(tmp_path, capsys):
     assert load_file(tmp_path / "m.safetensors").keys() == {"inner.a", "inner.b"}
 
 
+def test_one_of_several_models_is_exported_by_its_name(tmp_path, capsys):
+    save(tmp_path / "run", {"policy": tied(), "value": tied(1)})
+    text = said(capsys, "export", tmp_path / "run", "-o", tmp_path / "out", code=1)
+    assert "holds the models policy, value: which one? --only model.policy --rename '^policy\\.='" in text
+    said(capsys, "export", tmp_path / "run", "-o", tmp_path / "out", "--only", "model.value", "--rename", r"^value\.=")
+    found = load_file(tmp_path / "out" / "model.safetensors")
+    assert torch.equal(found["transformer.wte.weight"], tied(1).transformer.wte.weight)
+
+
 # -- what is wrong is one line -----------------------------------------------------------------------------------------
 
 
