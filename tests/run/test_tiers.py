@@ -27,16 +27,6 @@ from tests.run.lives import until
 from tests.store import servers
 
 
-@pytest.fixture
-def near(tmp_path):
-    return tmp_path / "nvme"
-
-
-@pytest.fixture
-def far(tmp_path):
-    return tmp_path / "root"
-
-
 class Training:
     """A small model that is trained and saved."""
 

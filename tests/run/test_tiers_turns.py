@@ -18,16 +18,6 @@ from tests.run.test_tiers import Training, resumed, same, steps_at, train
 pytestmark = pytest.mark.filterwarnings("ignore::distckpt.errors.StateWarning")
 
 
-@pytest.fixture
-def near(tmp_path):
-    return tmp_path / "nvme"
-
-
-@pytest.fixture
-def far(tmp_path):
-    return tmp_path / "root"
-
-
 def _turns(folder, draw, turns):
     """Turns of random machines: each resumes, or rewinds, and saves a few steps. What is resumed is what was saved."""
     root, contents, newest, sent = folder / "root", {}, None, False

@@ -19,16 +19,6 @@ from tests.store import servers
 
 
 @pytest.fixture(scope="module")
-def bucket():
-    """A bucket of moto, by what the environment says."""
-    found = servers.start("moto").bucket()
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in found.environment.items():
-            patch.setenv(name, value)
-        yield found
-
-
-@pytest.fixture(scope="module")
 def saved(bucket):
     """A run of four checkpoints: two epochs, a metric that is best in the second."""
     progress = Progress()

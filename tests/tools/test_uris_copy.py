@@ -27,16 +27,6 @@ from distckpt.tools.copy import copy
 from distckpt.tools.transfer import Worker
 from distckpt.tools.view import Change
 from tests.run.test_frozen import WIDTH, train
-from tests.store import servers
-
-
-@pytest.fixture(scope="module")
-def bucket():
-    found = servers.start("moto").bucket()
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in found.environment.items():
-            patch.setenv(name, value)
-        yield found
 
 
 @pytest.fixture(scope="module")
