@@ -1,6 +1,6 @@
 """Tune a byte-level GPT with LoRA, in one process. Killed at any moment and started again, it goes on.
 
-    python -m launch.train_lora --base runs/gpt --root runs/lora --text FILE --every "15 min" --merge-every "2 h"
+    python -m launch.train_lora --base runs/gpt --root runs/lora --text my.txt --every "15 min" --merge-every "2 h"
 
 base: a run of launch.train_fsdp. The first checkpoint has its weights, which are frozen; later ones name its files, and
 cost what is trained. Kept are the last two and the best; merged weights, for inference, are made off the training path.

@@ -112,6 +112,15 @@ def _run(kind, text, names):
         assert load("queue.toml").runs
 
 
+def _lora():
+    """A run that tunes hub/model with LoRA."""
+    from peft import LoraConfig, get_peft_model
+
+    adapted = get_peft_model(_model(), LoraConfig(r=2, target_modules=["0", "2"]))
+    with Checkpointer("runs/lora", wait=True) as c:
+        c.save(1, TrainState(model=adapted))
+
+
 def _foreign(names):
     """What other tools have saved: a DCP directory, and a file of torch.save."""
     saved = {"model": names["model"].state_dict(), "optim": names["optimizer"].state_dict()}
@@ -161,6 +170,8 @@ def test_the_blocks_run(page, tmp_path, monkeypatch, capsys):
         if page.stem not in {"quick-start", "deepspeed"}:  # which begin afresh
             _runs()
         bucket = _stores(monkeypatch) if page.stem == "object-stores" else ""
+        if page.stem == "exports":
+            _lora()
         if page.stem == "foreign":
             _foreign(names)
         if page.stem == "troubleshooting":  # shows what the checklist has made

@@ -90,6 +90,11 @@ class Manifest:
     keep: str = ""
     """Why it is to be kept whatever the rules, by whoever saved it."""
 
+    @property
+    def own_bytes(self) -> int:
+        """Bytes of its own data files, without those of earlier checkpoints that it names."""
+        return sum(f.size for f in self.files if "/" not in f.name)
+
 
 def to_json(manifest: Manifest) -> dict[str, Any]:
     """Members of commit.json but its digest."""

@@ -128,7 +128,7 @@ def _note(store: Store, checkpoint: Checkpoint, seconds: float | None) -> None:
         launch=content.launch,
         step=content.step,
         directory=str(checkpoint.directory),
-        bytes=sum(f.size for f in content.files),
+        bytes=content.own_bytes,
         seconds=None if seconds is None else round(seconds, 3),
         metrics=_plain(content.metrics),
     )
@@ -271,7 +271,7 @@ def _entry(listed: Listed, decision: Decision | None) -> dict[str, Any]:
         "date": content.date,
         "launch": content.launch,
         "world_size": content.world_size,
-        "bytes": sum(f.size for f in content.files),
+        "bytes": content.own_bytes,
         "metrics": _plain(content.metrics),
         "status": "superseded" if found.superseded else "committed",
         **why,

@@ -60,7 +60,7 @@ def _candidate(found: Found, epochs: dict[str, int | None]) -> Candidate:
     content = found.checkpoint.manifest
     if content.attempt not in epochs:
         epochs[content.attempt] = _epoch(found.checkpoint)
-    own = sum(f.size for f in content.files if "/" not in f.name) + sum(o.size for o in content.objects.values())
+    own = content.own_bytes + sum(o.size for o in content.objects.values())
     owners = (StepDir.parse(f.name.partition("/")[0]) for f in content.files if "/" in f.name)
     return Candidate(
         found.directory,
