@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from distckpt import Checkpointer, Keep, TrainState
+from distckpt.cli import main
 from distckpt.errors import Mismatch, StateWarning
 from distckpt.run.preemption import REQUEUE
 from tests import ranks
@@ -99,6 +100,27 @@ def test_another_global_batch_is_refused(hf, tmp_path):
 def test_save_total_limit_is_not_obeyed_in_silence(hf, tmp_path):
     with pytest.warns(StateWarning, match="Keep"):
         hf.trained(tmp_path, "run", save_total_limit=2)
+
+
+@pytest.mark.full
+def test_a_checkpoint_of_the_trainers_own_is_gone_on_from(hf, tmp_path, whole):
+    from transformers import Trainer
+
+    args = hf.arguments(tmp_path, save_strategy="steps", save_steps=3)
+    trainer = Trainer(hf.small(), args, train_dataset=hf.samples(20))
+    trainer.train()
+    hf.trained(tmp_path, "run", hf.Killed(5), run={"every": 1}, resume=str(tmp_path / "out" / "checkpoint-3"))
+    assert hf.log(hf.trained(tmp_path, "run")) == whole[0]
+
+
+@pytest.mark.full
+def test_the_weights_are_exported_as_from_pretrained_has_them(hf, tmp_path, whole):
+    trainer = hf.trained(tmp_path, "run")
+    trainer.model.config.save_pretrained(tmp_path / "config")
+    where = (str(tmp_path / name) for name in ("run", "model", "config"))
+    assert main(["export", next(where), "-o", next(where), "--config", next(where)]) == 0
+    loaded = hf.GPT2LMHeadModel.from_pretrained(tmp_path / "model")
+    assert all(torch.equal(v, whole[1][k]) for k, v in loaded.state_dict().items())
 
 
 @pytest.mark.parametrize(

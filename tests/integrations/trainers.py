@@ -56,7 +56,7 @@ def arguments(folder, **more):
     )
 
 
-def trained(folder, root, *callbacks, run=None, dropout=0.1, shard=False, **more):
+def trained(folder, root, *callbacks, run=None, dropout=0.1, shard=False, resume=None, **more):
     """Trainer that has trained in a run: 5 steps an epoch."""
     args = arguments(folder, **more)
     data, model = {"train_dataset": samples(20), "eval_dataset": samples(4)}, small(dropout)
@@ -66,7 +66,7 @@ def trained(folder, root, *callbacks, run=None, dropout=0.1, shard=False, **more
             sharded(trainer.accelerator, "GPT2Block")
             trainer.is_fsdp_enabled = True
         with contextlib.suppress(KeyboardInterrupt):
-            trainer.train()
+            trainer.train(resume)
     return trainer
 
 
