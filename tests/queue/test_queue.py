@@ -137,6 +137,7 @@ def test_a_marathon_of_two_quartets_through_three_reboots(tmp_path):
     _through_kills(tmp_path, names, 60, 3, 2)
 
 
+@pytest.mark.full
 def test_a_run_that_outlives_the_queue_is_not_started_twice(tmp_path):
     file = made(tmp_path, {"a": (60,)})
     first = begun(file)
@@ -150,6 +151,7 @@ def test_a_run_that_outlives_the_queue_is_not_started_twice(tmp_path):
     assert "attempt 2" in out, "nobody saw it end: started once more, it found nothing left to do"
 
 
+@pytest.mark.full
 def test_stopped_runs_save_and_go_on(tmp_path, capsys):
     file = made(tmp_path, {"a": (200,), "b": (200,)})
     queue = begun(file)

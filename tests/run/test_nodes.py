@@ -172,6 +172,7 @@ def test_each_node_saves_on_its_own_and_the_root_gets_all_of_it(far, nodes):
         assert (step, loaded) == (3, saved)
 
 
+@pytest.mark.full
 def test_a_node_that_is_replaced_reads_the_root_and_goes_on(far, nodes, tmp_path):
     saved = run(4, far, nodes, [1, 2])[0][2]
     shutil.rmtree(nodes[2])
@@ -180,6 +181,7 @@ def test_a_node_that_is_replaced_reads_the_root_and_goes_on(far, nodes, tmp_path
     assert steps_at(far)[-1] == 3
 
 
+@pytest.mark.full
 def test_other_ranks_on_other_nodes_read_what_lies_elsewhere_from_the_root(far, nodes):
     saved = run(4, far, nodes, [1, 2])[0][2]
     for step, loaded, _ in run(3, far, [nodes[2], nodes[0], nodes[0]], [3]):
@@ -215,6 +217,7 @@ def test_a_save_that_a_rank_gave_up_stops_nothing_of_what_follows(far, nodes):
     assert steps_at(far)[-1] == 3
 
 
+@pytest.mark.full
 def test_ranks_on_other_nodes_than_before_resume_what_was_whole_behind_a_save_that_was_not(far, nodes):
     ranks.run(4, die_half_way, far, nodes, may_die=range(4), timeout=90)
     shutil.rmtree(far / "step-00000002", ignore_errors=True)

@@ -136,7 +136,7 @@ def test_of_two_at_once_the_second_is_told_and_changes_nothing(source, tmp_path)
     assert hidden(tmp_path) == []
 
 
-@pytest.mark.parametrize("to", ["torch", "distckpt"])
+@pytest.mark.parametrize("to", [pytest.param("torch", marks=pytest.mark.full), "distckpt"])
 def test_a_task_that_comes_when_all_is_done_has_nothing_to_do(to, source, tmp_path):
     arguments = [source, tmp_path / "out", "--to", to]
     assert [as_job(arguments, rank, 2).returncode for rank in (0, 1)] == [0, 0]
