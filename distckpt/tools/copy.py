@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
     from distckpt.loading.open import Checkpoint
     from distckpt.store.base import Store
-    from distckpt.tools.lora import Adapter
+    from distckpt.tools.lora import Lora
 
 _LEAST_ROOM, _MOST_ROOM = 1 << 20, 64 << 20
 
@@ -48,19 +48,19 @@ class Source:
     """A checkpoint to read: of a run (its newest, or that of `step`), a step directory, or another tool's.
 
     step: of another tool's, what it is called. names: as in Checkpointer.load. order: names of the optimizer's
-    parameters by group, for a source that has them by position. adapter: of its model a LoRA adapter alone, or merged.
+    parameters by group, for a source that has them by position. lora: of its model a LoRA adapter alone, or merged.
     """
 
     path: str
     step: int | None = None
     names: tuple[tuple[str, str], ...] = ()
     order: tuple[tuple[str, ...], ...] | None = None
-    adapter: Adapter | None = None
+    lora: Lora | None = None
 
     def open(self) -> Checkpoint:
         """Open it. NotACheckpoint."""
         found = open_source(self.path, step=self.step, names=dict(self.names) or None, order=self.order)
-        return self.adapter.of(found) if self.adapter else found
+        return self.lora.of(found) if self.lora else found
 
 
 @dataclass(slots=True)
@@ -169,7 +169,7 @@ class _Plan:
         change = replace(change, step=request.source.step if checkpoint.foreign else None)
         self.view = View(checkpoint, change, request.source.order or ())
         told = [__version__, manifest.to_json(self.view.manifest), asdict(change), repr(request.to)]
-        told += [repr(request.source.adapter)]
+        told += [repr(request.source.lora)]
         identity = [
             str(located(request.source.path)),
             str(self.destination),

@@ -18,7 +18,7 @@ from distckpt.units import as_bytes
 if TYPE_CHECKING:
     from distckpt.tools.copy import CopyReport, Source
     from distckpt.tools.formats import Format
-    from distckpt.tools.lora import Adapter
+    from distckpt.tools.lora import Lora
     from distckpt.tools.view import Change
 
 _DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "fp64": "float64"}
@@ -67,12 +67,12 @@ def format_of(given: argparse.Namespace, to: str, config: str | None = None) -> 
     return found
 
 
-def source_of(given: argparse.Namespace, adapter: Adapter | None = None) -> Source:
+def source_of(given: argparse.Namespace, lora: Lora | None = None) -> Source:
     """Checkpoint that is to be read."""
     from distckpt.tools.copy import Source
 
     order = tuple(tuple(group) for group in given.param_order) if given.param_order else None
-    return Source(given.source, given.step, tuple(given.name), order, adapter)
+    return Source(given.source, given.step, tuple(given.name), order, lora)
 
 
 def change_of(given: argparse.Namespace, to: str) -> Change:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from distckpt.tools.answer import Answer
     from distckpt.tools.copy import Source
-    from distckpt.tools.lora import Adapter
+    from distckpt.tools.lora import Lora
 CONFIG = "config.json"
 _TO = ("hf", "peft", "safetensors", "torch", "dcp", "deepspeed")
 
@@ -61,7 +61,7 @@ def run(given: argparse.Namespace) -> Answer:
     to = given.to or format_at(given.output, "hf")
     _refuse(given, to)
     config = next((d for d in (given.config, given.base) if d and (d / CONFIG).is_file()), given.config)
-    source, change = source_of(given, _adapter(given, to)), change_of(given, to)
+    source, change = source_of(given, _lora(given, to)), change_of(given, to)
     if to == "hf" and not given.merge:
         _refuse_others(source, given.only or [])
     made = format_of(given, to, str(config.resolve()) if config and to == "hf" else None)
@@ -92,13 +92,13 @@ def _refuse(given: argparse.Namespace, to: str) -> None:
         given.only = ["model", "peft"] if to == "peft" else ["model"]
 
 
-def _adapter(given: argparse.Namespace, to: str) -> Adapter | None:
+def _lora(given: argparse.Namespace, to: str) -> Lora | None:
     if not given.merge and to != "peft":
         return None
-    from distckpt.tools.lora import Adapter
+    from distckpt.tools.lora import Lora
 
     config, base = (str(path.resolve()) if path else None for path in (given.config, given.base))
-    return Adapter(name=given.adapter, config=config, merge=given.merge, base=base)
+    return Lora(name=given.adapter, config=config, merge=given.merge, base=base)
 
 
 def _refuse_others(source: Source, only: Sequence[str]) -> None:

@@ -103,7 +103,7 @@ class Torch:
 
 @dataclass(frozen=True, slots=True)
 class Peft:
-    """A directory of an adapter, as PEFT has it. The source: what `Source(adapter=Adapter(...))` opens."""
+    """A directory of an adapter, as PEFT has it. The source: what `Source(lora=Lora(...))` opens."""
 
     def sink(self, view: View, destination: str | Path, attempt: str, room: int) -> Sink:  # noqa: ARG002
         """See Format."""

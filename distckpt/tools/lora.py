@@ -49,8 +49,8 @@ _BESIDE = {"lora_B.bias", "lora_magnitude_vector.weight"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Adapter:
-    """Which adapter of a checkpoint is read, and whether merged into its base model.
+class Lora:
+    """Which LoRA adapter of a checkpoint is read, and whether merged into its base model.
 
     name: of several, which. config: a directory with its adapter_config.json, where the checkpoint has none. base:
     where the base model lies, if not in the same checkpoint.

@@ -105,6 +105,19 @@ def load_as_transformers_saves(model, path):
     return load_file(path / "theirs" / "model.safetensors")
 
 
+@pytest.mark.full
+def test_a_model_whose_names_transformers_changes_as_it_reads_is_opened(tmp_path, capsys):
+    sizes = {"vocab_size": 40, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
+    config = transformers.MixtralConfig(**sizes, num_attention_heads=2, num_key_value_heads=2, num_local_experts=2)
+    model = transformers.MixtralForCausalLM(config)
+    save(tmp_path / "run", model)
+    config.save_pretrained(tmp_path / "config")
+    said(capsys, "export", tmp_path / "run", "-o", tmp_path / "out", "--config", tmp_path / "config")
+    found, loading = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not any(loading.values())
+    assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in found.state_dict().items())
+
+
 @pytest.mark.parametrize("to", ["safetensors", "torch", "dcp", "hf", "deepspeed"])
 def test_what_is_exported_is_imported_again(runs, tmp_path, capsys, to):
     """The weights alone; as a DeepSpeed tag, from which training goes on, all."""
