@@ -21,7 +21,7 @@ from distckpt.foreign.peft import CONFIG, DEFAULT, checked_config, part_of, read
 from distckpt.foreign.safetensors_write import LEAD
 from distckpt.format import objects
 from distckpt.format.checksum import digest
-from distckpt.format.manifest import ObjectInfo, TensorInfo
+from distckpt.format.manifest import ObjectInfo
 from distckpt.format.partition import Grid
 from distckpt.loading.open import Computed
 from distckpt.loading.stream import whole
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
     from distckpt.foreign.peft import Part
+    from distckpt.format.manifest import TensorInfo
     from distckpt.loading.open import Checkpoint
 
 _PLAIN = {
@@ -223,8 +224,7 @@ class Merged(Over):
                 self._infos[alias] = self._infos[live]
                 self._computed[alias] = Computed(((self._base, live),), partial(whole, self._base, live))
             self._aliases.pop(live, None)
-            shape = info.shape
-            self._infos[live] = TensorInfo(shape, info.dtype, Grid(shape, ((),) * len(shape), 0))
+            self._infos[live] = _in_file(0, info)
             self._computed[live] = Computed(((self._adapter, fqn),), partial(whole, self._adapter, fqn))
 
     def _merge(self, module: str, parts: Mapping[str, str]) -> None:
@@ -235,6 +235,7 @@ class Merged(Over):
             raise Unsupported(f"{module}: has {', '.join(sorted(parts))}, which is not merged here: PEFT does it")
         layer = _Layer(self._base, self._adapter, weight, parts, _scaling(self._adapter, module, parts))
         turned = self._turned(module, parts, self._infos[weight].shape)
+        self._infos[weight] = _in_file(len(self._computed) % self._base.manifest.world_size, self._infos[weight])
         reads = ((self._base, weight), *((self._adapter, fqn) for fqn in parts.values()))
         self._computed[weight] = Computed(reads, partial(layer.weight, turned=turned))
         if fqn := parts.get("lora_B.bias"):
@@ -278,6 +279,11 @@ class Merged(Over):
         if self._adapter.transposed is not None:
             return module.removeprefix(ROOT) in self._adapter.transposed
         return bool(self._adapter.config.get("fan_in_fan_out"))
+
+
+def _in_file(file: int, info: TensorInfo) -> TensorInfo:
+    """A tensor as one whole, so that it is made once."""
+    return replace(info, partition=Grid(info.shape, ((),) * len(info.shape), file))
 
 
 @dataclass(frozen=True, slots=True)

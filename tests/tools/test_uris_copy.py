@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import distckpt
 from distckpt import Checkpointer, TrainState
@@ -292,6 +293,8 @@ def test_cp_sends_frozen_weights_once(to, tmp_path):
     assert cli(["cp", str(tmp_path / "run"), to, "--all"]) == 0
     assert sum(file.size for file in open_source(to).manifest.files if "/" not in file.name) < WIDTH * WIDTH * 4
     assert cli(["verify", to, "--all"]) == 0
+    assert cli(["export", to, "-o", str(tmp_path / "m.safetensors")]) == 0
+    assert load_file(tmp_path / "m.safetensors").keys() == {"0.weight", "0.bias", "1.weight", "1.bias"}
     assert cli(["cp", to, str(tmp_path / "back"), "--all"]) == 0
     assert cli(["diff", str(tmp_path / "run"), str(tmp_path / "back")]) == 0
 
