@@ -23,9 +23,9 @@ if TYPE_CHECKING:
 def train_state(accelerator: Accelerator, **more: Any) -> TrainState:
     """All that `accelerator.prepare` and `register_for_checkpointing` were given, as one TrainState.
 
-    Models, optimizers, schedulers, scaler, generators, registered objects, the count of gradient accumulation, and the
-    positions of data loaders. Call it when everything is prepared, and save after an optimizer step: gradients that are
-    being accumulated are not kept. more: what else TrainState takes (progress, config, ...).
+    Models, optimizers, schedulers, scaler, generators, registered objects, and the positions of data loaders. Call it
+    when everything is prepared, and save when an optimizer step is done (`accelerator.sync_gradients`): gradients that
+    are being accumulated are not kept. more: what else TrainState takes (progress, config, ...).
 
     Accelerate knows where a loader is with `DataLoaderConfiguration(use_stateful_dataloader=True)`, and in which order
     it shuffles with `use_seedable_sampler=True`; what a loader does not tell is warned of (StateWarning). Make loaders
@@ -44,7 +44,6 @@ def train_state(accelerator: Accelerator, **more: Any) -> TrainState:
         scaler=None if by_deepspeed else accelerator.scaler,
         dataloader=_Loaders(loaders) if loaders else None,
         registered={str(i): found for i, found in enumerate(accelerator._custom_objects)},
-        accumulation=_Accumulation(accelerator),
         **more,
     )
 
@@ -66,19 +65,6 @@ def _tells(loader: Any) -> bool:
         return True
     warnings.warn(f"a data loader of {len(loader.dataset)} samples: {why}", StateWarning, stacklevel=3)
     return bool(getattr(loader, "use_stateful_dataloader", False))
-
-
-class _Accumulation:
-    """Where an accelerator is between two optimizer steps."""
-
-    def __init__(self, accelerator: Accelerator) -> None:
-        self._accelerator = accelerator
-
-    def state_dict(self) -> dict[str, int]:
-        return {"step": self._accelerator.step}
-
-    def load_state_dict(self, state_dict: dict[str, int]) -> None:
-        self._accelerator.step = state_dict["step"]
 
 
 class _Loaders:

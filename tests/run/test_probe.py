@@ -167,6 +167,7 @@ def test_a_job_without_time_does_not_ask():
 
 def _ranks(root, action):
     if action == "save":
+        saved(root + "-rank", fn=lambda: current().rank)
         return saved(root), saved(root + "-without", probe=False)
     return resumed(root)
 
@@ -178,6 +179,7 @@ def test_under_fsdp_every_rank_asks_and_what_they_say_is_averaged(tmp_path):
         assert with_probe == without == after
         assert told == []
         assert report.notes[-1].startswith("probe: ")
+    assert resumed(root + "-rank")[0].metrics["probe"] == 0.5
     report, told, _ = resumed(root)  # on one rank
     assert told == []
     assert report.notes[-1].startswith("probe: ")
