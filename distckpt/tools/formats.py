@@ -123,8 +123,12 @@ FORMATS: dict[str, Callable[[], Format]] = {
 
 
 def _step_dir(store: Store, step: int, attempt: str) -> StepDir:
-    """Directory of a step in which a try before this one has left files; else one that nothing has taken."""
+    """Directory of a step in which a try before this one has left files; else one that nothing has taken.
+
+    RunConflict where the store is the directory of one checkpoint.
+    """
     history = History(store)
+    history.refuse_checkpoint()
     same = (d for d in history.directories() if d.step == step)
     begun = (d for d in same if any(attempt_of(entry.name) == attempt for entry in store.list(str(d))))
     return next(begun, None) or StepDir(step, history.next_generation(step))

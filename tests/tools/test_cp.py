@@ -161,6 +161,7 @@ def test_wrong_paths_are_one_line(saved, tmp_path, capsys):
         ([saved, tmp_path / "to", "--all", "--step", 5], 2),
         ([saved, "s3x://bucket/run"], 1),
         ([saved, tmp_path / "file"], 4),
+        ([saved, saved / "step-00000005"], 4),
         ([tmp_path / "empty", tmp_path / "to", "--all"], 3),
     ):
         told(capsys, "cp", *arguments, code=code)
