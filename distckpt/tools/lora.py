@@ -1,7 +1,6 @@
 """LoRA adapters as views of a checkpoint: the adapter alone, as PEFT has it, or its base model with it merged in.
 
-Merging does what PEFT's merge_and_unload does, operation by operation, so that the bits are the same; one weight at a
-time is in memory, with what is added to it. What of PEFT is not known here is refused by name.
+What of PEFT cannot be merged here bit for bit is refused by name.
 """
 
 from __future__ import annotations
@@ -12,8 +11,6 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-import torch
 
 from distckpt.adapters.peft import NAME, ROOT
 from distckpt.errors import Mismatch, Unsupported
@@ -26,6 +23,7 @@ from distckpt.format.partition import Grid
 from distckpt.loading.open import Computed
 from distckpt.loading.stream import whole
 from distckpt.run.source import open_source
+from distckpt.tools.lora_layer import Layer
 from distckpt.tools.view import Over
 
 if TYPE_CHECKING:
@@ -71,7 +69,9 @@ class Lora:
             return Merged(_within(checkpoint), alone, {})
         _refuse_changed_base(alone.config)
         base = open_source(self.base)
-        return Merged(base, alone, _aligned(alone, base))
+        merged = Merged(base, alone, _aligned(alone, base))
+        merged.notes = [*base.notes, *_perhaps_tied(base, alone, merged)]
+        return merged
 
 
 class Alone(Over):
@@ -233,7 +233,7 @@ class Merged(Over):
         weight = self._held(module, "weight")
         if kinds not in _MATRICES:
             raise Unsupported(f"{module}: has {', '.join(sorted(parts))}, which is not merged here: PEFT does it")
-        layer = _Layer(self._base, self._adapter, weight, parts, _scaling(self._adapter, module, parts))
+        layer = Layer(self._base, self._adapter, weight, parts, _scaling(self._adapter, module, parts))
         turned = self._turned(module, parts, self._infos[weight].shape)
         self._infos[weight] = _in_file(len(self._computed) % self._base.manifest.world_size, self._infos[weight])
         reads = ((self._base, weight), *((self._adapter, fqn) for fqn in parts.values()))
@@ -286,49 +286,6 @@ def _in_file(file: int, info: TensorInfo) -> TensorInfo:
     return replace(info, partition=Grid(info.shape, ((),) * len(info.shape), file))
 
 
-@dataclass(frozen=True, slots=True)
-class _Layer:
-    """A layer that LoRA changes: its weight in the base, the adapter's tensors by what they are, and their scaling."""
-
-    base: Checkpoint
-    adapter: Checkpoint
-    fqn: str
-    parts: Mapping[str, str]
-    scaling: float
-
-    def weight(self, *, turned: bool) -> torch.Tensor:
-        """Merge the weight, as PEFT's layers do."""
-        held = {name: whole(self.adapter, fqn) for name, fqn in self.parts.items()}
-        weight = whole(self.base, self.fqn)
-        if "lora_A.weight" not in held:
-            delta = _product(held["lora_embedding_B"], held["lora_embedding_A"], self.scaling, turned=turned)
-            return weight.add_(delta.to(weight.dtype))
-        delta = _product(held["lora_B.weight"], held["lora_A.weight"], self.scaling, turned=turned)
-        if (magnitude := held.get("lora_magnitude_vector.weight")) is None:
-            return weight.add_(delta)
-        return _decomposed(weight, delta, magnitude, turned=turned)
-
-    def bias(self, fqn: str) -> torch.Tensor:
-        """Merge the bias that LoRA's own is added to."""
-        return whole(self.base, fqn).add_(whole(self.adapter, self.parts["lora_B.bias"]) * self.scaling)
-
-
-def _product(b: torch.Tensor, a: torch.Tensor, scaling: float, *, turned: bool) -> torch.Tensor:
-    """What LoRA adds to a weight: in float32 where its matrices are of 16 bits, and rounded to them."""
-    dtype = b.dtype
-    delta = b.float() @ a.float() if dtype in {torch.float16, torch.bfloat16} else b @ a
-    delta = (delta.T if turned else delta).mul_(scaling)
-    return delta.to(dtype)
-
-
-def _decomposed(weight: torch.Tensor, delta: torch.Tensor, magnitude: torch.Tensor, *, turned: bool) -> torch.Tensor:
-    """DoRA: the sum's rows are given the lengths that were learned."""
-    rows = (weight.T if turned else weight) + (delta.T if turned else delta)
-    factor = (magnitude / torch.linalg.norm(rows, dim=1).to(rows.dtype)).view(-1, 1)
-    merged: torch.Tensor = (factor.T if turned else factor) * (weight + delta)
-    return merged.to(weight.dtype)
-
-
 def _layers(adapter: Alone) -> dict[str, dict[str, str]]:
     """Fqns of an adapter by module, and by what they are there."""
     found: dict[str, dict[str, str]] = {}
@@ -377,3 +334,18 @@ def _aligned(adapter: Alone, base: Checkpoint) -> dict[str, str]:
         if all(f"{called.get(m, m)}.weight" in names for m in modules):
             return called
     return {}
+
+
+def _perhaps_tied(base: Checkpoint, adapter: Alone, merged: Checkpoint) -> list[str]:
+    """Notes of matrices that the adapter has as a whole, and to which a base from elsewhere may tie another."""
+    found = []
+    shapes = [info.shape for info in merged.manifest.tensors.values()]
+    for fqn, info in adapter.manifest.tensors.items():
+        part = part_of(fqn.removeprefix(LEAD))
+        if part and part.part == "modules_to_save" and len(info.shape) == 2 and shapes.count(info.shape) == 1:
+            name = f"{part.module.removeprefix(ROOT)}{part.rest}"
+            found.append(
+                f"{name}: is the adapter's. If the base ties another weight to it, such as lm_head, PEFT leaves that "
+                "as it was, and this has only one: merge a checkpoint that holds both"
+            )
+    return found if base.foreign else []

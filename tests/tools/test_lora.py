@@ -210,6 +210,21 @@ def test_an_adapter_of_16_bits_is_merged_with_the_same_rounding(variant, dtype, 
     equal(load_file(tmp_path / "m.safetensors"), merged(model), ["lm_head.weight"] if variant == "conv1d" else [])
 
 
+def test_an_embedding_trained_as_a_whole_is_noted_where_the_base_may_tie_another_to_it(tmp_path, capsys):
+    config = peft.LoraConfig(target_modules=["c_attn"], modules_to_save=["wte"], fan_in_fan_out=True)
+    model = quiet(peft.get_peft_model, gpt2(torch.float32), config)
+    with torch.no_grad():
+        model.base_model.model.transformer.wte.modules_to_save["default"].weight.add_(1)
+    save(tmp_path / "run", model)
+    quiet(model.save_pretrained, tmp_path / "adapter")
+    gpt2(torch.float32).save_pretrained(tmp_path / "base")
+    base = ["--base", tmp_path / "base"]
+    text = said(capsys, "export", tmp_path / "adapter", "-o", tmp_path / "m.safetensors", "--merge", *base)
+    assert "transformer.wte.weight: is the adapter's. If the base ties another weight to it" in text
+    assert "note" not in said(capsys, "export", tmp_path / "run", "-o", tmp_path / "both.safetensors", "--merge")
+    equal(load_file(tmp_path / "both.safetensors"), merged(model))
+
+
 def test_the_adapter_that_is_meant_is_taken(tmp_path, capsys):
     model = wrapped("llama")
     quiet(model.add_adapter, "other", peft.LoraConfig(r=2, lora_alpha=3, target_modules=["k_proj"]))
