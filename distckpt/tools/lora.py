@@ -5,10 +5,10 @@ What of PEFT cannot be merged here bit for bit is refused by name.
 
 from __future__ import annotations
 
-import math
 import re
 from dataclasses import dataclass, replace
 from functools import partial
+from math import prod, sqrt
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -43,7 +43,8 @@ _PLAIN = {
 """Of a configuration: what leaves an adapter one that is merged here. Anything else that is set is refused."""
 _BASE_KEPT = (True, False, "gaussian", "eva", "orthogonal")
 """init_lora_weights after which the base model still has the weights that it came with."""
-_MATRICES = ({"lora_A.weight", "lora_B.weight"}, {"lora_embedding_A", "lora_embedding_B"})
+_LINEAR, _EMBEDDING = ("lora_A.weight", "lora_B.weight"), ("lora_embedding_A", "lora_embedding_B")
+_FLOATS = {"float16", "bfloat16", "float32", "float64"}
 _BESIDE = {"lora_B.bias", "lora_magnitude_vector.weight"}
 
 
@@ -229,11 +230,12 @@ class Merged(Over):
 
     def _merge(self, module: str, parts: Mapping[str, str]) -> None:
         """Have a module's weight, and its bias if it has one of LoRA's, be merged when they are asked for."""
-        kinds = parts.keys() - _BESIDE
         weight = self._held(module, "weight")
-        if kinds not in _MATRICES:
+        if parts.keys() != {*_EMBEDDING} and parts.keys() - _BESIDE != {*_LINEAR}:
             raise Unsupported(f"{module}: has {', '.join(sorted(parts))}, which is not merged here: PEFT does it")
         layer = Layer(self._base, self._adapter, weight, parts, _scaling(self._adapter, module, parts))
+        if (dtype := self._infos[weight].dtype) not in _FLOATS:
+            raise Unsupported(f"{module}: a weight of dtype {dtype} is left to PEFT to merge")
         turned = self._turned(module, parts, self._infos[weight].shape)
         self._infos[weight] = _in_file(len(self._computed) % self._base.manifest.world_size, self._infos[weight])
         reads = ((self._base, weight), *((self._adapter, fqn) for fqn in parts.values()))
@@ -262,18 +264,17 @@ class Merged(Over):
 
     def _turned(self, module: str, parts: Mapping[str, str], shape: tuple[int, ...]) -> bool:
         """Whether a weight is stored as (in, out). Mismatch for one that the adapter does not fit."""
-        infos = self._adapter.manifest.tensors
-        if "lora_A.weight" not in parts:
-            made = infos[parts["lora_embedding_B"]].shape[0], infos[parts["lora_embedding_A"]].shape[1]
-            if shape != made[::-1]:
-                raise Mismatch(f"{module}: the embedding is of shape {shape}, what is added to it of {made[::-1]}")
-            return True
-        a, b = infos[parts["lora_A.weight"]].shape, infos[parts["lora_B.weight"]].shape
-        if len(a) != 2 or len(shape) != 2:
-            raise Unsupported(f"{module}: a weight of {len(shape)} dimensions is not merged here: PEFT does it")
+        infos = {name: self._adapter.manifest.tensors[fqn] for name, fqn in parts.items()}
+        embedding = "lora_A.weight" not in parts
+        a, b = (infos[n].shape for n in (_EMBEDDING if embedding else _LINEAR))
+        if len(a) != 2 or len(b) != 2 or len(shape) != 2:
+            raise Unsupported(f"{module}: a weight of {max(len(a), len(shape))} dimensions is left to PEFT to merge")
         fits = {turned for turned, made in ((False, (b[0], a[1])), (True, (a[1], b[0]))) if made == shape}
-        if not fits:
-            raise Mismatch(f"{module}: the weight is of shape {shape}, what is added to it of {(b[0], a[1])}")
+        fits &= {True} if embedding else {False, True}
+        lengths = {prod(infos[name].shape) for name in parts.keys() & _BESIDE}
+        if not fits or a[0] != b[1] or not lengths <= {b[0]} or any(i.dtype not in _FLOATS for i in infos.values()):
+            told = ", ".join(f"{name} {list(i.shape)} {i.dtype}" for name, i in sorted(infos.items()))
+            raise Mismatch(f"{module}: the weight is of shape {list(shape)}, the adapter has {told}")
         if len(fits) == 1:
             return fits.pop()
         if self._adapter.transposed is not None:
@@ -303,7 +304,7 @@ def _scaling(adapter: Alone, module: str, parts: Mapping[str, str]) -> float:
     key = next((k for k in patterns if re.match(rf"(.*\.)?({k})$", module.removeprefix(ROOT))), None)
     alpha = patterns[key] if key is not None else config.get("lora_alpha", 8)
     rank = adapter.manifest.tensors[parts.get("lora_A.weight") or parts["lora_embedding_A"]].shape[0]
-    return alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank  # type: ignore[no-any-return]
+    return alpha / sqrt(rank) if config.get("use_rslora") else alpha / rank  # type: ignore[no-any-return]
 
 
 def _refuse_unknown(adapter: Alone) -> None:

@@ -9,7 +9,7 @@ import peft
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch.distributed.fsdp import fully_shard
 
 from distckpt import Checkpointer, TrainState
@@ -297,6 +297,25 @@ REFUSED = {
     "aLoRA": (llama, {"target_modules": ["q_proj"], "alora_invocation_tokens": [1], "task_type": "CAUSAL_LM"}),
     "target_parameters": (llama, {"target_modules": [], "target_parameters": ["q_proj.weight"]}),
 }
+
+
+def test_dora_of_an_embedding_and_matrices_that_do_not_fit_are_refused(tmp_path, capsys):
+    config = peft.LoraConfig(target_modules=["embed_tokens"], use_dora=True, r=2)
+    save(tmp_path / "dora", quiet(peft.get_peft_model, llama(torch.float32), config))
+    text = said(capsys, "export", tmp_path / "dora", "-o", tmp_path / "m.safetensors", "--merge", code=1)
+    assert "lora_magnitude_vector.weight, which is not merged here: PEFT does it" in text
+    quiet(wrapped("lora's own bias").save_pretrained, tmp_path / "adapter")
+    classifier(torch.float32).save_pretrained(tmp_path / "base")
+    capsys.readouterr()
+    file = tmp_path / "adapter" / "adapter_model.safetensors"
+    good = load_file(file)
+    name = next(n for n in good if "layer.0" in n and n.endswith("query.lora_A.weight"))
+    for odd in (torch.ones(2, 16), torch.ones(4, 5), torch.ones(4, 16, dtype=torch.int32), torch.ones(4)):
+        save_file(good | {name: odd}, file)
+        arguments = ["--merge", "--base", tmp_path / "base"]
+        text = said(capsys, "export", tmp_path / "adapter", "-o", tmp_path / "m.safetensors", *arguments, code=1)
+        assert "layer.0.attention.self.query: " in text
+    assert not (tmp_path / "m.safetensors").exists()
 
 
 @pytest.mark.parametrize("kind", REFUSED)
