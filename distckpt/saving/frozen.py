@@ -20,7 +20,7 @@ from distckpt.format.dtype import item_size
 from distckpt.format.manifest import FileInfo, TensorInfo
 from distckpt.format.partition import Copies, Pieces
 from distckpt.saving.commit import Attempt, committed_manifest, is_committed
-from distckpt.state import content_of
+from distckpt.state import State, content_of
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping, Sequence
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from distckpt.format.manifest import Manifest
     from distckpt.format.partition import Partition
     from distckpt.saving.merge import Agreed
-    from distckpt.state import State
+    from distckpt.state import GlobalTensor
     from distckpt.store.base import Store
 
 CHANGED = 4
@@ -65,14 +65,14 @@ class Frozen:
         self._store = store
         self._sums: dict[str, int] = {}
         """Of this rank's parts, as they were."""
-        self._kinds: dict[str, tuple[Shape, str]] = {}
-        """Shape and dtype of each, on any rank."""
+        self._names: frozenset[str] = frozenset()
+        """Of all of them, on any rank."""
         self._holders: list[_Holder] = []
 
     def flag(self, state: State, rank: int) -> int:
         """What this rank tells the others at a save."""
         if not self._holders:
-            return 0
+            return CHANGED if any(t.frozen and t.shards for t in state.tensors.values()) else 0
         if any(self._sums.get(name) != value for name, value in _sums(state).items()):
             return CHANGED
         return self._chosen() << _CHOICE if rank == 0 else 0
@@ -91,10 +91,9 @@ class Frozen:
         return 0
 
     def shared(self, tensors: Mapping[str, Agreed], flags: Sequence[int]) -> frozenset[str]:
-        """Tensors that a save need not write. The same on every rank."""
+        """Tensors that a save need not write. The same on every rank, for flags alone decide."""
         frozen = _frozen(tensors)
-        as_they_were = all(self._kinds.get(fqn) == (t.shape, t.dtype) for fqn, t in frozen.items())
-        if not (flags and flags[0] >> _CHOICE and as_they_were and _worth_it(tensors, frozen)):
+        if not (flags and flags[0] >> _CHOICE and _worth_it(tensors, frozen)):
             return frozenset()
         return frozenset() if any(flag & CHANGED for flag in flags) else frozenset(frozen)
 
@@ -127,19 +126,24 @@ class Frozen:
         if shared or not self._store:
             return
         frozen = _frozen(tensors)
-        kinds = {fqn: (t.shape, t.dtype) for fqn, t in frozen.items()}
         if not _worth_it(tensors, frozen):
             self._holders = []
-        elif self._holders and kinds == self._kinds and not any(flag & CHANGED for flag in flags):
+        elif self._holders and frozen.keys() == self._names and not any(flag & CHANGED for flag in flags):
             self._holders = [*self._holders, _Holder(attempt)][-_MOST:]
         else:
-            self._sums, self._kinds, self._holders = _sums(state), kinds, [_Holder(attempt)]
+            self._sums, self._names, self._holders = _sums(state), frozenset(frozen), [_Holder(attempt)]
 
     def loaded(self, state: State, content: Manifest, attempt: Attempt) -> None:
         """Take note of a checkpoint of this run that was loaded whole."""
-        self._sums = _sums(state)
-        self._kinds = {fqn: (t.shape, t.dtype) for fqn, t in content.tensors.items()}
-        self._holders = [_Holder(attempt, content)] if self._sums else []
+        as_saved = {
+            f for f, t in state.tensors.items() if f in content.tensors and _kind(content.tensors[f]) == _kind(t)
+        }
+        self._sums = _sums(State({fqn: state.tensors[fqn] for fqn in as_saved}))
+        self._names, self._holders = frozenset(), [_Holder(attempt, content)]
+
+
+def _kind(tensor: TensorInfo | GlobalTensor) -> tuple[Shape, str]:
+    return tuple(tensor.shape), tensor.dtype
 
 
 def _first_file(partition: Partition) -> int:
@@ -155,7 +159,8 @@ def _moved(partition: Partition, by: int) -> Partition:
 
 
 def _frozen(tensors: Mapping[str, Agreed]) -> dict[str, Agreed]:
-    return {fqn: t for fqn, t in tensors.items() if t.frozen and not isinstance(t.layout, Copies)}
+    """Those that some rank holds a part of, and so has compared."""
+    return {f: t for f, t in tensors.items() if t.frozen and 0 not in t.shape and not isinstance(t.layout, Copies)}
 
 
 def _worth_it(tensors: Mapping[str, Agreed], frozen: Mapping[str, Agreed]) -> bool:
@@ -167,9 +172,9 @@ def _nbytes(tensors: Mapping[str, Agreed]) -> int:
 
 
 def _sums(state: State) -> dict[str, int]:
-    """CRC-32C of each part of a frozen parameter that this rank holds."""
+    """CRC-32C of each part of a frozen parameter that this rank holds, and what it is a part of."""
     return {
-        f"{fqn} {shard.region}": content_of(shard.tensor)
+        f"{fqn} {_kind(tensor)} {shard.region}": content_of(shard.tensor)
         for fqn, tensor in state.tensors.items()
         if tensor.frozen
         for shard in tensor.shards

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from functools import partial
 
 import pytest
 import torch
@@ -285,3 +286,37 @@ def test_shards_of_any_number_of_ranks_share_what_others_wrote(tmp_path):
     with Checkpointer(tmp_path, timeout=30) as c:
         c.load(TrainState(model=plain), only=("model",))
     assert same(plain.parameters(), after)
+
+
+def _stage(root, steps, *, frozen, change=False):
+    """One layer a rank, as a pipeline has it; frozen: of which ranks, before and after the resume."""
+    rank = torch.distributed.get_rank()
+    torch.manual_seed(rank)
+    model = torch.nn.ModuleDict({f"stage{rank}": torch.nn.Linear(WIDTH, WIDTH)})
+    model.requires_grad_(rank not in frozen[0])
+    state = TrainState(model=model)
+    with Checkpointer(root, timeout=30, wait=True) as c:
+        c.resume(state)
+        if change and rank not in frozen[0]:
+            with torch.no_grad():
+                model[f"stage{rank}"].weight += 1
+        model.requires_grad_(rank not in frozen[1])
+        for step in steps:
+            c.save(step, state)
+        before = [p.detach().clone() for p in model.parameters()]
+        with torch.no_grad():
+            for p in model.parameters():
+                p.zero_()
+        c.load(state)
+    return same(before, model.parameters())
+
+
+def test_a_rank_that_freezes_its_first_parameters_after_a_resume_has_them_saved(tmp_path):
+    def run(*steps, **how):
+        assert ranks.run(2, partial(_stage, str(tmp_path), steps, **how)) == [True, True]
+
+    run(1, 2, frozen=({1}, {1}))
+    run(3, frozen=({1}, {1}))  # rank 0 has none of them, and it is the one that chooses
+    assert owners(tmp_path, 2) == owners(tmp_path, 3) == {1}
+    run(4, frozen=({1}, {0, 1}), change=True)
+    assert owners(tmp_path, 4) == set()
