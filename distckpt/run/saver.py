@@ -50,7 +50,7 @@ class Saver:
             raise ValueError(f"when_busy={when_busy!r}: 'wait' or 'skip'")
         self._comm, self._places = comm, places
         self.when_busy: Literal["wait", "skip"] = when_busy
-        self._frozen = Frozen(places.whole if places else None)
+        self._frozen = Frozen(places.near if places else None)
         self._background = Background(comm.timeout, arena_bytes, hold)
         self._pending: list[PendingSave] = []
         self.blocked = 0.0
@@ -135,7 +135,7 @@ class Saver:
 
     def resumed(self, capture: Callable[[], State], found: Checkpoint | None) -> None:
         """Take note of what a launch begins with. found: loaded whole; None: nothing of the run, or a part."""
-        self._frozen = Frozen(self._places.whole if self._places else None)
+        self._frozen = Frozen(self._places.near if self._places else None)
         if found:
             content = found.manifest
             attempt = Attempt(found.directory, content.attempt, content.world_size)

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from distckpt.errors import DistckptError
 from distckpt.format.dtype import item_size
+from distckpt.format.layout import StepDir
 from distckpt.format.manifest import FileInfo, TensorInfo
 from distckpt.format.partition import Copies, Pieces
 from distckpt.saving.commit import Attempt, committed_manifest, is_committed
@@ -36,15 +37,19 @@ CHANGED = 4
 """Flag of a rank that does not hold them as they were."""
 _CHOICE = 3
 """Bit of rank 0's flag from which on it says which checkpoint is to be named: 1 for the first; 0: none."""
-_MOST = 3
-"""Checkpoints that are remembered: those in flight, and one that is committed."""
+_MOST = 8
+"""Checkpoints that are remembered: those in flight (more than two, where each node has a disk), and a committed one."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Holder:
-    """A checkpoint that has them, or will once it is committed. content: rank 0 knows it then."""
+    """A checkpoint that has them, or names who has, or will once it is committed. content: rank 0 knows it then.
+
+    owners: whose files these are, as far as retention here could remove them.
+    """
 
     attempt: Attempt
+    owners: frozenset[StepDir]
     content: Manifest | None = None
 
 
@@ -58,7 +63,7 @@ class Named(NamedTuple):
 class Frozen:
     """Which checkpoints of a run have the frozen parameters as this rank holds them.
 
-    store: all that there is of the run. None: nothing is shared.
+    store: where saves commit; no other is asked, for it may be out of reach. None: nothing is shared.
     """
 
     def __init__(self, store: Store | None = None) -> None:
@@ -81,12 +86,12 @@ class Frozen:
         """Return 1 + index of the newest of them that is committed; 0 if none is known to be."""
         assert self._store
         for at in reversed(range(len(self._holders))):
-            attempt, content = self._holders[at].attempt, self._holders[at].content
+            holder = self._holders[at]
             with suppress(DistckptError):  # then they are written anew, which is always right
-                if content is None:
-                    content = committed_manifest(self._store, attempt)
-                    self._holders[at] = _Holder(attempt, content)
-                if content and is_committed(self._store, attempt.directory):
+                if holder.content is None:
+                    holder = replace(holder, content=committed_manifest(self._store, holder.attempt))
+                    self._holders[at] = holder
+                if holder.content and all(is_committed(self._store, directory) for directory in holder.owners):
                     return at + 1
         return 0
 
@@ -105,8 +110,7 @@ class Frozen:
         content = holder.content
         assert content is not None
         found = {fqn: content.tensors[fqn] for fqn in shared}
-        own = content.world_size  # of a checkpoint that has none of them itself, what it names is all that is needed
-        first = 0 if any(_first_file(t.partition) < own for t in found.values()) else own
+        first = content.world_size if all(_is_elsewhere(t, content) for t in found.values()) else 0
         files = tuple(
             f if "/" in f.name else FileInfo(holder.attempt.key(f.name), f.size, f.header, f.digest)
             for f in content.files[first:]
@@ -129,27 +133,38 @@ class Frozen:
         if not _worth_it(tensors, frozen):
             self._holders = []
         elif self._holders and frozen.keys() == self._names and not any(flag & CHANGED for flag in flags):
-            self._holders = [*self._holders, _Holder(attempt)][-_MOST:]
+            self._holders = [*self._holders, _holder(attempt)][-_MOST:]
         else:
-            self._sums, self._names, self._holders = _sums(state), frozenset(frozen), [_Holder(attempt)]
+            self._sums, self._names, self._holders = _sums(state), frozenset(frozen), [_holder(attempt)]
 
     def loaded(self, state: State, content: Manifest, attempt: Attempt) -> None:
-        """Take note of a checkpoint of this run that was loaded whole."""
-        as_saved = {
-            f for f, t in state.tensors.items() if f in content.tensors and _kind(content.tensors[f]) == _kind(t)
-        }
-        self._sums = _sums(State({fqn: state.tensors[fqn] for fqn in as_saved}))
-        self._names, self._holders = frozenset(), [_Holder(attempt, content)]
+        """Take note of a checkpoint of this run that was loaded whole.
+
+        If it names some of an earlier one, those alone are shared: it need not stay itself.
+        """
+        assert self._store
+        names = {fqn for fqn, info in content.tensors.items() if _is_elsewhere(info, content)}
+        owners = {StepDir.parse(file.name.partition("/")[0]) for file in content.files if "/" in file.name}
+        if not names:
+            names, owners = {*content.tensors}, {attempt.directory}
+        as_saved = {f: t for f, t in state.tensors.items() if f in names and _kind(content.tensors[f]) == _kind(t)}
+        here = frozenset(owner for owner in owners if owner and is_committed(self._store, owner))
+        self._sums, self._names = _sums(State(as_saved)), frozenset()
+        self._holders = [_Holder(attempt, here, content)]
+
+
+def _holder(attempt: Attempt) -> _Holder:
+    return _Holder(attempt, frozenset({attempt.directory}))
 
 
 def _kind(tensor: TensorInfo | GlobalTensor) -> tuple[Shape, str]:
     return tuple(tensor.shape), tensor.dtype
 
 
-def _first_file(partition: Partition) -> int:
-    if isinstance(partition, Pieces):
-        return min((file for file, _ in partition.pieces), default=0)
-    return partition.first
+def _is_elsewhere(info: TensorInfo, content: Manifest) -> bool:
+    """Whether a tensor of a checkpoint lies in files of earlier ones."""
+    at = info.partition
+    return (min((f for f, _ in at.pieces), default=0) if isinstance(at, Pieces) else at.first) >= content.world_size
 
 
 def _moved(partition: Partition, by: int) -> Partition:

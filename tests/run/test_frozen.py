@@ -229,6 +229,32 @@ def test_tiers_send_what_is_shared_once_and_a_new_machine_goes_on_from_the_root(
     assert same(new.content()[:2], tuning.content()[:2])
 
 
+def test_what_was_resumed_may_go_while_what_it_named_is_named_on(tmp_path):
+    train(tmp_path, [1, 2])
+    tuning = train(tmp_path, range(3, 8), Tuning(seed=1), keep=Keep(last=2))
+    assert steps(tmp_path) == [1, 6, 7]
+    assert owners(tmp_path, 6) == owners(tmp_path, 7) == {1}
+    assert same(resumed(tmp_path)[0], tuning.content())
+
+
+def test_saves_ask_nothing_of_a_root_behind_a_local_directory(tmp_path):
+    root, away, near = tmp_path / "root", tmp_path / "away", tmp_path / "near"
+    train(root, [1, 2], local=tmp_path / "another machine's")
+    tuning = Tuning(seed=1)
+    with warnings.catch_warnings(), Checkpointer(root, local=near, timeout=30, wait=True) as c:
+        warnings.simplefilter("ignore")  # the root is behind
+        c.resume(tuning.state)
+        root.rename(away)
+        root.touch()  # whatever is asked of it fails
+        tuning.step()
+        c.save(3, tuning.state)
+        root.unlink()
+        away.rename(root)
+        c.save(4, tuning.state)
+    assert owners(near, 3) == owners(near, 4) == owners(root, 4) == {1}
+    assert same(resumed(root)[0], tuning.content())
+
+
 def test_what_all_ranks_had_acked_is_committed_by_the_next_launch(tmp_path, monkeypatch):
     tuning = train(tmp_path, [1])
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
