@@ -15,7 +15,7 @@ from distckpt.format import objects, partition
 from distckpt.format.checksum import DIGEST_SIZE
 from distckpt.format.datafile import MAX_HEADER
 from distckpt.format.dtype import item_size
-from distckpt.format.layout import check_key
+from distckpt.format.layout import StepDir, check_key
 from distckpt.format.sealed import seal, unseal
 from distckpt.format.text import shown
 from distckpt.garbage import uncollected
@@ -94,6 +94,12 @@ class Manifest:
     def own_bytes(self) -> int:
         """Bytes of its own data files, without those of earlier checkpoints that it names."""
         return sum(f.size for f in self.files if "/" not in f.name)
+
+
+def owners(manifest: Manifest) -> frozenset[StepDir]:
+    """Checkpoints whose data files it names besides its own."""
+    found = (StepDir.parse(f.name.partition("/")[0]) for f in manifest.files if "/" in f.name)
+    return frozenset(owner for owner in found if owner)
 
 
 def to_json(manifest: Manifest) -> dict[str, Any]:

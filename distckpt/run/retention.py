@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from distckpt.errors import Corrupt, DistckptError
-from distckpt.format.layout import ACK, COMMIT, StepDir
+from distckpt.format.layout import ACK, COMMIT
+from distckpt.format.manifest import owners
 from distckpt.run.keep import Candidate, decide
 from distckpt.run.launches import launch_numbers
 from distckpt.run.lease import leased
@@ -21,6 +22,7 @@ from distckpt.store.local import LocalStore
 if TYPE_CHECKING:
     from collections.abc import Collection
 
+    from distckpt.format.layout import StepDir
     from distckpt.loading.open import Checkpoint
     from distckpt.run.history import Found, History
     from distckpt.run.keep import Decision, Keep
@@ -61,7 +63,6 @@ def _candidate(found: Found, epochs: dict[str, int | None]) -> Candidate:
     if content.attempt not in epochs:
         epochs[content.attempt] = _epoch(found.checkpoint)
     own = content.own_bytes + sum(o.size for o in content.objects.values())
-    owners = (StepDir.parse(f.name.partition("/")[0]) for f in content.files if "/" in f.name)
     return Candidate(
         found.directory,
         nbytes=own,
@@ -69,7 +70,7 @@ def _candidate(found: Found, epochs: dict[str, int | None]) -> Candidate:
         epoch=epochs[content.attempt],
         metrics={k: v for k, v in content.metrics.items() if is_number(v)},
         asked=content.keep,
-        refers_to=frozenset(owner for owner in owners if owner and owner != found.directory),
+        refers_to=owners(content) - {found.directory},
         state="superseded" if found.superseded else "committed",
     )
 
@@ -115,17 +116,22 @@ def decided(history: History, checkpoints: list[Listed], keep: Keep, step: int |
 def remove_all(history: History, goes: Collection[StepDir]) -> tuple[list[StepDir], list[str]]:
     """Remove checkpoints, newest first, for those refer to files of older ones. Returns those removed, and problems.
 
-    One that has been leased since stays. Stops where a launch has begun since: what counts may be another then.
+    One that has been leased since stays, and what it refers to. Stops where a launch has begun since: what counts may
+    be another then.
     """
     store = history.store
     removed: list[StepDir] = []
+    needed: set[StepDir] = set()
     try:
         launches = launch_numbers(store)
         for directory in sorted(goes, reverse=True):
             if launch_numbers(store) != launches:
                 return sorted(removed), ["a later launch has begun; what goes is for it to decide"]
-            if directory not in leased(store) and remove(store, directory):
+            refers_to = owners(history.open(directory).manifest)
+            if directory not in needed | leased(store) and remove(store, directory):
                 removed.append(directory)
+            else:
+                needed |= refers_to
     except DistckptError as e:
         return sorted(removed), [str(e)]
     return sorted(removed), []

@@ -17,8 +17,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from distckpt.errors import DistckptError
 from distckpt.format.dtype import item_size
-from distckpt.format.layout import StepDir
-from distckpt.format.manifest import FileInfo, TensorInfo
+from distckpt.format.manifest import FileInfo, TensorInfo, owners
 from distckpt.format.partition import Copies, Pieces
 from distckpt.saving.commit import Attempt, committed_manifest, is_committed
 from distckpt.state import State, content_of
@@ -27,6 +26,7 @@ if TYPE_CHECKING:
     from collections.abc import Collection, Mapping, Sequence
 
     from distckpt.format.box import Shape
+    from distckpt.format.layout import StepDir
     from distckpt.format.manifest import Manifest
     from distckpt.format.partition import Partition
     from distckpt.saving.merge import Agreed
@@ -144,11 +144,11 @@ class Frozen:
         """
         assert self._store
         names = {fqn for fqn, info in content.tensors.items() if _is_elsewhere(info, content)}
-        owners = {StepDir.parse(file.name.partition("/")[0]) for file in content.files if "/" in file.name}
+        whose = owners(content)
         if not names:
-            names, owners = {*content.tensors}, {attempt.directory}
+            names, whose = {*content.tensors}, frozenset({attempt.directory})
         as_saved = {f: t for f, t in state.tensors.items() if f in names and _kind(content.tensors[f]) == _kind(t)}
-        here = frozenset(owner for owner in owners if owner and is_committed(self._store, owner))
+        here = frozenset(owner for owner in whose if is_committed(self._store, owner))
         self._sums, self._names = _sums(State(as_saved)), frozenset()
         self._holders = [_Holder(attempt, here, content)]
 

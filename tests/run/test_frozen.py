@@ -14,6 +14,8 @@ from distckpt.errors import Corrupt
 from distckpt.format.box import Box
 from distckpt.format.layout import StepDir
 from distckpt.run.history import History
+from distckpt.run.lease import lease
+from distckpt.run.retention import remove_all
 from distckpt.run.source import open_source
 from distckpt.run.sweep import leftovers
 from distckpt.saving import save as saving
@@ -178,6 +180,13 @@ def test_who_is_referred_to_stays_and_goes_with_the_last_that_refers_to_it(tmp_p
             c.save(step, tuning.state)
     assert steps(tmp_path) == [6, 7, 8]
     assert same(resumed(tmp_path)[0], tuning.content())
+
+
+def test_what_a_reader_got_hold_of_in_time_keeps_what_it_refers_to(tmp_path):
+    train(tmp_path, [1, 2])
+    with lease(LocalStore(tmp_path), StepDir(2)):  # since it was decided that both are to go
+        assert remove_all(History(LocalStore(tmp_path)), [StepDir(1), StepDir(2)]) == ([], [])
+    assert steps(tmp_path) == [1, 2]
 
 
 def test_a_rewind_shares_with_what_counts(tmp_path):
