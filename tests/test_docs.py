@@ -174,8 +174,6 @@ def test_the_blocks_run(page, tmp_path, monkeypatch, capsys):
             _lora()
         if page.stem == "foreign":
             _foreign(names)
-        if page.stem == "troubleshooting":  # shows what the checklist has made
-            _run("python", next(text for _, text in blocks(ROOT / "docs/checklist.md") if "# train.py" in text), names)
         for kind, text in blocks(page):
             if page.stem == "deepspeed" and kind == "python":
                 from tests import deepspeeds

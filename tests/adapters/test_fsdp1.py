@@ -391,7 +391,7 @@ def _low_bit(root, kind, save):
     return all(torch.equal(a, _local(b)) for a, b in zip(wanted, model.parameters(), strict=True))
 
 
-@pytest.mark.parametrize("kind", ["fsdp1", "fsdp2"])
+@pytest.mark.parametrize("kind", [pytest.param("fsdp1", marks=pytest.mark.full), "fsdp2"])
 def test_blocks_of_8_bit_states_are_kept_where_the_layout_is_unchanged_and_refused_where_it_is_not(tmp_path, kind):
     assert ranks.run(2, _low_bit, str(tmp_path), kind, True) == [True, True]
     assert "optim.0.weight.exp_avg: is not laid out" in ranks.run(3, _low_bit, str(tmp_path), kind, False)[0]

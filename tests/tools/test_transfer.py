@@ -152,7 +152,7 @@ def test_a_batch_script_is_a_task_by_itself(source, tmp_path, monkeypatch):
     assert main([str(source), str(tmp_path / "shared"), "--to", "dcp", "--world-size", "4", "--timeout", "1"]) == 4
 
 
-@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.full)])
 def test_a_source_that_changes_in_the_middle_is_not_believed(processes, source, tmp_path, monkeypatch):
     write = copying.write_share
 

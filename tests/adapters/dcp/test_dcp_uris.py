@@ -90,6 +90,7 @@ def _async(root, environment, kind):
     return layouts.wrong(state.capture())
 
 
+@pytest.mark.full  # the same in a directory: test_dcp_ranks.py
 @pytest.mark.parametrize("kind", AsyncCheckpointerType, ids=lambda kind: kind.value)
 def test_ranks_save_asynchronously(kind, bucket):
     assert ranks.run(2, _async, bucket.uri, bucket.environment, kind) == [[], []]
