@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from distckpt.errors import Corrupt, DistckptError, FormatError, KeyExists, KeyMissing, RunConflict
 from distckpt.format.layout import COMMIT, ack_file, attempt_of
-from distckpt.format.manifest import MAX_BYTES
+from distckpt.format.manifest import MAX_BYTES, owners
 from distckpt.run.events import note
 from distckpt.run.history import History
 from distckpt.run.keep import Keep, decide
@@ -295,7 +295,7 @@ class Replicator:
                 if _stands(self._near.store, attempt, there, here):
                     lack = lack or there != ranks
                     acked += [attempt] if there == ranks else []
-        _let_go(self._near.store, [a.directory for a in acked[_UNCOMMITTED:]])
+        _let_go(self._near, [a.directory for a in acked[_UNCOMMITTED:]])
         return acked, lack
 
     def _copy_part(self, attempt: Attempt) -> bool:
@@ -317,7 +317,7 @@ class Replicator:
         commit(near, attempt, made)
         for history in (self._near, self._far):
             remove_acks(history.store, attempt)
-            _let_go(history.store, [d for d in history.directories() if d < attempt.directory])
+            _let_go(history, [d for d in history.directories() if d < attempt.directory])
         if self._rules.near:
             self._tell_all(self._near, retain(self._near, Retention(self._rules.near), noted=False)[1])
         return True
@@ -331,11 +331,12 @@ def _stands(store: Store, attempt: Attempt, ranks: Iterable[int], here: Collecti
         return False  # nobody will commit it
 
 
-def _let_go(store: Store, directories: Iterable[StepDir]) -> None:
-    """Remove saves that did not commit, for a newer one was sent instead."""
-    for directory in directories:
-        if not is_committed(store, directory):
-            remove(store, directory)
+def _let_go(history: History, directories: Iterable[StepDir]) -> None:
+    """Remove saves that did not commit, for a newer one was sent instead; not those whose files a commit names."""
+    if left := [directory for directory in directories if not is_committed(history.store, directory)]:
+        contents = [found.checkpoint.manifest for found in history.committed() if found.checkpoint]
+        for directory in set(left).difference(*map(owners, contents)):
+            remove(history.store, directory)
 
 
 def _launches(store: Store) -> int:

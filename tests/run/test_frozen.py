@@ -15,6 +15,7 @@ from distckpt.format.box import Box
 from distckpt.format.layout import StepDir
 from distckpt.run.history import History
 from distckpt.run.lease import lease
+from distckpt.run.replicate import _let_go
 from distckpt.run.retention import remove_all
 from distckpt.run.source import open_source
 from distckpt.run.sweep import leftovers
@@ -262,6 +263,15 @@ def test_saves_ask_nothing_of_a_root_behind_a_local_directory(tmp_path):
         c.save(4, tuning.state)
     assert owners(near, 3) == owners(near, 4) == owners(root, 4) == {1}
     assert same(resumed(root)[0], tuning.content())
+
+
+def test_files_that_were_sent_without_their_commit_are_not_let_go_while_they_are_named(tmp_path):
+    tuning = train(tmp_path, [1, 2, 3])
+    for step in (1, 2):
+        (tmp_path / str(StepDir(step)) / "commit.json").unlink()  # killed, and its disk lost, before it sent them
+    _let_go(History(LocalStore(tmp_path)), [StepDir(1), StepDir(2)])
+    assert not (tmp_path / str(StepDir(2))).exists()
+    assert same(resumed(tmp_path)[0], tuning.content())
 
 
 def test_what_all_ranks_had_acked_is_committed_by_the_next_launch(tmp_path, monkeypatch):
