@@ -116,11 +116,19 @@ def test_saves_that_are_not_waited_for_share_what_is_committed_by_then(tmp_path)
     assert same(resumed(tmp_path)[0], tuning.content())
 
 
-def test_a_launch_goes_on_with_what_it_resumed_from(tmp_path):
-    train(tmp_path, [1, 2])
-    tuning = train(tmp_path, [3, 4], Tuning(seed=1))
+@pytest.mark.parametrize("empty", [False, True])
+def test_a_launch_goes_on_with_what_it_resumed_from(tmp_path, empty):
+    def tuning_of(seed):
+        tuning = Tuning(seed)
+        if empty:  # a frozen parameter without elements, which no file has
+            tuning.base.register_parameter("none", torch.nn.Parameter(torch.zeros(0, 3), requires_grad=False))
+        return tuning
+
+    train(tmp_path, [1, 2], tuning_of(0))
+    tuning = train(tmp_path, [3, 4], tuning_of(1))
     assert owners(tmp_path, 3) == owners(tmp_path, 4) == {1}
-    assert same(resumed(tmp_path)[0], tuning.content())
+    if not empty:
+        assert same(resumed(tmp_path)[0], tuning.content())
 
 
 @pytest.mark.parametrize("how", ["data", "replaced", "thawed", "frozen more"])
