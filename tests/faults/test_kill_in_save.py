@@ -123,7 +123,7 @@ def test_a_store_error_at_any_point_is_raised_on_every_rank_or_the_save_is_whole
         assert {"create step-00000002/commit.json", "create step-00000002/commit.json done"} <= set(points)
 
 
-@pytest.mark.parametrize("failing", [0, 1])
+@pytest.mark.parametrize("failing", [0, pytest.param(1, marks=pytest.mark.full)])
 def test_the_same_holds_on_a_file_system(tmp_path, failing):
     for at in itertools.count(1):
         if _check(LocalStore(tmp_path / str(at)), failing, at, forever=False) is None:
@@ -220,7 +220,9 @@ SAMPLE = (
     "all_gather committing step-00000002 done",
 )
 
-KILLED = pytest.mark.parametrize("killed", [(0,), (1,), (0, 1)], ids=["rank 0", "rank 1", "both"])
+KILLED = pytest.mark.parametrize(
+    "killed", [(0,), pytest.param((1,), marks=pytest.mark.full), (0, 1)], ids=["rank 0", "rank 1", "both"]
+)
 
 
 @KILLED

@@ -213,7 +213,7 @@ time.sleep(60)
 """
 
 
-@pytest.mark.parametrize("end", ["kill", "fork", "exit"])
+@pytest.mark.parametrize("end", ["kill", pytest.param("fork", marks=pytest.mark.full), "exit"])
 def test_the_writer_outlives_a_trainer_finishes_what_was_staged_and_ends(tmp_path, end):
     command = [sys.executable, "-c", _TRAINER, str(tmp_path), end]
     with subprocess.Popen(command, stdout=subprocess.PIPE, start_new_session=True) as trainer:
