@@ -23,6 +23,7 @@ import sys
 import warnings
 from typing import Any
 
+from distckpt import __version__
 from distckpt.errors import DistckptError, NotACheckpoint, RanksMissing, RunConflict, StoreError
 
 COMMANDS = {
@@ -49,6 +50,7 @@ FAILED, USAGE, NOTHING, REFUSED, INTERRUPTED = 1, 2, 3, 4, 130
 def main(arguments: list[str] | None = None) -> int:
     """Run a command; returns its exit code. What goes wrong is one line on stderr."""
     given = sys.argv[1:] if arguments is None else arguments
+    sys.stdout = sys.stdout or open(os.devnull, "w", encoding="utf-8")  # noqa: PTH123, SIM115  closed by its parent
     parser = _parser(next((a for a in given if not a.startswith("-")), ""))
     try:
         options = parser.parse_args(given)
@@ -103,6 +105,7 @@ def _parser(chosen: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="distckpt", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name, what in COMMANDS.items():
         added = commands.add_parser(name, help=what, description=what)

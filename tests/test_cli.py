@@ -375,3 +375,25 @@ def test_a_pruned_run_is_resumed_from(run, capsys):
     with Checkpointer(run) as c:
         assert c.resume(state).step == 4
         assert c.save(5, state, wait=True).directory == str(StepDir(5))
+
+
+def test_what_would_be_written_into_a_checkpoint_or_below_a_step_s_name_is_refused(run, tmp_path, capsys):
+    """A step within a run's step is one that did not finish to `ls`, and goes with `gc`; a file in one goes with it."""
+    for destination in (run / "step-00000009", tmp_path / "copy" / "step-00000004", run / "last"):
+        assert "is the name of a step" in said(capsys, "cp", run / "last", destination, code=2)
+    assert "lies in a checkpoint" in said(capsys, "export", run, "-o", run / "step-00000004" / "x.pt", code=4)
+    assert not (tmp_path / "copy").exists()
+    assert not (run / "step-00000004" / "x.pt").exists()
+
+
+def test_what_is_asked_for_is_what_is_exported(run, tmp_path, capsys):
+    assert "is not step 3" in said(capsys, "export", run / "step-00000004", "--step", 3, "-o", tmp_path / "x", code=3)
+    assert "~" in said(capsys, "export", run, "-o", "~/x.pt", code=2)
+    assert "more than nothing" in said(capsys, "export", run, "-o", tmp_path / "x", "--shard-size", 0, code=2)
+    assert not (tmp_path / "x").exists()
+
+
+def test_an_output_that_is_closed_is_no_traceback(run):
+    shell = f"exec {sys.executable} -m distckpt ls {run} >&-"
+    done = subprocess.run(["/bin/sh", "-c", shell], cwd=HERE, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stderr) == (0, "")

@@ -122,7 +122,7 @@ def _live(name: str, config: Mapping[str, Any]) -> str:
     steps = name.split(".")
     for count in range(1, len(steps)):
         module = ".".join(steps[:count])
-        if any(module == target or module.endswith("." + target) for target in copies):
+        if any(module.endswith(target) for target in copies):  # PEFT's own rule: `norm` is input_layernorm, too
             return Part(module, "modules_to_save", DEFAULT, name.removeprefix(module)).name
     return name
 

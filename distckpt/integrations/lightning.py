@@ -42,7 +42,8 @@ class DistckptIO(CheckpointIO):  # type: ignore[misc]
     ModelCheckpoint, `trainer.save_checkpoint` and `ckpt_path=` stay as they are; each path becomes a directory of its
     own with one checkpoint, whole or not there, every byte summed: `distckpt ls`, `verify` and `diff` read it. Weights
     are `model.<fqn>`, so that `Checkpointer.load(TrainState(model=...), source=path, only=("model",))` does, too. A
-    path that is a file, of torch.save, is loaded by Lightning, without running code from it unless told to.
+    path that is a file, of torch.save, is loaded by Lightning, without running code from it unless told to; saved to,
+    it becomes a directory once that is whole.
 
     Give `AsyncCheckpointIO(DistckptIO())` of Lightning for saves that training does not wait for. timeout: seconds that
     a save may wait for its writer.
@@ -59,7 +60,13 @@ class DistckptIO(CheckpointIO):  # type: ignore[misc]
             raise Unsupported("storage_options: an object store is set up by its environment (docs/object-stores.md)")
         with closing(SoloComm(self._timeout)) as alone:
             counts: dict[str, Any] = {name: checkpoint[name] for name in ("global_step", "epoch") if name in checkpoint}
-            direct.save(path, _named(checkpoint), metrics=counts, comm=alone)
+            if is_uri(path) or not Path(path).is_file():
+                direct.save(path, _named(checkpoint), metrics=counts, comm=alone)
+                return
+            beside = Path(path).with_name(f".{Path(path).name}.distckpt")  # the file stays until this is whole
+            direct.save(beside, _named(checkpoint), metrics=counts, comm=alone)
+        Path(path).unlink()
+        beside.rename(path)
 
     def load_checkpoint(
         self,
@@ -81,8 +88,8 @@ class DistckptIO(CheckpointIO):  # type: ignore[misc]
 
     def remove_checkpoint(self, path: str | os.PathLike[str]) -> None:
         """See CheckpointIO.remove_checkpoint. Idempotent."""
-        if not is_uri(path) and Path(path).is_symlink():
-            Path(path).unlink()  # `last.ckpt`, of save_last="link"
+        if not is_uri(path) and (Path(path).is_symlink() or Path(path).is_file()):
+            Path(path).unlink()  # `last.ckpt`, of save_last="link"; or what torch.save wrote before this plugin
             return
         history = place(path).history
         for directory in history.directories():

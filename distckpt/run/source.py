@@ -129,7 +129,10 @@ def open_source(
     if names and kind != _FOREIGN:
         raise Mismatch(f"names={dict(names)!r}: {path} is distckpt's own, whose parts have their names")
     if kind != _RUN:
-        return _opened(path, kind, names, order)
+        opened = _opened(path, kind, names, order)
+        if kind == _STEP and step not in {None, opened.manifest.step}:
+            raise NotACheckpoint(f"{path}: is not step {step}; give the run's directory with --step")
+        return opened
     history = History(open_store(path))
     found = next((c for c in history.valid() if step in {None, c.directory.step}), None)
     if found is None:

@@ -44,11 +44,13 @@ def open_store(where: str | os.PathLike[str] | Store) -> Store:
 def located(where: str | os.PathLike[str]) -> str | Path:
     """Absolute path, of a `file://` too; any other URI without slashes at its end. Unsupported for one of no store.
 
-    ValueError for an empty one, such as of a variable that is not set.
+    ValueError for an empty one, such as of a variable that is not set, and for one that begins with `~/`.
     """
     if not is_uri(where):
         if where == "":
             raise ValueError("the path is empty: it would mean the working directory, which is called `.`")
+        if str(where).partition(os.sep)[0] == "~":  # `--output=~/x`: no shell expands that; a directory `~` is a trap
+            raise ValueError(f"{where}: ~ is a shell's word for the home directory, not expanded here: write it out")
         return local_path(where)
     scheme, _, rest = str(where).partition("://")
     if scheme not in SCHEMES:

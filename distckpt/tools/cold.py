@@ -52,7 +52,10 @@ def main(arguments: list[str]) -> None:
 
 def _made(target: str) -> tuple[TrainState, Callable[[], Any]]:
     module, _, name = target.partition(":")
-    made = getattr(importlib.import_module(module), name)()
+    make = getattr(importlib.import_module(module), name, None)
+    if not callable(make):
+        raise Unsupported(f"{target}: {module} has no function {name!r}")
+    made = make()
     if not (isinstance(made, tuple) and len(made) == 2 and isinstance(made[0], TrainState) and callable(made[1])):
         raise Unsupported(f"{target} returned a {type(made).__qualname__}: (TrainState, step) is expected")
     return made[0], made[1]

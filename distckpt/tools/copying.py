@@ -171,9 +171,12 @@ def _order(text: str) -> list[list[str]]:
 
 def _bytes(text: str) -> int:
     try:
-        return as_bytes(text)
+        found = as_bytes(text)
     except ValueError as e:
         raise argparse.ArgumentTypeError(str(e)) from None
+    if not found:
+        raise argparse.ArgumentTypeError(f"{text!r}: more than nothing is expected")
+    return found
 
 
 def _pair(text: str) -> tuple[str, str]:

@@ -17,6 +17,7 @@ from distckpt.foreign.torch_write import torch_sink
 from distckpt.format.layout import StepDir, attempt_of
 from distckpt.run.history import History
 from distckpt.run.launches import read_launches
+from distckpt.saving.commit import is_committed
 from distckpt.store.open import open_store, parted
 from distckpt.tools.run_sink import run_sink
 
@@ -61,6 +62,9 @@ class Distckpt:
 
     def sink(self, view: View, destination: str | Path, attempt: str, room: int) -> Sink:
         """See Format."""
+        run, name = parted(destination)
+        if StepDir.parse(name):
+            raise ValueError(f"{destination}: is the name of a step; the run that it becomes a step of is {run}")
         return run_sink(view, _step_dir(open_store(destination), view.manifest.step, attempt), attempt, room, self.has)
 
 
@@ -136,6 +140,10 @@ def _step_dir(store: Store, step: int, attempt: str) -> StepDir:
 
 def refuse_taken(sink: Sink, destination: str | Path) -> None:
     """RunConflict where the destination holds something already. StoreError where nothing can be moved to it."""
+    holder = parted(destination)[0]
+    run, name = parted(holder)
+    if (within := StepDir.parse(name)) and is_committed(open_store(run), within):
+        raise RunConflict(f"{destination}: lies in a checkpoint, which never changes, and is removed with all in it")
     if os.path.ismount(destination):
         raise StoreError(f"{destination}: is a mount point, which no directory can be moved to: give a path below it")
     if sink.kind == "inside" and os.path.exists(destination) and not os.path.isdir(destination):  # noqa: PTH110, PTH112

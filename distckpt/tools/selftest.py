@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 _SHOWN = 8
 _SAID = 2000
+_GRACE = 40.0  # seconds; torchrun gives its ranks 30
 _CAUSES = {
     "held": "the checkpoint does not give back what was saved: the values named above come back changed. It is a fault "
     "of whatever has them (its state_dict and load_state_dict), or of distckpt: please report it",
@@ -78,22 +79,32 @@ def _life(given: argparse.Namespace, folder: Path, name: str) -> list[dict[str, 
         *("-m", "distckpt.tools.cold", given.target, str(folder), str(given.steps), name),
     ]
     path = os.pathsep.join(filter(None, [str(Path.cwd()), os.environ.get("PYTHONPATH")]))
-    try:
-        done = subprocess.run(  # noqa: S603  this interpreter, and the user's own function
-            command,
-            env=os.environ | {"PYTHONPATH": path},
-            capture_output=True,
-            text=True,
-            timeout=given.timeout,
-            check=False,
-        )
-    except subprocess.TimeoutExpired:
-        raise Unsupported(f"{given.target}: the run called {name} has not ended in {given.timeout:g} s") from None
+    with subprocess.Popen(  # noqa: S603  this interpreter, and the user's own function
+        command,
+        env=os.environ | {"PYTHONPATH": path},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as running:
+        try:
+            out, err = running.communicate(timeout=given.timeout)
+        except subprocess.TimeoutExpired:
+            _end(running)
+            raise Unsupported(f"{given.target}: the run called {name} has not ended in {given.timeout:g} s") from None
     files = sorted(folder.glob(f"{name}-*.json"))
-    if done.returncode or len(files) != given.ranks:
-        said = (done.stderr or done.stdout).strip()[-_SAID:]
-        raise Unsupported(f"{given.target}: the run called {name} failed with exit status {done.returncode}: {said}")
+    if running.returncode or len(files) != given.ranks:
+        said = (err or out).strip()[-_SAID:]
+        raise Unsupported(f"{given.target}: the run called {name} failed with exit status {running.returncode}: {said}")
     return [json.loads(file.read_text()) for file in files]
+
+
+def _end(running: subprocess.Popen[str]) -> None:
+    """End a run. torchrun that is killed at once would leave its ranks behind; told to end, it ends them first."""
+    running.terminate()
+    try:
+        running.communicate(timeout=_GRACE)
+    except subprocess.TimeoutExpired:
+        running.kill()
 
 
 def _differences(part: str, a: Sequence[Mapping[str, Any]], b: Sequence[Mapping[str, Any]]) -> Iterator[str]:

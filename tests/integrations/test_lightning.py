@@ -107,3 +107,16 @@ def test_what_is_not_there_or_damaged_is_one_clear_error(pl, tmp_path):
 def test_under_ddp_rank_0_saves_and_every_rank_loads(pl, tmp_path):
     for theirs, ours in ranks.run(2, pl.lives, tmp_path):
         assert ours == theirs
+
+
+def test_a_run_that_torch_save_began_goes_on_in_its_folder(pl, tmp_path):
+    """Its files are replaced (last.ckpt) and removed (save_top_k) as if they were ours."""
+    pl.fit(tmp_path, 2, pl.TorchCheckpointIO())
+    assert (tmp_path / "last.ckpt").is_file()
+    pl.fit(tmp_path, 4, pl.DistckptIO(), resume=str(tmp_path / "last.ckpt"))
+    assert (tmp_path / "last.ckpt").is_dir()
+    assert not [name for name in kept(tmp_path) if name.startswith(".")]
+    old = tmp_path / "old.ckpt"
+    old.write_bytes(b"")
+    pl.DistckptIO().remove_checkpoint(old)
+    assert not old.exists()

@@ -403,3 +403,12 @@ def test_merging_holds_one_weight_at_a_time(tmp_path):
     )
     assert (done.returncode, done.stderr) == (0, "")
     assert (tmp_path / "m.safetensors").stat().st_size > 24 << 24
+
+
+def test_a_module_to_save_is_found_by_the_end_of_its_name_as_peft_does(tmp_path, capsys):
+    """`norm` is input_layernorm and post_attention_layernorm, too."""
+    model = wrapped("llama", modules_to_save=["norm"])
+    save(tmp_path / "run", model)
+    said(capsys, "export", tmp_path / "run", "-o", tmp_path / "adapter", "--to", "peft")
+    found = open_source(tmp_path / "adapter").manifest.tensors
+    assert sum(name.endswith("layernorm.modules_to_save.default.weight") for name in found) == 4

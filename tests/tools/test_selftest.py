@@ -173,3 +173,16 @@ def test_a_training_that_fails_says_why_in_one_line(training, capsys):
 @pytest.mark.full
 def test_ranks_are_started_by_torchrun(training, capsys):
     assert outcome(capsys, "sharded", "--ranks", "2", code=0)["equal"]
+
+
+@pytest.mark.full
+def test_a_run_that_hangs_is_ended_with_all_its_ranks(training, capsys):
+    Path("hangs.py").write_text(
+        "import os, pathlib, time\n\n\ndef make():\n"
+        "    pathlib.Path(f'{os.getpid()}.pid').touch()\n    time.sleep(90)\n"
+    )
+    assert main(["selftest", "hangs:make", "--ranks", "2", "--timeout", "20"]) == 1
+    assert "has not ended in 20 s" in capsys.readouterr().err
+    begun = [int(path.stem) for path in Path().glob("*.pid")]
+    assert len(begun) == 2
+    assert not [pid for pid in begun if Path(f"/proc/{pid}").exists()]
