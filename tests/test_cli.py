@@ -380,7 +380,7 @@ def test_a_pruned_run_is_resumed_from(run, capsys):
 def test_what_would_be_written_into_a_checkpoint_or_below_a_step_s_name_is_refused(run, tmp_path, capsys):
     """A step within a run's step is one that did not finish to `ls`, and goes with `gc`; a file in one goes with it."""
     for destination in (run / "step-00000009", tmp_path / "copy" / "step-00000004", run / "last"):
-        assert "is the name of a step" in said(capsys, "cp", run / "last", destination, code=2)
+        assert "is the name of a step" in said(capsys, "cp", run / "last", destination, code=4)
     assert "lies in a checkpoint" in said(capsys, "export", run, "-o", run / "step-00000004" / "x.pt", code=4)
     assert not (tmp_path / "copy").exists()
     assert not (run / "step-00000004" / "x.pt").exists()

@@ -64,7 +64,7 @@ class Distckpt:
         """See Format."""
         run, name = parted(destination)
         if StepDir.parse(name):
-            raise ValueError(f"{destination}: is the name of a step; the run that it becomes a step of is {run}")
+            raise RunConflict(f"{destination}: is the name of a step; the run that it becomes a step of is {run}")
         return run_sink(view, _step_dir(open_store(destination), view.manifest.step, attempt), attempt, room, self.has)
 
 

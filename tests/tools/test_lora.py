@@ -61,6 +61,7 @@ VARIANTS = {
     "embedding": (llama, {"target_modules": ["embed_tokens", "q_proj"]}),
     "tied embedding": (gpt2, {"target_modules": ["wte"]}),
     "modules to save": (classifier, {"target_modules": ["query", "value"], "task_type": "SEQ_CLS"}),
+    "norms, each": (llama, {"target_modules": ["q_proj"], "modules_to_save": ["norm"]}),  # input_layernorm, too
     "biases of lora": (classifier, {"target_modules": ["query"], "bias": "lora_only"}),
     "all biases": (classifier, {"target_modules": ["query"], "bias": "all"}),
     "lora's own bias": (classifier, {"target_modules": ["query", "dense"], "lora_bias": True}),
@@ -403,12 +404,3 @@ def test_merging_holds_one_weight_at_a_time(tmp_path):
     )
     assert (done.returncode, done.stderr) == (0, "")
     assert (tmp_path / "m.safetensors").stat().st_size > 24 << 24
-
-
-def test_a_module_to_save_is_found_by_the_end_of_its_name_as_peft_does(tmp_path, capsys):
-    """`norm` is input_layernorm and post_attention_layernorm, too."""
-    model = wrapped("llama", modules_to_save=["norm"])
-    save(tmp_path / "run", model)
-    said(capsys, "export", tmp_path / "run", "-o", tmp_path / "adapter", "--to", "peft")
-    found = open_source(tmp_path / "adapter").manifest.tensors
-    assert sum(name.endswith("layernorm.modules_to_save.default.weight") for name in found) == 4
