@@ -1,7 +1,7 @@
 # Two commands do all the set-up: `make demo` and `make test`. Everything runs inside .venv.
 PYTHON ?= python3
 BIN := .venv/bin
-JOBS ?= 2
+JOBS ?= 3
 export OMP_NUM_THREADS ?= 1
 
 .PHONY: demo test test-all torture check format bench venv servers clean
