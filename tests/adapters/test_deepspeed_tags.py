@@ -66,7 +66,12 @@ def _load_all(root, stage):
 
 
 @pytest.mark.parametrize(
-    ("stage", "size", "to", "on"), [pytest.param(2, 2, 2, 2, marks=pytest.mark.full), (3, 2, 3, 2), (1, 2, 3, 3)]
+    ("stage", "size", "to", "on"),
+    [
+        pytest.param(2, 2, 2, 2, marks=pytest.mark.full),
+        pytest.param(3, 2, 3, 2, marks=pytest.mark.full),
+        (1, 2, 3, 3),
+    ],
 )
 def test_tags_hold_what_deepspeeds_hold_and_load_at_any_size_and_stage(tmp_path, stage, size, to, on):
     (wanted, rate), losses = deepspeeds.run(size, _save, str(tmp_path), stage)[0]

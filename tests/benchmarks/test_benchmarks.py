@@ -83,6 +83,7 @@ def test_small_tells_saves_loads_and_cpu(tmp_path):
     assert {f"{m}.{key}" for m in ("disk", "tmpfs") for key in wanted} <= found.keys()
 
 
+@pytest.mark.full
 def test_async_tells_stalls_and_the_slowdown_of_a_loop(tmp_path):
     found = told(tmp_path, "async")
     wanted = {"stall_over_memcpy", "disk.vs_dcp_async", "tmpfs.stall_over_memcpy", "first_stall_over_later"}

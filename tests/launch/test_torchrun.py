@@ -143,6 +143,7 @@ def check(run):
 
 
 @pytest.mark.timeout(300)
+@pytest.mark.full
 def test_sigterm_saves_and_a_rank_that_is_killed_is_started_again(run):
     first = run.start()
     run.until_step(6)

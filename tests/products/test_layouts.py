@@ -42,29 +42,32 @@ def _load_all(layout, root, saved):
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory, worker_id):
-    """A run of each layout, made by whichever of pytest's processes comes first."""
+    """Where runs of the layouts are, each made by whichever of pytest's processes needs it first."""
     base = tmp_path_factory.getbasetemp()
     root = (base if worker_id == "master" else base.parent) / "layouts"
     root.mkdir(exist_ok=True)
-    with (root / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        for layout, size in layouts.ALL.items() if not (root / "all").exists() else ():
-            ranks.run(size, _save, layout, str(root))
-        (root / "all").touch()
     return root
 
 
-def _loads(saved, layout, sources):
-    problems = ranks.run(layouts.ALL[layout], _load_all, layout, str(saved), sources)
+def _loads(root, layout, sources):
+    for source in sources:
+        with (root / f"{source}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not (root / f"{source}.made").exists():
+                ranks.run(layouts.ALL[source], _save, source, str(root))
+                (root / f"{source}.made").touch()
+    problems = ranks.run(layouts.ALL[layout], _load_all, layout, str(root), sources)
     assert not [p for rank in problems for p in rank]
 
 
-@pytest.mark.parametrize("layout", layouts.ALL)
-def test_every_layout_loads_what_others_saved(saved, layout):
-    """A third of the product: of every layout another third, so that each is loaded by a third of all."""
-    names = list(layouts.ALL)
-    at = names.index(layout)
-    _loads(saved, layout, names[(at + at // 3) % 3 :: 3])
+SAMPLE = list(layouts.ALL)[::2]
+
+
+@pytest.mark.parametrize("layout", SAMPLE)
+def test_a_layout_loads_what_others_saved(saved, layout):
+    """A sample of the product: each of every other layout loads three, and is loaded by three."""
+    at = SAMPLE.index(layout)
+    _loads(saved, layout, SAMPLE[(at + at // 3) % 3 :: 3])
 
 
 @pytest.mark.full

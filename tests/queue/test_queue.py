@@ -126,6 +126,7 @@ def _through_kills(tmp_path, names, steps, kills, seed):
         assert repeated <= kills * EVERY, "no more than an interval a kill"
 
 
+@pytest.mark.full
 def test_everything_killed_at_once_changes_nothing(tmp_path):
     _through_kills(tmp_path, ["a", "b"], 30, 1, 1)
 

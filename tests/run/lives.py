@@ -26,6 +26,7 @@ from distckpt import Checkpointer, ElasticSampler, Progress, TrainState
 from distckpt.errors import StateWarning
 from distckpt.run.history import History
 from distckpt.saving.objects import encoded
+from distckpt.store.base import read_all
 from distckpt.store.open import open_store
 from tests import ranks
 
@@ -131,9 +132,7 @@ def counting(root):
     store = open_store(root)
     steps = sorted(c.directory.step for c in History(store).valid())
     if any(entry.name == "last.json" for entry in store.list("")):
-        size = store.head("last.json")
-        data = bytearray(size)
-        store.read("last.json", 0, [memoryview(data)])
+        data = read_all(store, "last.json", limit=1 << 20)
         assert store.head(f"{json.loads(data)['checkpoint']}/commit.json")
     return steps
 

@@ -198,6 +198,7 @@ def test_what_all_nodes_have_saved_is_resumed_though_nothing_was_sent(far, nodes
     assert steps_at(far)[-1] == 2
 
 
+@pytest.mark.full
 def test_what_a_lost_node_had_saved_alone_does_not_count(far, nodes, tmp_path):
     before = run(4, far, nodes, [1])[0][2]
     ranks.run(4, last_words, far, nodes, [2], tmp_path / "said.json", may_die=range(4), timeout=90)

@@ -211,6 +211,7 @@ def _save_steps(environment, uri, count):
             c.save(step, live).wait()
 
 
+@pytest.mark.full
 def test_a_reader_sees_the_old_checkpoint_or_the_new_one_while_they_change(bucket, environ):
     read = []
     with _started(_save_steps, bucket.environment, bucket.uri, 20) as writer:

@@ -135,6 +135,7 @@ def outcome(capsys, name, *options, code):
     return json.loads(capsys.readouterr().out)
 
 
+@pytest.mark.full
 def test_a_whole_state_goes_on_bit_for_bit(training, capsys):
     found = outcome(capsys, "whole", code=0)
     assert found["equal"]

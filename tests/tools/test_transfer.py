@@ -107,7 +107,7 @@ def test_workers_end_with_a_killed_parent(source, tmp_path):
         assert parent.stdout.read() == ""  # its end: the workers, which have it too, are gone
 
 
-@pytest.mark.parametrize("more", [(), ("--workers", "2", "--world-size", "2")])
+@pytest.mark.parametrize("more", [(), pytest.param(("--workers", "2", "--world-size", "2"), marks=pytest.mark.full)])
 def test_an_interrupt_is_one_line_and_what_was_done_stays(more, source, tmp_path):
     code = (
         "import os, signal, sys\nfrom distckpt.tools import copy, transfer\nfrom distckpt import reshard\n"
@@ -136,7 +136,8 @@ def test_of_two_at_once_the_second_is_told_and_changes_nothing(source, tmp_path)
     assert hidden(tmp_path) == []
 
 
-@pytest.mark.parametrize("to", [pytest.param("torch", marks=pytest.mark.full), "distckpt"])
+@pytest.mark.parametrize("to", ["torch", "distckpt"])
+@pytest.mark.full
 def test_a_task_that_comes_when_all_is_done_has_nothing_to_do(to, source, tmp_path):
     arguments = [source, tmp_path / "out", "--to", to]
     assert [as_job(arguments, rank, 2).returncode for rank in (0, 1)] == [0, 0]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
@@ -51,6 +52,7 @@ def test_an_asynchronous_save_in_a_thread(tmp_path):
     assert ranks.run(2, _async, str(tmp_path), AsyncCheckpointerType.THREAD) == [[], []]
 
 
+@pytest.mark.full
 def test_an_asynchronous_save_in_a_process(tmp_path):
     assert ranks.run(2, _async, str(tmp_path), AsyncCheckpointerType.PROCESS) == [[], []]
 
