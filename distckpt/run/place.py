@@ -83,9 +83,8 @@ def followed(path: str | os.PathLike[str]) -> str | Path:
     """What a path or URI means: of a symlink what it leads to, of a URI's `last` or `best` the step that it names."""
     whole = located(path)
     if isinstance(whole, Path):
-        return (
-            Path(os.path.realpath(whole)) if whole.is_symlink() else whole
-        )  # resolve() raises where links lead in a circle
+        # resolve() raises where links lead in a circle
+        return Path(os.path.realpath(whole)) if whole.is_symlink() else whole
     run, name = parted(whole)
     target = target_of(open_store(run), name) if name in POINTERS else None
     return f"{run}/{target}" if target and StepDir.parse(target) else whole

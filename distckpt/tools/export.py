@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from distckpt.tools.answer import Answer
     from distckpt.tools.copy import Source
     from distckpt.tools.lora import Lora
+
 CONFIG = "config.json"
 _TO = ("hf", "peft", "safetensors", "torch", "dcp", "deepspeed")
 
