@@ -2,6 +2,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 JOBS ?= 3
+SECONDS ?= 3600
+SEED ?= 0
 export OMP_NUM_THREADS ?= 1
 
 .PHONY: demo test test-all torture check format bench venv servers clean
@@ -40,9 +42,9 @@ test: venv
 test-all: venv
 	$(BIN)/pytest -n $(JOBS) --dist worksteal
 
-# The long campaigns: kills, flipped bits, a real SLURM cluster, torchrun, a marathon of six models through reboots.
+# The fault campaigns of docs/reliability.md, for so many seconds together.
 torture: venv
-	$(BIN)/pytest -n $(JOBS) --dist worksteal -m full tests/faults tests/run tests/queue tests/launch
+	$(BIN)/python -m tests.faults --seconds $(SECONDS) --seed $(SEED)
 
 check: venv
 	$(BIN)/ruff format --check .

@@ -1,6 +1,6 @@
 """Damage at random to every kind of file that is read: what comes of it is a whole checkpoint, or an error of ours.
 
-    python -m tests.faults.fuzz --seconds 600 --seed 1        # all formats, until the time is up
+    python -m tests.faults fuzz --seconds 600 --seed 1        # all formats, until the time is up
 
 Not a crash, not a hang, not a bomb: each case has 10 seconds, and the process 2 GB more than it began with. What a
 checkpoint of ours gives back is what was saved; a commit is damaged below its digest, which is made anew.
@@ -8,19 +8,16 @@ checkpoint of ours gives back is what was saved; a commit is damaged below its d
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import json
 import random
 import resource
 import shutil
 import signal
-import sys
 import tempfile
 import time
 import traceback
 import warnings
-from collections import Counter
 from pathlib import Path
 
 import torch
@@ -34,6 +31,7 @@ from distckpt.run.history import History
 from distckpt.run.source import open_source
 from distckpt.store.local import LocalStore
 from distckpt.tools.view import Change, View
+from tests.faults.tally import Tally
 
 LIMIT = 10
 NUMBERS = (
@@ -149,61 +147,41 @@ def _late(*_):
     raise TimeoutError("a hang")
 
 
-def campaign(seed: int, seconds: float, most: int = 1 << 62) -> tuple[Counter, list[str]]:
-    """(how many cases ended how; what must not be, as text)."""
-    draw = random.Random(seed)
-    verdicts, problems = Counter(), []
+def campaign(seed: int, seconds: float, most: int = 1 << 62) -> Tally:
+    """Damage and read, until the time is up or so many cases are done."""
+    draw, tally = random.Random(seed), Tally()
     old = signal.signal(signal.SIGALRM, _late)
-    until = time.monotonic() + seconds
-    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        kinds = make(Path(folder))
-        case = Path(folder) / "case"
-        number = 0
-        while time.monotonic() < until and number < most:
-            number += 1
-            kind = draw.choice(list(kinds))
-            at = case / kind
-            case.mkdir()
-            (shutil.copytree if kinds[kind].is_dir() else shutil.copy)(kinds[kind], at)
-            file = damage(at, draw)
-            signal.alarm(LIMIT)
-            try:
-                read(kind, at)
-                verdicts[kind, "whole"] += 1
-            except DistckptError as e:
-                verdicts[kind, type(e).__name__] += 1
-            except BaseException as e:
-                if isinstance(e, KeyboardInterrupt):
-                    raise
-                told = "".join(traceback.format_exception(e)[-4:])
-                problems.append(f"case {number} of seed {seed}: {kind}, {file}: {told}")
-                verdicts[kind, "PROBLEM"] += 1
-            finally:
-                signal.alarm(0)
-            shutil.rmtree(case)
-    signal.signal(signal.SIGALRM, old)
-    return verdicts, problems
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=float, default=60)
-    parser.add_argument("--seed", type=int, default=0)
-    given = parser.parse_args()
+    limits = resource.getrlimit(resource.RLIMIT_AS)
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (used + (2 << 30),) * 2)
-    verdicts, problems = campaign(given.seed, given.seconds)
-    seen = set()
-    for problem in problems:
-        if (key := problem.splitlines()[-1]) not in seen:
-            seen.add(key)
-            print(problem)
-    for (kind, verdict), count in sorted(verdicts.items()):
-        print(f"{kind:20} {verdict:16} {count}")
-    print(f"{sum(verdicts.values())} cases, {len(problems)} problems")
-    return bool(problems)
+    resource.setrlimit(resource.RLIMIT_AS, (used + (2 << 30), limits[1]))
+    until = time.monotonic() + seconds
+    try:
+        with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            kinds = make(Path(folder))
+            while time.monotonic() < until and tally.cases < most:
+                kind = draw.choice(list(kinds))
+                _case(kind, kinds[kind], Path(folder) / "case", draw, tally, f"case {tally.cases} of seed {seed}")
+    finally:
+        signal.signal(signal.SIGALRM, old)
+        resource.setrlimit(resource.RLIMIT_AS, limits)
+    return tally
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+def _case(kind, whole: Path, case: Path, draw, tally: Tally, name: str) -> None:
+    at = case / kind
+    case.mkdir()
+    (shutil.copytree if whole.is_dir() else shutil.copy)(whole, at)
+    file = damage(at, draw)
+    signal.alarm(LIMIT)
+    try:
+        read(kind, at)
+        tally.add(kind, "whole")
+    except DistckptError as e:
+        tally.add(kind, type(e).__name__)
+    except Exception as e:
+        told = "".join(traceback.format_exception(e)[-4:])
+        tally.add(kind, "PROBLEM", f"{name}: {kind}, {file}: {told}")
+    finally:
+        signal.alarm(0)
+    shutil.rmtree(case)
