@@ -14,7 +14,8 @@ import threading
 
 from distckpt.errors import StoreError
 
-_ATTEMPT = re.compile(r"\b[0-9a-f]{12}\b")
+RANDOM = re.compile(r"\b[0-9a-f]{12}\b|(?<=\.tmp-)[0-9a-f]{8}\b")
+"""Ids of attempts, and what makes the name of a temp file its own."""
 
 
 def fail(point):
@@ -46,17 +47,20 @@ class Fuse:
     def disarm(self):
         self._armed = False
 
-    def touch(self, point):
+    def touch(self, point, first=lambda: None):
+        """Pass a point; act there if it is the one, having done `first`. Whether it acted, and the action returned."""
         with self._lock:
             if not self._armed:
-                return
-            self.trace.append(_ATTEMPT.sub("*", point))
+                return False
+            self.trace.append(RANDOM.sub("*", point))
             number = len(self.trace)
             hit = self._at in {number, self.trace[-1]} and not self.blown
             acts = hit or (self.blown and self._forever)
             self.blown = self.blown or hit
         if acts:
+            first()
             self._action(self.trace[number - 1])
+        return acts
 
 
 class FaultyStore:

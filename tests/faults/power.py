@@ -7,15 +7,13 @@ order. A rename is one change, whole or not at all.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import os
 import random
 from dataclasses import dataclass, field
 from pathlib import Path
 
-_NAMES = ("open", "close", "write", "pwrite", "pwritev", "ftruncate", "fsync", "link", "replace", "rename", "unlink",
-          "mkdir", "rmdir", "symlink")  # fmt: skip
+from tests.faults.syscalls import BYTES, CHANGES, seen
 
 
 @dataclass(frozen=True)
@@ -62,34 +60,24 @@ class Recording:
     def acknowledged(self, step):
         self.events.append(Acknowledged(step))
 
-    @contextlib.contextmanager
     def recording(self):
         """Have os report what it does."""
-        real = {name: getattr(os, name) for name in _NAMES}
-        try:
-            for name in _NAMES:
-                setattr(os, name, self._wrapped(name, real[name]))
-            yield self
-        finally:
-            for name in _NAMES:
-                setattr(os, name, real[name])
+        return seen(self.root, self._answer, CHANGES)
 
     def _inside(self, path):
         text = os.fspath(path) if isinstance(path, (str, os.PathLike)) else ""
         return text if text.startswith(str(self.root)) else None
 
-    def _wrapped(self, name, real):
-        def call(*args, **named):
-            if name in {"pwrite", "pwritev", "write"}:  # what it was told to write, before anybody changes it
-                given = b"".join(map(bytes, args[1])) if name == "pwritev" else bytes(args[1])
-                done = real(*args, **named)
-                self._wrote(args[0], given[:done], args[2] if name != "write" else None)
-                return done
-            done = real(*args, **named)
-            getattr(self, f"on_{name}")(done, *args)
+    def _answer(self, call):
+        if call.name in BYTES:  # what it was told to write, before anybody changes it
+            descriptor, what, *offset = call.args
+            given = b"".join(map(bytes, what)) if call.name == "pwritev" else bytes(what)
+            done = call.make()
+            self._wrote(descriptor, given[:done], *(offset or [None]))
             return done
-
-        return call
+        done = call.make()
+        getattr(self, f"on_{call.name}")(done, *call.args)
+        return done
 
     def on_open(self, descriptor, path, flags=0, *_, **__):
         if not (path := self._inside(path)):
@@ -111,6 +99,9 @@ class Recording:
     def on_ftruncate(self, _, descriptor, size):
         if isinstance(file := self.opened.get(descriptor), int):
             self.events.append(Change(file, size=(file, size)))
+
+    def on_reserve(self, _, descriptor, size):
+        """Room that is set aside is not content: the file is cut to its size when all is written."""
 
     def on_close(self, _, descriptor):
         self.opened.pop(descriptor, None)
