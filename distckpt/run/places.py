@@ -87,6 +87,11 @@ class Places:
     def _is_near(self, directory: StepDir) -> bool:
         return bool(self.near.list(str(directory)))
 
+    @property
+    def sharing(self) -> list[int]:
+        """Ranks that share this one's near store, where not all do; else none is named."""
+        return self._ranks if self.apart else []
+
     def meet(self, comm: Comm) -> None:
         """Find out which ranks share the near store. Collective; done once."""
         self.leads = comm.rank == 0

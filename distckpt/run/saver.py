@@ -16,6 +16,7 @@ from distckpt.saving.commit import Attempt
 from distckpt.saving.frozen import Frozen
 from distckpt.saving.image import local_bytes
 from distckpt.saving.save import Request, plan
+from distckpt.store.base import Roomy
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -63,7 +64,8 @@ class Saver:
     ) -> PendingSave | SaveReport | None:
         """Save what `capture` gives in a run, and have `then` follow. None: skipped, and said so."""
         apart = self._places is not None and self._places.apart
-        request = replace(request, frozen=self._frozen)
+        sharing = self._places.sharing if self._places else ()
+        request = replace(request, frozen=self._frozen, sharing=sharing, room=lambda: self._room(history.store))
         if history.store.address and (apart or not wait):
             if apart and then.after and self._comm.rank == 0 and not self._committed:
                 why = "no node has all of a checkpoint: use a shared local directory, or run them on the root's"
@@ -96,7 +98,7 @@ class Saver:
             return _FAILED * failed | _BUSY * (self.when_busy == "skip" and background.busy)
 
         started = time.monotonic()
-        planned = plan(self._comm, captured, replace(request, flag=flag))
+        planned = plan(self._comm, store, captured, replace(request, flag=flag))
         if any(flag & _FAILED for flag in planned.flags):
             self.finish()
         if busy := [rank for rank, flag in enumerate(planned.flags) if flag & _BUSY]:
@@ -111,6 +113,15 @@ class Saver:
         self.blocked = time.monotonic() - started
         self._pending = [*self._pending[-ARENAS:], pending]
         return pending
+
+    def _room(self, store: Store) -> int | None:
+        """Bytes free where this rank saves, for rank 0 or the ranks of each node to tell.
+
+        None while an earlier save is in flight, or has failed and is not cleared up: what will be free is not known.
+        """
+        tells = self._comm.rank == 0 or (self._places is not None and self._places.apart)
+        settled = all(p.told or p.seconds for p in self._pending)
+        return store.room() if tells and settled and isinstance(store, Roomy) else None
 
     @property
     def seconds(self) -> float:

@@ -1,6 +1,6 @@
 """What the ranks hold, agreed on without a gather.
 
-Each rank describes its state in values that are equal on every rank, and only digests of that travel: 66 bytes a rank
+Each rank describes its state in values that are equal on every rank, and only digests of that travel: 75 bytes a rank
 when all agree. Where digests differ (pipeline stages, experts, BatchNorm statistics, per-rank objects), only what is
 distinct is exchanged.
 """
@@ -30,7 +30,8 @@ if TYPE_CHECKING:
     from distckpt.comm import Comm
 
 _NONCE = 6
-_PLACE = struct.Struct("<QIB")  # step, rank 0's choice of its generation, the rank's flag
+_PLACE = struct.Struct("<QQIB")  # step, bytes free, rank 0's choice of its generation, the rank's flag
+_UNKNOWN = (1 << 64) - 1
 
 
 @dataclass(slots=True)
@@ -46,6 +47,8 @@ class Agreement:
     generation: int = 1
     flags: list[int] = field(default_factory=list)
     """Of all ranks, by rank; empty where all are 0."""
+    rooms: tuple[int | None, int | None] = None, None
+    """What rank 0 said of its room, and what this rank did."""
     key: bytes = b""
     """Same key, same tensors, aliases and policies. Empty where ranks hold unequal copies."""
     notes: list[str] = field(default_factory=list)
@@ -72,12 +75,14 @@ def agree(
     step: int,
     generation: Callable[[], int],
     flag: Callable[[State], int] = lambda _: 0,
+    room: Callable[[], int | None] = lambda: None,
     check_replicas: bool = False,
 ) -> tuple[State, Agreement]:
     """Capture the state on every rank and agree on what it is, and that it is of this step.
 
-    `generation` is asked on rank 0 only, `flag` on each rank after its capture: all learn all flags (0 to 255). Raises
-    on every rank what capture raises on any; Mismatch where ranks contradict each other, with the fqns.
+    `generation` is asked on rank 0 only, `flag` on each rank after its capture: all learn all flags (0 to 255). `room`
+    is asked on each rank before any learns of the others': all learn rank 0's. Raises on every rank what capture raises
+    on any; Mismatch where ranks contradict each other, with the fqns.
     """
     own: _Own | None = None
 
@@ -89,7 +94,8 @@ def agree(
         digests = b"".join(bytes.fromhex(digest(part)) for part in (own.described, shared, dump(own.contents)))
         first = comm.rank == 0  # it alone names the attempt: what the others say is the same, as a rule
         nonce, chosen = (secrets.token_bytes(_NONCE), generation()) if first else (bytes(_NONCE), 0)
-        return nonce + digests + _PLACE.pack(step, chosen, flag(state))
+        free = room()
+        return nonce + digests + _PLACE.pack(step, _UNKNOWN if free is None else free, chosen, flag(state))
 
     replies = together(comm, "describing the state", describe)
     assert own is not None
@@ -98,8 +104,9 @@ def agree(
     same = [len({said[a - _NONCE : b - _NONCE] for said in different}) == 1 for a, b in cuts]
     if len({said[-_PLACE.size :][:8] for said in different}) > 1:
         raise _other_steps(replies)
-    (_, chosen, _) = _PLACE.unpack(replies[0][-_PLACE.size :])
-    agreement = Agreement(replies[0][:_NONCE].hex(), {}, {}, generation=chosen)
+    first, mine = (_PLACE.unpack(replies[rank][-_PLACE.size :]) for rank in (0, comm.rank))
+    agreement = Agreement(replies[0][:_NONCE].hex(), {}, {}, generation=first[2])
+    agreement.rooms = _room(first[1]), _room(mine[1])
     agreement.flags = [reply[-1] for reply in replies] if any(said[-1] for said in different) else []
     cut = slice(*cuts[0])
     distinct: Distinct = []
@@ -125,6 +132,10 @@ def agree(
     if check_replicas:
         _check_replicas(comm, own.state)
     return own.state, agreement
+
+
+def _room(said: int) -> int | None:
+    return None if said == _UNKNOWN else said
 
 
 def _other_steps(replies: Sequence[bytes]) -> Mismatch:

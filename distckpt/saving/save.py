@@ -13,7 +13,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from distckpt.comm import together
-from distckpt.errors import RanksMissing
+from distckpt.errors import RanksMissing, StoreError
 from distckpt.format.datafile import build
 from distckpt.format.layout import StepDir
 from distckpt.format.manifest import Manifest, TensorInfo
@@ -25,6 +25,7 @@ from distckpt.saving.frozen import Frozen
 from distckpt.saving.image import Laid, held, lay_out
 from distckpt.saving.part import Part, abandon_part, write_part
 from distckpt.saving.ring import content
+from distckpt.saving.room import lacking, needed
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Mapping, Sequence
@@ -57,6 +58,10 @@ class Request:
     check_replicas: bool = False
     flag: Callable[[], int] = lambda: 0
     """What this rank tells all others along with its description."""
+    room: Callable[[], int | None] = lambda: None
+    """Bytes free where this rank saves, None where not known. Where all save to one place, rank 0's answer counts."""
+    sharing: Sequence[int] = ()
+    """Ranks that save where this one does; (): all."""
     arena_bytes: int | None = None
     """Most host memory that this rank may use for copies of the state; None: as much as is of use."""
     frozen: Frozen = field(default_factory=Frozen)
@@ -86,12 +91,16 @@ class Planned:
     _laid: Laid
     _rank_objects: bytes
     _wrote: Callable[[], None]
+    _lacking: StoreError | None
 
     def image(self) -> tuple[Image, list[torch.Tensor]]:
         """Image of this rank's data file, and views of live memory: its chunks, in file order. Unsupported.
 
-        Asked for once, where it is to be written, and before anything of the state changes.
+        Asked for once, where it is to be written, and before anything of the state changes. StoreError where there is
+        no room for what the ranks write that share this one's disk.
         """
+        if self._lacking:
+            raise self._lacking
         self._wrote()
         return build(self._laid.packed, self._rank_objects), held(self._state, self._laid, self.part.rank)
 
@@ -100,8 +109,11 @@ class Planned:
         return [self._state.tensors[fqn].trusted for fqn, _ in self._laid.places]
 
 
-def plan(comm: Comm, capture: Callable[[], State], request: Request) -> Planned:
-    """Capture the state on every rank and agree on who writes what. Collective; raises on every rank or on none."""
+def plan(comm: Comm, store: Store, capture: Callable[[], State], request: Request) -> Planned:
+    """Capture the state on every rank and agree on who writes what. Collective; raises on every rank or on none.
+
+    StoreError where the store that all share has no room for it.
+    """
     frozen = request.frozen
     state, agreement = agree(
         comm,
@@ -109,17 +121,23 @@ def plan(comm: Comm, capture: Callable[[], State], request: Request) -> Planned:
         step=request.step,
         generation=request.generation,
         flag=lambda state: request.flag() | frozen.flag(state, comm.rank),
+        room=request.room,
         check_replicas=request.check_replicas,
     )
     shared = frozen.shared(agreement.tensors, agreement.flags)
     partitions, laid = _dealt(agreement, comm.rank, shared)
     attempt = Attempt(StepDir(request.step, agreement.generation), agreement.attempt, comm.world_size)
+    need = needed(agreement.tensors, partitions, request.sharing)
+    short = lacking(store, attempt.directory, need, agreement.rooms[bool(request.sharing)])
+    if short and not request.sharing:
+        raise short
     part = Part(attempt, comm.rank)
     if comm.rank == 0:
         named = frozen.named(shared, agreement.flags, comm.world_size)
         part = Part(attempt, 0, agreement.objects, _draft(attempt, request, agreement, partitions, named))
     wrote = partial(frozen.wrote, attempt, state, agreement.tensors, agreement.flags, shared)
-    return Planned(part, agreement.notes, agreement.flags, state, laid, _dump(agreement.rank_objects), wrote)
+    objects = _dump(agreement.rank_objects)
+    return Planned(part, agreement.notes, agreement.flags, state, laid, objects, wrote, short)
 
 
 def save(comm: Comm, store: Store, capture: Callable[[], State], request: Request) -> Committed:
@@ -127,7 +145,7 @@ def save(comm: Comm, store: Store, capture: Callable[[], State], request: Reques
 
     Raises on every rank whatever fails on any, with rank and cause; the previous checkpoint is untouched then.
     """
-    planned = plan(comm, capture, request)
+    planned = plan(comm, store, capture, request)
     part = planned.part
     directory = part.attempt.directory
     draft: Manifest | None = None

@@ -99,6 +99,15 @@ class Dated(Protocol):
 
 
 @runtime_checkable
+class Roomy(Protocol):
+    """A store that may be full."""
+
+    def room(self) -> int | None:
+        """Bytes that can still be written, as far as it knows; None if it does not."""
+        ...
+
+
+@runtime_checkable
 class Whole(Protocol):
     """A store that gives a whole key in one request."""
 

@@ -32,6 +32,8 @@ _MISSING = (FileNotFoundError, IsADirectoryError, NotADirectoryError)
 _ADVICE = {
     errno.ENOSPC: "the file system is full: free room, or keep fewer checkpoints",
     errno.EDQUOT: "the quota is used up: free room, or keep fewer checkpoints",
+    errno.EFBIG: "larger than a file may be here: raise `ulimit -f`, or use a file system that takes larger ones",
+    errno.EMFILE: "too many files are open: raise `ulimit -n`",
     errno.EROFS: "the file system is mounted read-only",
     errno.EACCES: "permission denied: check owner and mode of the directory",
     errno.EPERM: "operation not permitted: check owner and mode, and that the file system has hard links",
@@ -228,6 +230,14 @@ class LocalStore:
         with _mapped("look at", self._path(key), missing=_MISSING) as path:
             return path.lstat().st_mtime
 
+    def room(self) -> int | None:
+        """See Roomy.room. It knows of no quota; and some network file systems say 0 whatever is free."""
+        try:
+            status = os.statvfs(next(place for place in (self.root, *self.root.parents) if place.exists()))
+        except OSError:
+            return None
+        return status.f_frsize * (status.f_bavail if os.geteuid() else status.f_bfree) or None
+
     def unlink_hint(self, name: str) -> None:
         """Remove the symlink `name`, where there is one."""
         path = self._path(name)
@@ -285,11 +295,10 @@ class LocalStore:
                 temp.unlink(missing_ok=True)
 
     def _open_new(self, temp: Path) -> int:
-        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
         for _ in range(_MOST_RACES):
             with contextlib.suppress(FileNotFoundError):  # a delete removed the empty directory in between
                 _make_directory(temp.parent)
-                return os.open(temp, flags, 0o644)
+                return os.open(temp, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
         raise StoreError(f"cannot write {temp.parent}: the directory cannot be made, or vanishes as often as it is")
 
 

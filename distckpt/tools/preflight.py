@@ -223,8 +223,9 @@ def _newest(store: Store) -> int | None:
 
 def _room(home: Path, nbytes: int | None, keep: int) -> Check:
     """Room for so many checkpoints."""
-    status = os.statvfs(home)
-    free = status.f_bavail * status.f_frsize
+    free = LocalStore(home).room()
+    if free is None:
+        return "room", _WARN, "the file system does not say how much is free"
     if nbytes is None:
         return "room", _WARN, f"{size_text(free)} free; --bytes says how much one checkpoint has"
     state = _OK if free >= keep * nbytes else _FAIL if free < 2 * nbytes else _WARN

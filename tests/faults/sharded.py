@@ -45,7 +45,7 @@ class Sharded:
 
     def is_at(self, value):
         """Whether everything here is, to the bit, what a rank at `value` holds."""
-        there = Sharded.__new__(Sharded)
+        there = object.__new__(type(self))
         there.rank, there.regions = self.rank, self.regions
         there.set(value)
         return (self.value, self.mine) == (there.value, there.mine) and all(

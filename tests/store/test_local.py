@@ -14,6 +14,7 @@ from distckpt.errors import KeyExists, StoreError
 from distckpt.store import pieces as pieces_of_files
 from distckpt.store.base import Entry, read_all, write_all
 from distckpt.store.local import LocalStore
+from tests import disks
 
 OLD, NEW = b"old content", b"the new content, which is longer"
 
@@ -218,26 +219,11 @@ def test_short_writes_and_short_reads_are_carried_on(tmp_path, monkeypatch):
     assert b"".join(buffers) == NEW + OLD
 
 
-def mounted(target: Path, options: str):
-    """Mount a tmpfs; where that cannot be done, skip: but CI has to be able to."""
-    target.mkdir(exist_ok=True)
-    done = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(target)], capture_output=True, text=True, check=False
-    )
-    if done.returncode:
-        reason = f"cannot mount a tmpfs: {done.stderr.strip()}"
-        if os.environ.get("CI") == "true":
-            pytest.fail(reason)
-        pytest.skip(reason)
-
-
 @pytest.fixture
 def disk(tmp_path):
     """A file system of 1 MiB."""
-    target = tmp_path / "disk"
-    mounted(target, "size=1m")
-    yield target
-    subprocess.run(["umount", str(target)], check=True)
+    with disks.disk(tmp_path / "disk", "tmpfs", 1 << 20) as target:
+        yield target
 
 
 @pytest.mark.parametrize("preallocates", [True, False])

@@ -7,7 +7,6 @@ import itertools
 import mmap
 import os
 import random
-import subprocess
 import time
 
 import pytest
@@ -16,6 +15,7 @@ from distckpt import system
 from distckpt.store import pieces
 from distckpt.store.base import FOR_GOOD
 from distckpt.store.pieces import ALIGNMENT, BATCH, IN_FLIGHT, LARGE, write_at, write_pieces
+from tests import disks
 
 SIZES = [0, 1, ALIGNMENT + 1, LARGE - 1, LARGE, LARGE + 1, LARGE + ALIGNMENT, 3 * BATCH, 5 * BATCH + 17]
 CUTS = [BATCH + ALIGNMENT, BATCH - 1, BATCH, 1 << 16]
@@ -34,11 +34,8 @@ def folder(request, tmp_path):
     if request.param == "disk":
         yield tmp_path
         return
-    done = subprocess.run(["mount", "-t", request.param, "none", str(tmp_path)], capture_output=True, check=False)
-    if done.returncode:
-        pytest.skip(f"cannot mount a {request.param}")
-    yield tmp_path
-    subprocess.run(["umount", str(tmp_path)], check=True)
+    with disks.disk(tmp_path / "disk", request.param, 1 << 30) as target:
+        yield target
 
 
 def written(path, given, size, *, stable):
