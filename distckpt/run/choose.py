@@ -16,7 +16,8 @@ from distckpt.comm import exchange, together
 from distckpt.errors import Corrupt, FormatError, NewerFormat, NotACheckpoint, StateWarning
 from distckpt.format.layout import StepDir
 from distckpt.loading.load import load
-from distckpt.run.lease import lease
+from distckpt.run.lease import being_removed, lease
+from distckpt.saving.commit import is_committed
 from distckpt.state import Stateful
 
 if TYPE_CHECKING:
@@ -56,10 +57,12 @@ class Search:
     unleased: str = ""
     """Why there is none."""
 
-    def hold(self, directory: StepDir) -> None:
-        """Take a lease on it, so that it stays while every rank reads it."""
+    def hold(self, directory: StepDir) -> bool:
+        """Take a lease on it, so that it stays while every rank reads it. False: it is being removed."""
+        store = self.history.store
         self.held.close()
-        self.unleased = self.held.enter_context(lease(self.history.store, directory))
+        self.unleased = self.held.enter_context(lease(store, directory))
+        return directory not in being_removed(store) and is_committed(store, directory)
 
     def passed_over(self, directory: StepDir, why: str) -> bool:
         """Note a damaged checkpoint. Whether it is news."""
@@ -137,9 +140,7 @@ def choose(search: Search) -> StepDir | None:
     known = dict(search.damaged)
 
     def look() -> bytes:
-        found = look_for(search) if search.comm.rank == 0 else None
-        if found:
-            search.hold(found)
+        found = _held(search) if search.comm.rank == 0 else None
         chosen = found.step.to_bytes(_STEP, "little") + found.generation.to_bytes(4, "little") if found else b""
         return bytes([search.damaged != known]) + chosen
 
@@ -149,6 +150,19 @@ def choose(search: Search) -> StepDir | None:
         search.damaged.update({int(s): why for s, why in json.loads(told).items()})
     chosen = said[1:]
     return StepDir(*(int.from_bytes(n, "little") for n in (chosen[:_STEP], chosen[_STEP:]))) if chosen else None
+
+
+def _held(search: Search) -> StepDir | None:
+    """Newest that `look_for` finds and nobody removes, with a lease on it."""
+    while found := look_for(search):
+        if search.hold(found):
+            return found
+        if search.step is not None:
+            steps = sorted({c.directory.step for c in search.history.valid()} - {search.step})
+            raise NotACheckpoint(f"{search.history.store}: retention removes {found}; besides it has {steps}")
+        search.tried.add(found)
+        search.passed_over(found, "retention removes it")
+    return None
 
 
 def look_for(search: Search) -> StepDir | None:

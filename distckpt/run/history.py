@@ -13,6 +13,7 @@ from distckpt.errors import Corrupt, FormatError, KeyMissing, NewerFormat, NotAC
 from distckpt.format.layout import COMMIT, StepDir, attempt_of
 from distckpt.loading.open import Checkpoint, open_checkpoint
 from distckpt.run.launches import counts, read_launches
+from distckpt.run.lease import being_removed
 from distckpt.saving.commit import (
     Attempt,
     acked_ranks,
@@ -143,8 +144,12 @@ class History:
         return f"it has no step directory, but {', '.join(names[:5])}" if names else "there is nothing"
 
     def next_generation(self, step: int) -> int:
-        """Return a generation of this step that no directory, finished or not, has taken."""
-        free = max((d.generation for d in self.directories() if d.step == step), default=0) + 1
+        """Return a generation of this step that no directory, finished or not, has taken; nor one being removed.
+
+        Whoever removes that, and has stood still, would remove the new one in its place.
+        """
+        taken = {*self.directories(), *being_removed(self.store)}
+        free = max((d.generation for d in taken if d.step == step), default=0) + 1
         self._opened.pop(StepDir(step, free), None)  # one of that name has been removed, and is to be another
         return free
 

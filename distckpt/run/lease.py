@@ -2,6 +2,9 @@
 
 A reader takes the lease first and opens the commit after; who removes deletes the commit first, and looks for leases
 once more before it deletes the data. So a reader that has opened a checkpoint finds its files.
+
+Who removes says that as well, before it looks for leases and launches. A job that would begin with a checkpoint takes
+its lease, then looks for those words: of the two, one sees the other, however long either stands still in between.
 """
 
 from __future__ import annotations
@@ -11,7 +14,7 @@ import json
 import secrets
 import socket
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from distckpt.errors import FormatError, KeyMissing, StoreError
 from distckpt.format.layout import LEASES, StepDir, lease_file, lease_of
@@ -28,43 +31,81 @@ SECONDS = 3600.0
 _MOST_BYTES = 1 << 16
 
 
+class Lease(NamedTuple):
+    """A word on a checkpoint, as found. removes: it is not of a reader, but of who removes the checkpoint."""
+
+    directory: StepDir
+    key: str
+    nbytes: int
+    expired: bool
+    removes: bool
+
+
 @contextlib.contextmanager
 def lease(store: Store, directory: StepDir, seconds: float = SECONDS) -> Iterator[str]:
     """Hold a lease on a checkpoint while the block runs. Gives why there is none, where the store cannot be written to.
 
     A lease protects from a deletion that comes once in many loads: failing to take one fails no load.
     """
-    key = lease_file(directory, secrets.token_hex(6))
-    said = {"host": socket.gethostname(), "expires": time.time() + seconds}
+    problem, key = "", ""
     try:
-        write_all(store, key, json.dumps(said).encode())
-        problem = ""
+        key = _say(store, directory, seconds)
     except StoreError as e:
         problem = f"read without a lease, so retention could remove it meanwhile: {e}"
     try:
         yield problem
     finally:
-        if not problem:
-            with contextlib.suppress(StoreError):  # then it expires
-                store.delete(key)
+        _give_back(store, key)
+
+
+@contextlib.contextmanager
+def removing(store: Store, directory: StepDir) -> Iterator[None]:
+    """Say that a checkpoint is being removed while the block runs. StoreError where that cannot be said."""
+    key = _say(store, directory, SECONDS, removes=True)
+    try:
+        yield
+    finally:
+        _give_back(store, key)
+
+
+def _say(store: Store, directory: StepDir, seconds: float, **more: bool) -> str:
+    key = lease_file(directory, secrets.token_hex(6))
+    said = {"host": socket.gethostname(), "expires": time.time() + seconds, **more}
+    write_all(store, key, json.dumps(said).encode())
+    return key
+
+
+def _give_back(store: Store, key: str) -> None:
+    with contextlib.suppress(StoreError):  # then it expires
+        if key:
+            store.delete(key)
 
 
 def leased(store: Store) -> set[StepDir]:
-    """Checkpoints that somebody has a lease on."""
-    return {directory for directory, _, expired in leases(store) if not expired}
+    """Checkpoints that a reader has a lease on."""
+    return {found.directory for found in leases(store) if not found.expired and not found.removes}
 
 
-def leases(store: Store) -> list[tuple[StepDir, str, bool]]:
-    """Every lease: its checkpoint, its key, whether it has expired. One that cannot be read has."""
-    found = [(directory, f"{LEASES}/{e.name}") for e in store.list(LEASES) if (directory := lease_of(e.name))]
-    until = each(store.pace, lambda lease: _expires(store, lease[1]), found)
-    return [(*lease, time.time() > expires) for lease, expires in zip(found, until, strict=True)]
+def being_removed(store: Store) -> set[StepDir]:
+    """Checkpoints that somebody removes, or was removing when it was killed."""
+    return {found.directory for found in leases(store) if not found.expired and found.removes}
 
 
-def _expires(store: Store, key: str) -> float:
+def leases(store: Store) -> list[Lease]:
+    """Every lease. One that cannot be read has expired."""
+    entries = [(lease_of(e.name), f"{LEASES}/{e.name}", e.size or 0) for e in store.list(LEASES)]
+    found = [(directory, key, nbytes) for directory, key, nbytes in entries if directory]
+    said = each(store.pace, lambda lease: _read(store, lease[1]), found)
+    return [Lease(*on, time.time() > until, removes) for on, (until, removes) in zip(found, said, strict=True)]
+
+
+def _read(store: Store, key: str) -> tuple[float, bool]:
+    """(until when, whether it removes)."""
     try:
         said = read_json(read_all(store, key, limit=_MOST_BYTES))
     except (KeyMissing, FormatError):
-        return 0.0
-    until = said.get("expires") if isinstance(said, dict) else None
-    return float(until) if isinstance(until, (int, float)) else 0.0
+        return 0.0, False
+    match said:
+        case {"expires": int() | float() as until}:
+            return float(until), said.get("removes") is True
+    return 0.0, False

@@ -18,6 +18,7 @@ from distckpt.format.text import read_json
 from distckpt.run.after import After, start
 from distckpt.run.events import note
 from distckpt.run.keep import Keep
+from distckpt.run.launches import launch_numbers
 from distckpt.run.retention import decided, is_number, listed, newest, remove_all
 from distckpt.run.sweep import leftovers, sweep
 from distckpt.store.base import each, read_all, write_all
@@ -136,9 +137,10 @@ def _note(store: Store, checkpoint: Checkpoint, seconds: float | None) -> None:
 
 def retain(history: History, retention: Retention, *, noted: bool = True) -> tuple[list[StepDir], list[str]]:
     """Make what stays known, then remove the rest. Returns what was removed, and what was in the way of the others."""
+    launches = launch_numbers(history.store)
     checkpoints, decision = make_known(history, retention)
     assert decision is not None
-    removed, problems = remove_all(history, decision.goes)
+    removed, problems = remove_all(history, decision.goes, launches)
     try:
         if removed:
             if noted:

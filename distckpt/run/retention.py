@@ -9,12 +9,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from distckpt.errors import Corrupt, DistckptError
+from distckpt.errors import Corrupt, DistckptError, NotACheckpoint
 from distckpt.format.layout import ACK, COMMIT
 from distckpt.format.manifest import owners
+from distckpt.loading.open import open_checkpoint
 from distckpt.run.keep import Candidate, decide
 from distckpt.run.launches import launch_numbers
-from distckpt.run.lease import leased
+from distckpt.run.lease import leased, removing
 from distckpt.saving.commit import is_committed
 from distckpt.store.base import each
 from distckpt.store.local import LocalStore
@@ -113,28 +114,42 @@ def decided(history: History, checkpoints: list[Listed], keep: Keep, step: int |
     return decide(keep, asked, held)
 
 
-def remove_all(history: History, goes: Collection[StepDir]) -> tuple[list[StepDir], list[str]]:
+def remove_all(
+    history: History, goes: Collection[StepDir], launches: Collection[int]
+) -> tuple[list[StepDir], list[str]]:
     """Remove checkpoints, newest first, for those refer to files of older ones. Returns those removed, and problems.
 
-    One that has been leased since stays, and what it refers to. Stops where a launch has begun since: what counts may
-    be another then.
+    launches: those there were before it was decided what goes. Stops where another has begun since: what counts may be
+    another then. It is looked for once it is said what is being removed, so that no launch begins with that. What
+    another has removed stays as it is, for its name may be that of a new one. One that has been leased since stays, and
+    what it refers to.
     """
     store = history.store
     removed: list[StepDir] = []
     needed: set[StepDir] = set()
     try:
-        launches = launch_numbers(store)
         for directory in sorted(goes, reverse=True):
-            if launch_numbers(store) != launches:
-                return sorted(removed), ["a later launch has begun; what goes is for it to decide"]
             refers_to = owners(history.open(directory).manifest)
-            if directory not in needed | leased(store) and remove(store, directory):
-                removed.append(directory)
-            else:
-                needed |= refers_to
+            with removing(store, directory):
+                if launch_numbers(store) != launches:
+                    return sorted(removed), ["a later launch has begun; what goes is for it to decide"]
+                if not _is_still_there(history, directory):
+                    continue
+                if directory not in needed | leased(store) and remove(store, directory):
+                    removed.append(directory)
+                else:
+                    needed |= refers_to
     except DistckptError as e:
         return sorted(removed), [str(e)]
     return sorted(removed), []
+
+
+def _is_still_there(history: History, directory: StepDir) -> bool:
+    """Whether a directory's commit is the one that was decided about."""
+    try:
+        return open_checkpoint(history.store, directory).manifest.attempt == history.open(directory).manifest.attempt
+    except NotACheckpoint:
+        return False
 
 
 def remove(store: Store, directory: StepDir) -> bool:

@@ -81,9 +81,9 @@ def leftovers(
         for prefix in ("", LAUNCHES, LEASES):
             found += _temporary(store, prefix, ended)
         found += [
-            Leftover(LEASES, key.partition("/")[2], store.head(key), over=True, why="a lease that has expired")
-            for _, key, expired in leases(store)
-            if expired
+            Leftover(LEASES, gone.key.partition("/")[2], gone.nbytes, over=True, why="a lease that has expired")
+            for gone in leases(store)
+            if gone.expired
         ]
     return found
 

@@ -150,10 +150,10 @@ def commit_when_acked(store: Store, attempt: Attempt, draft: Manifest | None, *,
         pause = min(2 * pause, 0.1)
     try:
         whole = complete(store, attempt, draft)
-    except KeyMissing:
+    except KeyMissing as e:
         if made := committed_manifest(store, attempt):
             return made
-        raise
+        raise RunConflict(f"{e}: a later launch took this attempt's job for dead, and has cleared it away") from e
     commit(store, attempt, whole)
     return whole
 

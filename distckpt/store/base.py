@@ -109,7 +109,7 @@ class Roomy(Protocol):
 
 @runtime_checkable
 class Whole(Protocol):
-    """A store that gives a whole key in one request."""
+    """A store that gives a whole key in one request: as one write has left it, whoever else writes it meanwhile."""
 
     def content(self, key: str, limit: int) -> bytes:
         """All bytes of a key, of at most `limit`. KeyMissing; StoreError if it is longer."""

@@ -105,16 +105,15 @@ class LocalStore:
         if self.held and _read_held(self.held.get(key), start, buffers):
             return
         with _mapped("read", self._path(key), missing=_MISSING) as path, _opened(path) as file:
-            for first in range(0, len(buffers), _MOST_BUFFERS):
-                wanted = [b for b in buffers[first : first + _MOST_BUFFERS] if len(b)]
-                while wanted:
-                    got = os.preadv(file, wanted, start)
-                    if not got:
-                        raise KeyTruncated(
-                            f"{path}: ends at byte {start}, byte {start + sum(map(len, wanted))} was asked for"
-                        )
-                    start += got
-                    wanted = after(wanted, got)
+            _fill(path, file, start, buffers)
+
+    def content(self, key: str, limit: int) -> bytes:
+        """See Whole. Of one file: another may take its name meanwhile."""
+        with _mapped("read", self._path(key), missing=_MISSING) as path, _opened(path) as file:
+            if (size := os.fstat(file).st_size) > limit:
+                raise StoreError(f"{path} has {size} bytes; at most {limit} are read")
+            _fill(path, file, 0, [memoryview(data := bytearray(size))])
+            return bytes(data)
 
     def write(self, key: str, pieces: Iterable[memoryview], *, size: int, stable: int = 0) -> None:
         """See Store.write."""
@@ -342,6 +341,17 @@ def _opened(path: Path) -> Iterator[int]:
         yield descriptor
     finally:
         os.close(descriptor)
+
+
+def _fill(path: Path, file: int, start: int, buffers: Sequence[memoryview]) -> None:
+    """Fill the buffers from byte `start` of a file on. KeyTruncated."""
+    for first in range(0, len(buffers), _MOST_BUFFERS):
+        wanted = [b for b in buffers[first : first + _MOST_BUFFERS] if len(b)]
+        while wanted:
+            if not (got := os.preadv(file, wanted, start)):
+                raise KeyTruncated(f"{path}: ends at byte {start}, byte {start + sum(map(len, wanted))} was asked for")
+            start += got
+            wanted = after(wanted, got)
 
 
 def _make_directory(path: Path) -> None:

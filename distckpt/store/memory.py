@@ -57,6 +57,12 @@ class MemoryStore:
             buffer[:] = piece
             start += len(buffer)
 
+    def content(self, key: str, limit: int) -> bytes:
+        """See Whole."""
+        if len(data := self._get(key)) > limit:
+            raise StoreError(f"{key} has {len(data)} bytes; at most {limit} are read")
+        return data
+
     def write(self, key: str, pieces: Iterable[memoryview], *, size: int, stable: int = 0) -> None:  # noqa: ARG002
         """See Store.write."""
         check(key)

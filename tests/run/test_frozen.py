@@ -194,7 +194,7 @@ def test_who_is_referred_to_stays_and_goes_with_the_last_that_refers_to_it(tmp_p
 def test_what_a_reader_got_hold_of_in_time_keeps_what_it_refers_to(tmp_path):
     train(tmp_path, [1, 2])
     with lease(LocalStore(tmp_path), StepDir(2)):  # since it was decided that both are to go
-        assert remove_all(History(LocalStore(tmp_path)), [StepDir(1), StepDir(2)]) == ([], [])
+        assert remove_all(History(LocalStore(tmp_path)), [StepDir(1), StepDir(2)], [1]) == ([], [])
     assert steps(tmp_path) == [1, 2]
 
 

@@ -165,6 +165,16 @@ def test_read_all_refuses_a_key_longer_than_its_limit(store):
 # write
 
 
+def test_what_is_read_whole_is_of_one_write(store):
+    contents = [b"short", b"longer, by far"]
+    write_all(store, "last.json", contents[0])
+    with ThreadPoolExecutor(1) as pool:
+        writes = pool.submit(lambda: [write_all(store, "last.json", c) for _ in range(20) for c in contents])
+        while not writes.done():
+            assert read_all(store, "last.json", limit=100) in contents
+        writes.result()
+
+
 def test_write_puts_the_pieces_one_after_another(store):
     store.write("a/b/c", [memoryview(b"ab"), memoryview(b""), memoryview(b"cde")], size=5)
     assert get(store, "a/b/c") == b"abcde"
