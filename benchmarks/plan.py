@@ -144,7 +144,7 @@ def _planned(model: Model, kind: str, n: int, repeats: int) -> Planned:
         load=max(_load(model, content, reader, repeats) for reader in readers.values()),
         index=len(data),
         files=n,
-        opened=_milliseconds(lambda: manifest.decode(data), repeats),
+        opened=_milliseconds(lambda: manifest.decode(data, None), repeats),
         shards=shards,
         regions=regions,
     )

@@ -21,10 +21,14 @@ import keyword
 import os
 import sys
 import warnings
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from distckpt import __version__
 from distckpt.errors import DistckptError, NotACheckpoint, RanksMissing, RunConflict, StoreError
+from distckpt.signing import REQUIRE_SIGNATURE, trusted
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 COMMANDS = {
     "ls": "checkpoints of a run, or the runs of a directory",
@@ -44,6 +48,7 @@ COMMANDS = {
     "selftest": "a cold restart of your own training: is the step after a load the same, bit for bit",
     "preflight": "whether a directory is fit for a long run, and what a save will cost",
 }
+_REQUIRE = f"file of public keys: read only checkpoints that one of them signed (as {REQUIRE_SIGNATURE} says)"
 FAILED, USAGE, NOTHING, REFUSED, INTERRUPTED = 1, 2, 3, 4, 130
 
 
@@ -58,7 +63,8 @@ def main(arguments: list[str] | None = None) -> int:
         return e.code if isinstance(e.code, int) else USAGE
     warnings.simplefilter("ignore")  # what they say is among the notes
     try:
-        answer = options.run(options)
+        with _requiring(options.require_signature):
+            answer = options.run(options)
         text = _json(answer.value) if options.json else "\n".join(answer.lines)
         if answer.lines or answer.value is not None:
             print(text, flush=True)
@@ -75,6 +81,21 @@ def main(arguments: list[str] | None = None) -> int:
             print(_json({"error": line, "kind": type(e).__name__, "code": _code(e)}), flush=True)
         return _code(e)
     return int(answer.code)
+
+
+@contextlib.contextmanager
+def _requiring(keys: str | None) -> Iterator[None]:
+    """Have signatures required by what the block runs, and by its child processes."""
+    before = os.environ.get(REQUIRE_SIGNATURE)
+    if keys:
+        os.environ[REQUIRE_SIGNATURE] = keys
+    try:
+        trusted()  # what is wrong with the keys is told before anything is looked at
+        yield
+    finally:
+        if keys:
+            os.environ.pop(REQUIRE_SIGNATURE)
+            os.environ.update({REQUIRE_SIGNATURE: before} if before else {})
 
 
 def _json(value: Any) -> str:
@@ -113,6 +134,7 @@ def _parser(chosen: str) -> argparse.ArgumentParser:
             tool = importlib.import_module(f"distckpt.tools.{name}{'_' * keyword.iskeyword(name)}")
             tool.options(added)
             added.add_argument("--json", action="store_true", help="print JSON instead of text")
+            added.add_argument("--require-signature", metavar="KEYS", help=_REQUIRE)
             added.set_defaults(run=tool.run)
     return parser
 

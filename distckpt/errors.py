@@ -5,6 +5,7 @@
     ├── FormatError         ValueError         bytes that do not follow docs/format.md
     │   └── NewerFormat                        written by a newer distckpt
     ├── Corrupt             ValueError         committed bytes that no longer match their checksums
+    │   └── Untrusted                          not signed by a key that is trusted (signing.py)
     ├── Mismatch            ValueError         the checkpoint does not fit the state; every problem listed
     ├── Unsupported         TypeError          a value or layout that cannot be saved
     ├── StateUnusable       RuntimeError       a load failed half-way; the state must not be saved or trained on
@@ -42,6 +43,10 @@ class NewerFormat(FormatError):
 
 class Corrupt(DistckptError, ValueError):
     """Committed bytes that do not match their checksums, or are gone."""
+
+
+class Untrusted(Corrupt):
+    """Bytes that no trusted key has signed, where signatures are required."""
 
 
 class Mismatch(DistckptError, ValueError):

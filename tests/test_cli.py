@@ -300,7 +300,9 @@ def test_a_newer_format_is_named(run, capsys):
     from distckpt.format.sealed import seal, unseal
 
     commit = run / "step-00000004" / "commit.json"
-    commit.write_bytes(seal({**{k: v for k, v in unseal(commit.read_bytes()).items() if k != "digest"}, "format": 2}))
+    commit.write_bytes(
+        seal({**{k: v for k, v in unseal(commit.read_bytes(), None).items() if k != "digest"}, "format": 2})
+    )
     for command in LOOKING:
         assert "format version 2" in said(capsys, command[0], run, *command[1:], code=1)
 

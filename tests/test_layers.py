@@ -15,6 +15,7 @@ PACKAGE = Path(__file__).parent.parent / "distckpt"
 LAYERS = [
     {"errors", "latest", "garbage", "system", "units"},
     {"format", "store"},
+    {"signing"},
     {"comm", "comm_threads"},
     {"state", "statedict"},
     {"slabs"},

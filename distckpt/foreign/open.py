@@ -16,6 +16,7 @@ from distckpt.foreign.located import Undecodable
 from distckpt.foreign.peft import is_peft, read_peft
 from distckpt.foreign.safetensors import INDEX, SUFFIX, read_safetensors
 from distckpt.foreign.torchfile import LEGACY, ZIP
+from distckpt.signing import refuse_unsigned
 
 if TYPE_CHECKING:
     import os
@@ -51,6 +52,8 @@ def open_foreign(
     path = Path(path)
     try:
         reader = _reader(path)
+        if reader:
+            refuse_unsigned(str(path))
         if reader is read_deepspeed:
             found: Directory | None = read_deepspeed(path, order)
         else:

@@ -10,14 +10,12 @@ from __future__ import annotations
 
 import json
 import struct
-import sys
-from array import array
 from dataclasses import dataclass
 from math import prod
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from distckpt.errors import FormatError
-from distckpt.format.checksum import BLOCK, digest
+from distckpt.format.checksum import BLOCK, CRC32C, Algorithm
 from distckpt.format.dtype import TAG_SIZE, item_size, stored_as
 from distckpt.format.layout import CHECKSUMS_CHUNK, OBJECTS_CHUNK
 from distckpt.format.text import read_json, shown
@@ -32,7 +30,6 @@ MAX_HEADER = 100_000_000
 
 _LENGTH = struct.Struct("<Q")
 _TABLE_HEAD = struct.Struct("<12sI")
-_ALGORITHM = b"crc32c"
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +76,7 @@ class Image:
     header: bytes
     packed: Packed
     objects: bytes
+    algorithm: Algorithm = CRC32C
 
     @property
     def segments(self) -> tuple[Segment, ...]:
@@ -98,12 +96,25 @@ class Image:
     @property
     def size(self) -> int:
         """Bytes of the file."""
-        return self.table_start + table_size(self.table_start)
+        return self.table_start + table_size(self.table_start, self.algorithm)
 
 
-def table_size(covered: int) -> int:
+@dataclass(frozen=True, slots=True)
+class Table:
+    """Checksum table: the sum of each block, one after another."""
+
+    algorithm: Algorithm
+    sums: bytes
+
+    def holds(self, number: int, block: Iterable[memoryview]) -> bool:
+        """Whether these pieces are the block of this number."""
+        start = number * self.algorithm.size
+        return self.algorithm.sum_of(block) == self.sums[start : start + self.algorithm.size]
+
+
+def table_size(covered: int, algorithm: Algorithm) -> int:
     """Bytes of a table over `covered` bytes."""
-    return _TABLE_HEAD.size + 4 * -(-covered // BLOCK)
+    return _TABLE_HEAD.size + algorithm.size * -(-covered // BLOCK)
 
 
 def pack(chunks: Iterable[Chunk]) -> Packed:
@@ -123,19 +134,19 @@ def pack(chunks: Iterable[Chunk]) -> Packed:
     return Packed(tuple(placed), json.dumps(entries, separators=(",", ":"))[:-1], position)
 
 
-def build(packed: Packed, objects: bytes) -> Image:
+def build(packed: Packed, objects: bytes, algorithm: Algorithm = CRC32C) -> Image:
     """Lay out a data file. `objects` is JSON; it is padded with spaces to a multiple of 4 bytes."""
     objects += b" " * (-len(objects) % 4)
     table_at = packed.nbytes + len(objects)
     last = {OBJECTS_CHUNK: _entry("U8", (len(objects),), packed.nbytes, table_at)}
-    return Image(_encode_header(packed.entries, last, table_at), packed, objects)
+    return Image(_encode_header(packed.entries, last, table_at, algorithm), packed, objects, algorithm)
 
 
-def _encode_header(entries: str, last: dict[str, Any], table_at: int) -> bytes:
+def _encode_header(entries: str, last: dict[str, Any], table_at: int, algorithm: Algorithm) -> bytes:
     """Header with the table's entry. The table's length depends on the header's: so it is tried until it holds."""
     length = DATA_ALIGNMENT
     while True:
-        size = table_size(length + table_at)
+        size = table_size(length + table_at, algorithm)
         last[CHECKSUMS_CHUNK] = _entry("U8", (size,), table_at, table_at + size)
         text = f"{entries},{json.dumps(last, separators=(',', ':'))[1:]}".encode()
         padded = -(-(_LENGTH.size + len(text)) // DATA_ALIGNMENT) * DATA_ALIGNMENT
@@ -150,31 +161,21 @@ def _entry(tag: str, shape: tuple[int, ...], start: int, stop: int) -> dict[str,
     return {"dtype": tag, "shape": list(shape), "data_offsets": [start, stop]}
 
 
-def encode_table(sums: array[int]) -> bytes:
-    """Checksum table: algorithm, block size, one little-endian u32 a block."""
-    if sys.byteorder == "big":
-        sums = array("I", sums)
-        sums.byteswap()
-    return _TABLE_HEAD.pack(_ALGORITHM, BLOCK) + sums.tobytes()
+def encode_table(table: Table) -> bytes:
+    """Content of `__checksums__`: algorithm, block size, the sums."""
+    return _TABLE_HEAD.pack(table.algorithm.name.encode(), BLOCK) + table.sums
 
 
-def decode_table(data: bytes, covered: int) -> array[int]:
-    """CRC-32C of each block of a file whose first `covered` bytes the table sums."""
-    if len(data) != table_size(covered):
-        raise FormatError(f"checksum table of {len(data)} bytes; {table_size(covered)} expected")
-    algorithm, block = _TABLE_HEAD.unpack_from(data)
-    if (algorithm.rstrip(b"\0"), block) != (_ALGORITHM, BLOCK):
-        raise FormatError(f"checksum algorithm {algorithm!r} with blocks of {block} bytes is not known")
-    sums = array("I")
-    sums.frombytes(data[_TABLE_HEAD.size :])
-    if sys.byteorder == "big":
-        sums.byteswap()
-    return sums
-
-
-def file_digest(header: bytes | memoryview, table: bytes | memoryview) -> str:
-    """Digest of a data file: over its header (8-byte length included) and its checksum table."""
-    return digest(header, table)
+def decode_table(data: bytes, covered: int, algorithm: Algorithm) -> Table:
+    """Sums of a file whose first `covered` bytes they are of. FormatError unless they are of this algorithm."""
+    if len(data) != table_size(covered, algorithm):
+        raise FormatError(f"checksum table of {len(data)} bytes; {table_size(covered, algorithm)} expected")
+    name, block = _TABLE_HEAD.unpack_from(data)
+    if (name.rstrip(b"\0"), block) != (algorithm.name.encode(), BLOCK):
+        raise FormatError(
+            f"checksum table of {name!r} and blocks of {block} bytes; {algorithm.name} and {BLOCK} expected"
+        )
+    return Table(algorithm, data[_TABLE_HEAD.size :])
 
 
 class Stored(NamedTuple):

@@ -6,13 +6,13 @@ The file is one JSON object whose last member is `digest`, over every byte befor
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import prod
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from distckpt.errors import FormatError, NewerFormat, Unsupported
+from distckpt.errors import FormatError, NewerFormat, Unsupported, Untrusted
 from distckpt.format import objects, partition
-from distckpt.format.checksum import DIGEST_SIZE
+from distckpt.format.checksum import SHA256, algorithm_of
 from distckpt.format.datafile import MAX_HEADER
 from distckpt.format.dtype import item_size
 from distckpt.format.layout import StepDir, check_key
@@ -21,7 +21,7 @@ from distckpt.format.text import shown
 from distckpt.garbage import uncollected
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
     from distckpt.format.partition import Partition
 
@@ -34,7 +34,6 @@ MAX_DIMS = 64
 ON_RESHARD = ("derive", "refuse", "first")
 """What a per-rank object may say of another world size: derive a new value, refuse, or take the first rank's."""
 
-_HEX = 2 * DIGEST_SIZE
 _FILE_ENTRY = [str, int, int, str]
 
 
@@ -89,6 +88,14 @@ class Manifest:
     writer: Mapping[str, str] = field(default_factory=dict)
     keep: str = ""
     """Why it is to be kept whatever the rules, by whoever saved it."""
+    signature: str = ""
+    """Of the commit that it was read from, as far as it has one; no part of what is signed."""
+
+    @property
+    def is_strong(self) -> bool:
+        """Whether all that it names is summed so that nobody can forge it."""
+        digests = [*(f.digest for f in self.files), *(o.digest for o in self.objects.values())]
+        return all(algorithm_of(digest) is SHA256 for digest in digests)
 
     @property
     def own_bytes(self) -> int:
@@ -125,19 +132,25 @@ def to_json(manifest: Manifest) -> dict[str, Any]:
     }
 
 
-def encode(manifest: Manifest) -> bytes:
-    """Content of commit.json."""
-    return seal(to_json(manifest))
+def encode(manifest: Manifest, sign: Callable[[bytes], str] | None = None) -> bytes:
+    """Content of commit.json. sign: see `seal`; FormatError if what is below is summed as what is not signed."""
+    if sign and not manifest.is_strong:
+        raise FormatError(f"to be signed, every file of step {manifest.step} must have {SHA256.name} sums")
+    return seal(to_json(manifest), sign)
 
 
 @uncollected()
-def decode(data: bytes) -> Manifest:
+def decode(data: bytes, trusted: Callable[[bytes, str], None] | None) -> Manifest:
     """Manifest in the content of a commit.json.
 
-    Corrupt where its digest does not hold, NewerFormat for a later version, FormatError for anything malformed.
+    trusted: see `unseal`; raises Untrusted. Corrupt where its digest does not hold, NewerFormat for a later version,
+    FormatError for anything malformed.
     """
-    manifest = from_json(unseal(data))
+    body = unseal(data, trusted)
+    manifest = replace(from_json(body), signature=str(body.get("signature", "")))
     check(manifest)
+    if trusted and not manifest.is_strong:
+        raise Untrusted(f"it is signed, but not every file has {SHA256.name} sums")
     return manifest
 
 
@@ -220,14 +233,14 @@ def _tensor(fqn: str, item: Any) -> TensorInfo:
 def _file(item: Any) -> FileInfo:
     if type(item) is list and [*map(type, item)] == _FILE_ENTRY:  # a pattern of types takes ten times as long
         name, size, header, sums = item
-        if 8 < header <= size and header <= 8 + MAX_HEADER and len(sums) == _HEX:
+        if 8 < header <= size and header <= 8 + MAX_HEADER and algorithm_of(sums):
             return FileInfo(check_key(name), size, header, sums)
     raise FormatError(f"file entry is malformed: {shown(item)}")
 
 
 def _object(name: str, item: Any) -> ObjectInfo:
     match item:
-        case [str(file), int(size), str(sums)] if 0 <= size <= MAX_BYTES and len(sums) == _HEX and "/" not in file:
+        case [str(file), int(size), str(sums)] if 0 <= size <= MAX_BYTES and algorithm_of(sums) and "/" not in file:
             return ObjectInfo(check_key(file), size, sums)
     raise FormatError(f"object {name!r} is malformed: {shown(item)}")
 

@@ -8,19 +8,20 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
-from distckpt.errors import Corrupt, FormatError, KeyMissing, KeyTruncated, NewerFormat, NotACheckpoint
+from distckpt.errors import Corrupt, FormatError, KeyMissing, KeyTruncated, NotACheckpoint
 from distckpt.format import datafile, manifest, objects
-from distckpt.format.checksum import BLOCK, crc_of, digest
+from distckpt.format.checksum import BLOCK, algorithm_of, matches
 from distckpt.format.layout import CHECKSUMS_CHUNK, COMMIT, OBJECTS_CHUNK, StepDir, fqn_of
+from distckpt.signing import trusted
 from distckpt.store.base import Copied, Pace, each, read_all
 
 if TYPE_CHECKING:
-    from array import array
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
     import torch
 
-    from distckpt.format.datafile import Stored
+    from distckpt.format.checksum import Algorithm
+    from distckpt.format.datafile import Stored, Table
     from distckpt.format.manifest import FileInfo, Manifest, ObjectInfo
     from distckpt.loading.plan import Item
     from distckpt.store.base import Store
@@ -32,7 +33,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class DataFile:
-    """A data file whose header and checksum table have been verified; or (sums None) a file of another tool.
+    """A data file whose header and checksum table have been verified; or (table None) a file of another tool.
 
     `covered`: bytes that the table sums. `grain`: bytes that a read is rounded to: what can be verified alone.
     `sequential`: its reads are to come one at a time, in order.
@@ -40,23 +41,23 @@ class DataFile:
 
     key: str
     chunks: Mapping[str, Stored]
-    sums: array[int] | None
+    table: Table | None
     covered: int
     sequential: bool = False
 
     @property
     def grain(self) -> int:
         """Bytes that a read is rounded to."""
-        if self.sums is not None:
+        if self.table is not None:
             return BLOCK
         return 1 if self.sequential else _PAGE  # a stream must not be asked again for the end of a page
 
     def verify(self, first: int, pieces: list[list[memoryview]]) -> None:
         """Check blocks `first`, `first + 1`, ..., each given as its pieces in order. Corrupt, with the fqns."""
-        if self.sums is None:
+        if self.table is None:
             return
         for i, block in enumerate(pieces):
-            if crc_of(block) != self.sums[first + i]:
+            if not self.table.holds(first + i, block):
                 start, stop = (first + i) * BLOCK, min((first + i + 1) * BLOCK, self.covered)
                 raise Corrupt(
                     f"{self.key}: bytes {start} to {stop} do not match their checksum; they hold "
@@ -201,7 +202,7 @@ class Checkpoint:
 
     def _read_object(self, key: str, name: str, info: ObjectInfo) -> Any:
         (data,) = _parts(self, key, info.size, (0, info.size))
-        if digest(data) != info.digest:
+        if not matches(info.digest, data):
             raise Corrupt(f"{key}: object {name} does not match the commit's digest")
         return _decoded(key, data)
 
@@ -249,11 +250,12 @@ def _measure(source: Readable, key: str, size: int) -> None:
         raise Corrupt(f"{key}: has {found} bytes, the commit says {size}")
 
 
-def _covered(size: int) -> int:
+def _covered(size: int, algorithm: Algorithm) -> int:
     """Bytes before the checksum table of a file of `size` bytes: the table's length follows from it."""
-    count = bisect.bisect_left(range(size // BLOCK + 2), size, key=lambda b: b * BLOCK + datafile.table_size(b * BLOCK))
-    covered = size - datafile.table_size(count * BLOCK)
-    if covered < 0 or covered + datafile.table_size(covered) != size:
+    table_size = partial(datafile.table_size, algorithm=algorithm)
+    count = bisect.bisect_left(range(size // BLOCK + 2), size, key=lambda b: b * BLOCK + table_size(b * BLOCK))
+    covered = size - table_size(count * BLOCK)
+    if covered < 0 or covered + table_size(covered) != size:
         raise FormatError(f"no data file has {size} bytes")
     return covered
 
@@ -276,15 +278,17 @@ def _part(source: Readable, key: str, start: int, stop: int) -> memoryview:
 
 def opened(source: Readable, key: str, info: FileInfo) -> DataFile:
     """Data file of this key. Corrupt unless header and table are as `info` says."""
-    covered = _covered(info.size)
+    algorithm = algorithm_of(info.digest)
+    assert algorithm is not None
+    covered = _covered(info.size, algorithm)
     header, table = _parts(source, key, info.size, (0, info.header), (covered, info.size))
-    if datafile.file_digest(header, table) != info.digest:
+    if not matches(info.digest, header, table):
         raise Corrupt(f"{key}: its header or checksum table does not match the commit's digest")
     try:
         chunks = datafile.decode_header(bytes(header), info.size)
         if chunks[CHECKSUMS_CHUNK].start != covered:
             raise FormatError(f"{CHECKSUMS_CHUNK} begins at byte {chunks[CHECKSUMS_CHUNK].start}, not {covered}")
-        return DataFile(key, chunks, datafile.decode_table(bytes(table), covered), covered)
+        return DataFile(key, chunks, datafile.decode_table(bytes(table), covered, algorithm), covered)
     except FormatError as e:
         raise Corrupt(f"{key}: {e}") from e
 
@@ -305,8 +309,8 @@ def _opened(store: Store, directory: StepDir, key: str) -> Checkpoint:
         what = "holds no commit.json: a save that did not finish" if store.list(str(directory)) else "does not exist"
         raise NotACheckpoint(f"{store}: {directory} {what}") from e
     try:
-        content = manifest.decode(data)
-    except (Corrupt, NewerFormat, FormatError) as e:
+        content = manifest.decode(data, trusted())
+    except (Corrupt, FormatError) as e:  # Untrusted and NewerFormat are such
         raise type(e)(f"{key}: {e}") from e
     if (content.step, content.generation) != (directory.step, directory.generation):
         raise Corrupt(f"{key}: is the commit of {StepDir(content.step, content.generation)}")

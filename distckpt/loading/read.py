@@ -227,7 +227,7 @@ def _cut(piece: Piece, window: int) -> Iterator[Piece]:
 def runs_of(index: int, file: DataFile, pieces: Iterable[Piece], window: int, gap: int = 0) -> Iterator[Run]:
     """Yield the reads that bring these pieces of a file. gap: bytes between two that one read may cover."""
     grain = file.grain
-    reach = 1 + gap // grain if file.sums is not None else 1
+    reach = 1 + gap // grain if file.table is not None else 1
     found: list[Piece] = []
     last_block = -1
     for piece in sorted((p for p in pieces if p.stop > p.start), key=lambda p: (p.start, p.stop)):

@@ -7,7 +7,7 @@ from contextlib import nullcontext
 from operator import index
 from typing import TYPE_CHECKING, Any, Literal, overload
 
-from distckpt import __version__
+from distckpt import __version__, signing
 from distckpt import comm as comms
 from distckpt.errors import (
     DistckptError,
@@ -94,6 +94,7 @@ class Checkpointer:
         timeout: float = 600.0,
         comm: Comm | None = None,
     ) -> None:
+        signing.look()
         triggers = Triggers.of(every)
         self._places = Places(root, local, keep)
         self._store = self._places.near

@@ -51,7 +51,7 @@ class History:
     def __init__(self, store: Store) -> None:
         self.store = store
         self._opened: dict[StepDir, Checkpoint] = {}
-        self._launches: dict[int, Launch] = {}
+        self._launches: dict[int, Launch | None] = {}
         self._tensors: Mapping[str, TensorInfo] = {}
         self.epochs: dict[str, int | None] = {}
         """Epoch of each attempt, as far as it was asked for: it takes a read."""

@@ -115,12 +115,15 @@ class Job:
         """RunConflict once a later launch has begun: what this one saves would never be resumed."""
         near = self._places.near
         if max(launch_numbers(near), default=0) > (self.launch or 0):
-            newest = read_launches(near)[-1]
-            raise RunConflict(
-                f"{self._store}: launch {newest.number} ({newest.job} on {newest.host}, {newest.date}) has resumed "
-                f"this run since launch {self.launch} began, and nothing that this job saves would ever be resumed. "
-                "Stop this job, or the other and start this one again; to only read a run, use load(), not resume()"
-            )
+            launches = read_launches(near)
+            newest = launches[-1] if launches else None
+            if newest and newest.number > (self.launch or 0):  # else who opened it has not signed it as must be
+                raise RunConflict(
+                    f"{self._store}: launch {newest.number} ({newest.job} on {newest.host}, {newest.date}) has resumed "
+                    f"this run since launch {self.launch} began, and nothing that this job saves would ever be "
+                    "resumed. Stop this job, or the other and start this one again; to only read a run, use load(), "
+                    "not resume()"
+                )
 
     def close(self) -> None:
         """Say that the job has ended. Not collective."""

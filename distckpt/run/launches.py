@@ -13,9 +13,10 @@ import socket
 from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING
 
-from distckpt.errors import Corrupt, FormatError, KeyExists
+from distckpt.errors import Corrupt, FormatError, KeyExists, Untrusted
 from distckpt.format.layout import LAUNCHES, StepDir, launch_file, launch_number
 from distckpt.format.sealed import seal, unseal
+from distckpt.signing import refuse_keyless, signer, trusted
 from distckpt.store.base import each, read_all
 
 if TYPE_CHECKING:
@@ -50,7 +51,7 @@ def launch_numbers(store: Store) -> list[int]:
     return sorted(n for n in (launch_number(entry.name) for entry in store.list(LAUNCHES)) if n is not None)
 
 
-def read_launches(store: Store, known: dict[int, Launch] | None = None) -> list[Launch]:
+def read_launches(store: Store, known: dict[int, Launch | None] | None = None) -> list[Launch]:
     """Every launch of a run, by number. FormatError for a record that cannot be read: it might fence something.
 
     known: those that were read before, which are not read again; the others are added.
@@ -59,16 +60,19 @@ def read_launches(store: Store, known: dict[int, Launch] | None = None) -> list[
     numbers = launch_numbers(store)
     new = [number for number in numbers if number not in known]
     known.update(zip(new, each(store.pace, lambda number: _read(store, number), new), strict=True))
-    return [known[number] for number in numbers]
+    return [launch for number in numbers if (launch := known[number])]
 
 
-def _read(store: Store, number: int) -> Launch:
+def _read(store: Store, number: int) -> Launch | None:
+    """Record of a launch; None for one that fences nothing, for it is not signed as it must be."""
     key = launch_file(number)
     try:
-        members = unseal(read_all(store, key, limit=_MOST_BYTES))
+        members = unseal(read_all(store, key, limit=_MOST_BYTES), trusted())
         record = Launch(**{f.name: members[f.name] for f in fields(Launch)})  # a later version may add others
         if record.number != number or (record.resumed_from and not StepDir.parse(record.resumed_from)):
             raise FormatError(f"it names launch {record.number}, resumed from {record.resumed_from!r}")
+    except Untrusted:
+        return None
     except (TypeError, KeyError, FormatError, Corrupt) as e:
         raise FormatError(f"{store}: {key} is not the record of a launch ({e}); restore or remove it by hand") from e
     return record
@@ -81,6 +85,7 @@ def counts(directory: StepDir, launch: int, launches: Sequence[Launch]) -> bool:
 
 def open_launch(store: Store, resumed_from: StepDir | None, world_size: int, date: str) -> int:
     """Create the next launch's record and return its number."""
+    refuse_keyless()
     number = max(launch_numbers(store), default=0)
     while True:
         number += 1
@@ -94,7 +99,7 @@ def open_launch(store: Store, resumed_from: StepDir | None, world_size: int, dat
             secrets.token_hex(6),
         )
         try:
-            store.create(launch_file(number), seal(asdict(record)))
+            store.create(launch_file(number), seal(asdict(record), signer()))
         except KeyExists:
             continue  # another job opened this number in between; the fence decides between the two
         return number

@@ -7,7 +7,7 @@ import time
 from typing import TYPE_CHECKING
 
 from distckpt.errors import Corrupt, KeyMissing
-from distckpt.format.checksum import BLOCK, digest
+from distckpt.format.checksum import BLOCK, matches
 from distckpt.format.manifest import MAX_BYTES, ObjectInfo
 from distckpt.loading.open import blocks, opened
 from distckpt.store.base import FOR_GOOD, read_all
@@ -78,7 +78,7 @@ class Outbound:
 
     def _object(self, key: str, info: ObjectInfo) -> Iterator[memoryview]:
         data = memoryview(read_all(self._near, key, limit=MAX_BYTES))
-        if digest(data) != info.digest:
+        if not matches(info.digest, data):
             raise Corrupt(f"{key}: does not match the digest in its commit")
         yield data
 

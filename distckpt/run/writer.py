@@ -38,6 +38,7 @@ from distckpt.run.replicate import Replicator
 from distckpt.saving.arena import Arena
 from distckpt.saving.commit import Attempt, commit_when_acked, remove_acks, write_refusal
 from distckpt.saving.part import Part, Summed, write_part
+from distckpt.signing import algorithm
 from distckpt.store.base import FOR_GOOD
 from distckpt.store.local import LocalStore
 from distckpt.store.open import reopened
@@ -193,7 +194,7 @@ class _Writer:
         draft = manifest.from_json(told["draft"]) if told["draft"] else None
         part = Part(begun.part.attempt, begun.part.rank, objects, draft)
         header = view[: message["header"]]
-        content = Summed(header, [view[: message["covered"]]], FOR_GOOD)
+        content = Summed(header, [view[: message["covered"]]], FOR_GOOD, algorithm())
         draft = write_part(begun.store, part, content, len(header), message["size"])
         if isinstance(begun.store, LocalStore):
             key = part.attempt.key(part.name)

@@ -25,6 +25,7 @@ from distckpt.format import manifest
 from distckpt.format.layout import COMMIT, StepDir, ack_file, ack_rank
 from distckpt.format.manifest import FileInfo, Manifest
 from distckpt.format.sealed import seal, unseal
+from distckpt.signing import own, signer, trusted
 from distckpt.store.base import each, read_all, write_all
 
 if TYPE_CHECKING:
@@ -53,13 +54,13 @@ def write_ack(store: Store, attempt: Attempt, rank: int, file: FileInfo, draft: 
     said: dict[str, Any] = {"rank": rank, "file": [file.name, file.size, file.header, file.digest]}
     if draft:
         said["draft"] = manifest.to_json(draft)
-    write_all(store, attempt.key(ack_file(rank, attempt.id)), seal(said))
+    write_all(store, attempt.key(ack_file(rank, attempt.id)), seal(said, signer()))
 
 
 def write_refusal(store: Store, attempt: Attempt, rank: int, error: BaseException) -> None:
     """Say that a rank failed: nobody will commit this attempt."""
     said = {"rank": rank, "error": failure_text(error)}
-    write_all(store, attempt.key(ack_file(rank, attempt.id)), seal(said))
+    write_all(store, attempt.key(ack_file(rank, attempt.id)), seal(said, signer()))
 
 
 def acked_ranks(store: Store, attempt: Attempt) -> set[int]:
@@ -71,7 +72,10 @@ def acked_ranks(store: Store, attempt: Attempt) -> set[int]:
 def read_ack(store: Store, attempt: Attempt, rank: int) -> dict[str, Any]:
     """What a rank said. KeyMissing; Corrupt or FormatError where it is damaged."""
     key = attempt.key(ack_file(rank, attempt.id))
-    said: dict[str, Any] = unseal(read_all(store, key, limit=_MOST_ACK))
+    try:
+        said: dict[str, Any] = unseal(read_all(store, key, limit=_MOST_ACK), own())
+    except (Corrupt, FormatError) as e:
+        raise type(e)(f"{key}: {e}") from e
     match said:
         case {"rank": int(named), "file": [str(), int(), int(), str()]} | {"rank": int(named), "error": str()} if (
             named == rank
@@ -126,7 +130,7 @@ def complete(store: Store, attempt: Attempt, draft: Manifest | None = None) -> M
 def commit(store: Store, attempt: Attempt, whole: Manifest) -> None:
     """Make the checkpoint. RunConflict if another attempt has committed this directory."""
     try:
-        store.create(attempt.key(COMMIT), manifest.encode(whole))
+        store.create(attempt.key(COMMIT), manifest.encode(whole, signer()))
     except KeyExists as e:
         raise RunConflict(f"{attempt.key(COMMIT)}: another job or launch committed it first; ours is not used") from e
 
@@ -168,7 +172,7 @@ def remove_acks(store: Store, attempt: Attempt) -> None:
 def committed_manifest(store: Store, attempt: Attempt) -> Manifest | None:
     """What an attempt has committed; None if it has not. StoreError, Corrupt or FormatError: that cannot be told."""
     try:
-        found = manifest.decode(read_all(store, attempt.key(COMMIT), limit=manifest.MAX_BYTES))
+        found = manifest.decode(read_all(store, attempt.key(COMMIT), limit=manifest.MAX_BYTES), trusted())
     except KeyMissing:
         return None
     return found if found.attempt == attempt.id else None

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from distckpt.errors import StoreError
 from distckpt.format import datafile
-from distckpt.format.checksum import BlockSums, digest
+from distckpt.format.checksum import CRC32C, Algorithm
 from distckpt.format.layout import ack_file, data_file, object_file
 from distckpt.format.manifest import FileInfo, Manifest, ObjectInfo
 from distckpt.saving.commit import Attempt, abandon, write_ack, write_refusal
@@ -49,18 +49,20 @@ class Summed:
     in Store.write; those that are cut from one last as long.
     """
 
-    def __init__(self, header: memoryview, pieces: Iterable[memoryview], stable: int = 0) -> None:
-        self._header, self._pieces, self.stable = header, pieces, stable
+    def __init__(
+        self, header: memoryview, pieces: Iterable[memoryview], stable: int = 0, algorithm: Algorithm = CRC32C
+    ) -> None:
+        self._header, self._pieces, self.stable, self.algorithm = header, pieces, stable, algorithm
         self.digest = ""
 
     def __iter__(self) -> Iterator[memoryview]:
-        sums = BlockSums()
+        sums = self.algorithm.blocks()
         for piece in self._pieces:
             for start in range(0, len(piece), PIECE):
                 sums.feed(cut := piece[start : start + PIECE])
                 yield cut
-        table = datafile.encode_table(sums.finish())
-        self.digest = datafile.file_digest(self._header, table)
+        table = datafile.encode_table(datafile.Table(self.algorithm, sums.finish()))
+        self.digest = self.algorithm.digest(self._header, table)
         yield memoryview(table)
 
 
@@ -72,7 +74,7 @@ def whole(image: Image, content: Iterable[memoryview], stable: int = 0) -> Summe
         yield from content
         yield memoryview(image.objects)
 
-    return Summed(memoryview(image.header), pieces(), stable)
+    return Summed(memoryview(image.header), pieces(), stable, image.algorithm)
 
 
 def write_part(store: Store, part: Part, content: Summed, header: int, size: int) -> Manifest | None:
@@ -84,7 +86,7 @@ def write_part(store: Store, part: Part, content: Summed, header: int, size: int
     try:
         store.write(part.attempt.key(part.name), content, size=size, stable=content.stable)
         file = FileInfo(part.name, size, header, content.digest)
-        draft = part.draft and _with_objects(store, part, part.draft)
+        draft = part.draft and _with_objects(store, part, part.draft, content.algorithm)
         write_ack(store, part.attempt, part.rank, file, draft)
     except Exception as e:
         with contextlib.suppress(StoreError):  # what failed is raised; this is for those who wait
@@ -93,11 +95,12 @@ def write_part(store: Store, part: Part, content: Summed, header: int, size: int
     return draft
 
 
-def _with_objects(store: Store, part: Part, draft: Manifest) -> Manifest:
+def _with_objects(store: Store, part: Part, draft: Manifest, algorithm: Algorithm) -> Manifest:
     """Write the rank-independent objects, one readable file each, and name them in the manifest's draft."""
     for name, data in part.objects.items():
         write_all(store, part.attempt.key(object_file(name, part.attempt.id)), data)
-    infos = {n: ObjectInfo(object_file(n, part.attempt.id), len(d), digest(d)) for n, d in part.objects.items()}
+    names = {n: object_file(n, part.attempt.id) for n in part.objects}
+    infos = {n: ObjectInfo(names[n], len(data), algorithm.digest(data)) for n, data in part.objects.items()}
     return replace(draft, objects=infos)
 
 

@@ -43,7 +43,7 @@ def content(image: Image, chunks: Sequence[torch.Tensor], room: int | None = Non
         return
     with Slabs(chunk.device for chunk in chunks) as slabs, ThreadPoolExecutor(1, "distckpt-copy") as pool:
         filled = _Filled(image, chunks, slabs, _slab_size(room))
-        yield Summed(memoryview(image.header), filled.through(pool), IN_FLIGHT)
+        yield Summed(memoryview(image.header), filled.through(pool), IN_FLIGHT, image.algorithm)
 
 
 def _slab_size(room: int | None) -> int:

@@ -26,6 +26,7 @@ from distckpt.saving.image import Laid, held, lay_out
 from distckpt.saving.part import Part, abandon_part, write_part
 from distckpt.saving.ring import content
 from distckpt.saving.room import lacking, needed
+from distckpt.signing import algorithm
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Mapping, Sequence
@@ -102,7 +103,7 @@ class Planned:
         if self._lacking:
             raise self._lacking
         self._wrote()
-        return build(self._laid.packed, self._rank_objects), held(self._state, self._laid, self.part.rank)
+        return build(self._laid.packed, self._rank_objects, algorithm()), held(self._state, self._laid, self.part.rank)
 
     def lasting(self) -> list[bool]:
         """Which chunks, in file order, stay as they are until an optimizer steps: parameters and their states."""

@@ -27,6 +27,7 @@ from distckpt.format.checksum import digest
 from distckpt.loading.stream import ROOM
 from distckpt.run.lease import lease
 from distckpt.run.source import open_source
+from distckpt.signing import algorithm
 from distckpt.store.open import located
 from distckpt.tools.formats import FORMATS, DeepSpeed, Distckpt, Format, Safetensors, Torch, is_taken, refuse_taken
 from distckpt.tools.in_place import InPlace
@@ -169,7 +170,7 @@ class _Plan:
         change = replace(change, step=request.source.step if checkpoint.foreign else None)
         self.view = View(checkpoint, change, request.source.order or ())
         told = [__version__, manifest.to_json(self.view.manifest), asdict(change), repr(request.to)]
-        told += [repr(request.source.lora)]
+        told += [repr(request.source.lora), algorithm().name]
         identity = [
             str(located(request.source.path)),
             str(self.destination),

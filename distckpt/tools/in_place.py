@@ -79,7 +79,7 @@ class InPlace:
         *others, (_, last) = files
         for name, data in others:
             write_all(self.data, name, data)
-        self._whole = manifest.decode(last)
+        self._whole = manifest.decode(last, None)
         return Checkpoint(self.data, self._attempt.directory, self._whole)
 
     def forget(self) -> None:

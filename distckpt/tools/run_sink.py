@@ -10,13 +10,13 @@ from distckpt import __version__
 from distckpt.foreign.sink import Output, Sink, refuse_empty
 from distckpt.format import datafile, manifest, objects
 from distckpt.format.box import Box
-from distckpt.format.checksum import digest
 from distckpt.format.layout import COMMIT, chunk_name, data_file, object_file
 from distckpt.format.manifest import FileInfo, ObjectInfo
 from distckpt.loading.stream import Stretch, stream
 from distckpt.run.publish import now
 from distckpt.saving.image import MODEL_LEAD
 from distckpt.saving.part import whole
+from distckpt.signing import algorithm, signer
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -40,7 +40,7 @@ def run_sink(view: View, directory: StepDir, attempt: str, room: int, has: Itera
     named = {i: known[_content_of(f)] for i, f in enumerate(content.files) if "/" in f.name and _content_of(f) in known}
     written = {i: _data_file(view, f"{directory}/", i, attempt, room) for i in range(count) if i not in named}
     shared = {name: objects.encode(view.object(name), name) for name in content.objects}
-    infos = {n: ObjectInfo(object_file(n, attempt), len(data), digest(data)) for n, data in shared.items()}
+    infos = {n: ObjectInfo(object_file(n, attempt), len(data), algorithm().digest(data)) for n, data in shared.items()}
 
     def finish(results: Mapping[str, Any]) -> list[tuple[str, bytes]]:
         whole = replace(
@@ -52,10 +52,11 @@ def run_sink(view: View, directory: StepDir, attempt: str, room: int, has: Itera
             files=tuple(named.get(i) or FileInfo(*results[written[i].name]) for i in range(count)),
             objects=infos,
             writer={**content.writer, "distckpt": __version__},
+            signature="",
         )
         manifest.check(whole)
         readable = [(f"{directory}/{infos[n].name}", data) for n, data in shared.items()]
-        return [*readable, (f"{directory}/{COMMIT}", manifest.encode(whole))]
+        return [*readable, (f"{directory}/{COMMIT}", manifest.encode(whole, signer()))]
 
     notes = [f"{name}: cannot be read safely; left out: {why}" for name, why in view.unreadable.items()]
     beside = [file.name for file in named.values()]
@@ -76,7 +77,7 @@ def _data_file(view: View, lead: str, index: int, attempt: str, room: int) -> Ou
     packed = datafile.pack(
         datafile.Chunk(name, s.dtype, _sizes(s.region), not s.fqn.startswith(MODEL_LEAD)) for name, s in chunks.items()
     )
-    image = datafile.build(packed, _rank_objects(view, index))
+    image = datafile.build(packed, _rank_objects(view, index), algorithm())
     name = data_file(index, attempt)
 
     def write(store: Store) -> list[Any]:

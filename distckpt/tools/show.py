@@ -14,6 +14,7 @@ from distckpt.format.objects import tag
 from distckpt.format.partition import Copies, FlatEven, Grid, Partition
 from distckpt.format.text import shown
 from distckpt.run.lease import lease
+from distckpt.signing import fingerprint
 from distckpt.tools.answer import Answer, checkpoint_at, save_text, table
 from distckpt.units import size_text
 
@@ -57,6 +58,7 @@ def run(given: argparse.Namespace) -> Answer:
         "writer": dict(content.writer),
         "metrics": {name: m if isinstance(m, (int, float)) else str(m) for name, m in content.metrics.items()},
         "keep": content.keep,
+        "signed_by": fingerprint(content.signature),
         "tensors": len(content.tensors),
         "partitions": dict(Counter(_kind(info.partition) for info in content.tensors.values())),
         "bytes_of_parts": dict(parts),

@@ -19,6 +19,7 @@ from distckpt.format.partition import regions_of
 from distckpt.run.lease import lease
 from distckpt.run.retention import listed
 from distckpt.saving.commit import is_committed
+from distckpt.signing import fingerprint, trusted
 from distckpt.tools.answer import Answer, checkpoint_at, run_at
 from distckpt.tools.progress import progress
 from distckpt.units import size_text
@@ -85,6 +86,7 @@ def run(given: argparse.Namespace) -> Answer:
                 "bytes": opened.bytes_read if opened else 0,
                 "seconds": round(time.monotonic() - started, 3),
                 "quick": given.quick,
+                "signed_by": fingerprint(opened.manifest.signature) if opened else "",
                 "problems": [d.problem for d in hit],
                 "damage": [asdict(d) for d in hit],
                 "tensors": sorted({fqn for d in hit for fqn in d.tensors}),
@@ -98,7 +100,8 @@ def _lines(value: dict[str, Any]) -> Iterator[str]:
     good = "sizes and headers are whole" if value["quick"] else "whole"
     bad = "NOT READ" if all(d["unread"] for d in value["damage"]) else "DAMAGED"
     state = bad if value["damage"] else good
-    yield f"{value['path']}: {state}, {size_text(value['bytes'])} read in {value['seconds']:.1f} s"
+    whose = f"; {'' if trusted() else 'says that it is '}signed by {value['signed_by']}" if value["signed_by"] else ""
+    yield f"{value['path']}: {state}, {size_text(value['bytes'])} read in {value['seconds']:.1f} s{whose}"
     yield from (f"  {problem}" for problem in value["problems"])
     if hit := value["tensors"]:
         rest = f" and {len(hit) - _NAMED} more (--json names all)" if len(hit) > _NAMED else ""

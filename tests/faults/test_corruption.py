@@ -89,7 +89,7 @@ def _flipped(data, position, bit=0):
 
 def _chunks(key):
     data = WHOLE._data[key]
-    info = next(f for f in decode(WHOLE._data[f"{DIRECTORY}/commit.json"]).files if key.endswith(f.name))
+    info = next(f for f in decode(WHOLE._data[f"{DIRECTORY}/commit.json"], None).files if key.endswith(f.name))
     return datafile.decode_header(data[: info.header], info.size)
 
 

@@ -59,7 +59,7 @@ def body_of(m: Manifest):
 
 
 def test_a_manifest_survives():
-    assert decode(encode(manifest())) == manifest()
+    assert decode(encode(manifest()), None) == manifest()
 
 
 @given(st.dictionaries(st.text(max_size=8), partitions, max_size=4))
@@ -67,7 +67,7 @@ def test_a_manifest_of_any_partitions_survives(divided):
     tensors = {fqn: TensorInfo(p.shape, "float32", p) for fqn, p in divided.items()}
     count = max((p.last_file for p in divided.values()), default=0) + 1
     m = manifest(tensors=tensors, files=files(count), aliases={}, world_size=1)
-    assert decode(encode(m)) == m
+    assert decode(encode(m), None) == m
 
 
 def test_equal_manifests_have_equal_bytes_whatever_order_their_tensors_came_in():
@@ -89,7 +89,7 @@ def test_every_damaged_byte_is_found():
             flipped = bytearray(data)
             flipped[i] ^= 1 << bit
             with pytest.raises(Corrupt):
-                decode(bytes(flipped))
+                decode(bytes(flipped), None)
 
 
 @pytest.mark.parametrize("cut", [0, 1, 40, 300])
@@ -97,18 +97,18 @@ def test_a_truncated_or_grown_manifest_is_corrupt(cut):
     data = encode(manifest())
     for damaged_data in (data[:cut], data[: -cut or None][:-1], data[cut + 1 :], data + b"\n"):
         with pytest.raises(Corrupt):
-            decode(damaged_data)
+            decode(damaged_data, None)
 
 
 def test_a_newer_version_says_so_and_what_to_do():
     with pytest.raises(NewerFormat, match="Install a newer distckpt"):
-        decode(signed({"format": 2, "whatever": 1}))
+        decode(signed({"format": 2, "whatever": 1}), None)
 
 
 @pytest.mark.parametrize("version", [None, 0, -1, 1.0, "1", True, [], 10**30])
 def test_a_version_that_is_no_positive_integer_is_refused(version):
     with pytest.raises(FormatError):
-        decode(signed(body_of(manifest()) | {"format": version}))
+        decode(signed(body_of(manifest()) | {"format": version}), None)
 
 
 def changed(*path_and_value):
@@ -169,13 +169,13 @@ def changed(*path_and_value):
 )
 def test_a_malformed_manifest_is_refused_even_where_its_digest_holds(body):
     with pytest.raises(FormatError):
-        decode(signed(body))
+        decode(signed(body), None)
 
 
 def test_a_file_index_too_long_to_print_is_a_format_error():
     splits = [[[10**4000, 1], [10**4000, 10**4200]]]
     with pytest.raises(FormatError):
-        decode(signed(changed("tensors", "model.w", 2, {"file": 0, "grid": splits})))
+        decode(signed(changed("tensors", "model.w", 2, {"file": 0, "grid": splits})), None)
 
 
 @pytest.mark.parametrize("depth", [150, 500, 900, 950, 960, 970, 980, 990, 100_000])
@@ -187,23 +187,23 @@ def test_a_deeply_nested_manifest_is_a_format_error(depth):
         # metrics may nest as deep as any object, so only beyond that is an error sure
         if depth > 200 or "metrics" not in where:
             with pytest.raises(FormatError):
-                decode(nested + f',"digest":"{digest(nested)}"}}\n'.encode())
+                decode(nested + f',"digest":"{digest(nested)}"}}\n'.encode(), None)
 
 
 @given(st.one_of(damaged(body_of(manifest())), json_values))
 def test_any_signed_json_is_a_format_error_or_a_manifest_that_survives(body):
     try:
         text = signed(body)
-        found = decode(text)
+        found = decode(text, None)
     except (FormatError, Corrupt):
         return
-    assert decode(encode(found)) == found
+    assert decode(encode(found), None) == found
 
 
 @given(st.binary(max_size=200))
 def test_any_bytes_are_corrupt(data):
     with pytest.raises(Corrupt):
-        decode(data)
+        decode(data, None)
 
 
 def test_the_index_of_an_even_split_grows_with_its_files_only():
@@ -234,4 +234,4 @@ def test_the_index_of_an_even_split_grows_with_its_files_only():
 )
 def test_sizes_that_no_file_bears_out_are_refused_before_memory_is_taken_for_them(change):
     with pytest.raises(FormatError):
-        decode(signed(body_of(manifest(aliases={})) | change))
+        decode(signed(body_of(manifest(aliases={})) | change), None)

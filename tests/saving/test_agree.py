@@ -114,7 +114,7 @@ def test_the_index_grows_with_the_number_of_tensors_and_not_with_tensors_times_r
     assert many.replace("16384", "8") == eight
     data = manifest.encode(large)
     assert len(data) <= 1_000_000 + 100 * 16384
-    assert manifest.decode(data) == large
+    assert manifest.decode(data, None) == large
 
 
 def _stage(root, load):

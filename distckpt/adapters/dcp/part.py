@@ -18,6 +18,7 @@ from distckpt.format.layout import chunk_name, data_file
 from distckpt.format.manifest import FileInfo
 from distckpt.saving.image import MODEL_LEAD
 from distckpt.saving.ring import content
+from distckpt.signing import algorithm
 from distckpt.state import as_bytes, plain
 from distckpt.statedict import extract, is_extra_state
 
@@ -73,7 +74,7 @@ def write(store: Store, ticket: Ticket, plan: SavePlan, planner: SavePlanner) ->
             own.take_chunk(item, planner)
     if ticket.attempt.world_size > 1:
         own.sum_tensors()
-    image = build(pack(_chunks(own)), b"{}")
+    image = build(pack(_chunks(own)), b"{}", algorithm())
     name = data_file(ticket.rank, ticket.attempt.id)
     with content(image, [own.pieces[segment.name][1] for segment in image.segments]) as data:
         store.write(ticket.attempt.key(name), data, size=image.size, stable=data.stable)

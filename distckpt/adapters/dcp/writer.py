@@ -24,13 +24,13 @@ from distckpt.adapters.dcp.names import Structure
 from distckpt.adapters.dcp.part import Part, Ticket, write
 from distckpt.adapters.dcp.whole import joined
 from distckpt.errors import StoreError, Unsupported
-from distckpt.format.checksum import digest
 from distckpt.format.layout import StepDir, ack_file, attempt_of, data_file, object_file
 from distckpt.format.manifest import Manifest, ObjectInfo
 from distckpt.loading.open import Checkpoint
 from distckpt.run.place import Place, place
 from distckpt.run.publish import now, publish
 from distckpt.saving.commit import Attempt, abandon, commit_when_acked, remove_acks, write_ack
+from distckpt.signing import algorithm
 from distckpt.store.base import write_all
 from distckpt.store.open import SCHEMES, is_uri, located
 
@@ -151,7 +151,7 @@ class StorageWriter(storage.StorageWriter):
         for name, data in whole.objects.items():
             file = object_file(name, attempt.id)
             write_all(store, attempt.key(file), data)
-            files[name] = ObjectInfo(file, len(data), digest(data))
+            files[name] = ObjectInfo(file, len(data), algorithm().digest(data))
         draft = Manifest(
             step=attempt.directory.step,
             generation=attempt.directory.generation,
