@@ -5,7 +5,7 @@ DISTCKPT_SIGN_KEY           file of a private key without a passphrase: what is 
 DISTCKPT_REQUIRE_SIGNATURE  file of public keys, a line each, as in `.pub`: nothing is read but what one of them signed.
 
 Both are the environment's and no argument, so that they hold for whatever a job runs: the writer process, commands
-after a commit, the command line, another framework's hooks. docs/reliability.md tells what they are good for.
+after a commit, the command line, another framework's hooks. docs/signing.md tells what that is good for.
 """
 
 from __future__ import annotations

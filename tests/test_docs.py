@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import re
 import shlex
 import subprocess
@@ -24,6 +25,8 @@ from safetensors.torch import save_file
 import distckpt
 from distckpt import After, Checkpointer, ElasticSampler, Export, Keep, Progress, TrainState, TrialLoad, cli
 from distckpt.queue.spec import load
+from distckpt.signing import REQUIRE_SIGNATURE, SIGN_KEY
+from tests.run.test_signing import key_pair
 
 ROOT = Path(__file__).parent.parent
 DOCS = sorted((ROOT / "docs").glob("*.md"))
@@ -88,6 +91,11 @@ def _command(line):
                 [sys.executable, "-m", "torch.distributed.run", *arguments], capture_output=True, text=True, timeout=100
             )
             assert ran.returncode == 0, ran.stderr[-3000:]
+        case ["export", setting]:
+            name, _, value = os.path.expandvars(setting).partition("=")
+            os.environ[name] = value
+        case ["ssh-keygen", *_, "-f", name]:
+            key_pair(Path.cwd(), name)
         case ["pip", "install", *_]:
             pass  # as `make venv` has
         case _:
@@ -143,8 +151,6 @@ def _stores(monkeypatch):
 
 def _deepspeed(folder, text):
     """The block with an engine, on a rank."""
-    import os
-
     import deepspeed
 
     from tests import deepspeeds
@@ -164,6 +170,9 @@ def test_the_blocks_run(page, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.syspath_prepend(str(tmp_path))
+    for name in (SIGN_KEY, REQUIRE_SIGNATURE):  # so that they are as before when the page has set them
+        monkeypatch.setenv(name, "")
+    monkeypatch.setenv("PWD", str(tmp_path))
     names = _names()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -139,7 +139,7 @@ class LocalStore:
         path = self._path(key)
         with _mapped("append to", path):
             _make_directory(path.parent)
-            file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
+            file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
             try:
                 if (written := os.write(file, line)) != len(line):
                     raise OSError(errno.ENOSPC, f"{written} of {len(line)} bytes were written")
@@ -184,7 +184,7 @@ class LocalStore:
         try:
             with _mapped("lock", path):
                 _make_directory(path.parent)
-                descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+                descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
                 try:
                     fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 except BlockingIOError as e:
@@ -297,7 +297,7 @@ class LocalStore:
         for _ in range(_MOST_RACES):
             with contextlib.suppress(FileNotFoundError):  # a delete removed the empty directory in between
                 _make_directory(temp.parent)
-                return os.open(temp, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
+                return os.open(temp, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
         raise StoreError(f"cannot write {temp.parent}: the directory cannot be made, or vanishes as often as it is")
 
 

@@ -197,7 +197,7 @@ def _clock(store: Store, dates: Dated, whose: str) -> Check:
 
 def _direct(probe: Path) -> Check:
     path = probe / "direct"
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
     try:
         direct = goes_direct(descriptor)
     except OSError as e:

@@ -16,6 +16,7 @@ import time
 CAMPAIGNS = {
     "fuzz": 2,
     "interleavings": 2,
+    "guided": 3,
 }
 """Module of this package, which has `campaign(seed, seconds) -> Tally` -> its share of the time."""
 

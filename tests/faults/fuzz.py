@@ -9,6 +9,7 @@ checkpoint of ours gives back is what was saved; a commit is damaged below its d
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import random
 import resource
@@ -24,7 +25,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import save_file
 
-from distckpt import Checkpointer, Progress, TrainState
+from distckpt import Checkpointer, Progress, TrainState, cli
 from distckpt.errors import DistckptError
 from distckpt.format.sealed import seal
 from distckpt.run.history import History
@@ -75,7 +76,10 @@ def make(folder: Path) -> dict[str, Path]:
     save_file(state["model"], folder / "hf" / "model-00001-of-00001.safetensors")
     index = {"weight_map": dict.fromkeys(state["model"], "model-00001-of-00001.safetensors"), "metadata": {}}
     (folder / "hf" / "model.safetensors.index.json").write_text(json.dumps(index))
-    names = ("run", "dcp", "zip.pt", "old.pt", "plain.safetensors", "hf")
+    tags = ["reshard", str(folder / "run"), str(folder / "tags"), "--to", "deepspeed", "--zero-stage", "2"]
+    with contextlib.redirect_stdout(io.StringIO()):
+        assert cli.main([*tags, "--world-size", "2"]) == 0
+    names = ("run", "dcp", "zip.pt", "old.pt", "plain.safetensors", "hf", "tags")
     return {name: folder / name for name in names}
 
 

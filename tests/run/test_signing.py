@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -355,6 +354,12 @@ def test_directories_of_other_tools_are_refused(tmp_path, require):
         c.load(TrainState(model=torch.nn.Linear(1, 1), rng=False), source=tmp_path / "model.pt")
 
 
+def test_a_fingerprint_is_what_ssh_keygen_says():
+    key = "eae475317a785f07788b278eb26559f688b99291d8ece3296b4f4322cffe7e93"
+    assert fingerprint(f"ed25519:{key}:{'0' * 128}") == "SHA256:rmO0slJ2r83XRriMf0eULiu5TFbocd/1+oKzFUe+kzE"
+    assert fingerprint("rsa:00") == ""
+
+
 # -- the command line -------------------------------------------------------------------------------------------------
 
 
@@ -364,9 +369,7 @@ def test_the_command_line_says_who_signed_and_requires_it(tmp_path, keys, capsys
     monkeypatch.delenv(SIGN_KEY)
     assert cli(["show", str(tmp_path / "run"), "--json"]) == 0
     whose = json.loads(capsys.readouterr().out)["signed_by"]
-    assert whose == subprocess.run(
-        ["ssh-keygen", "-lf", keys[0]], capture_output=True, text=True, check=True
-    ).stdout.split()[1]  # fmt: skip
+    assert whose.startswith("SHA256:")
     assert cli(["verify", str(tmp_path / "run")]) == 0
     assert f"says that it is signed by {whose}" in capsys.readouterr().out
     assert cli(["verify", str(tmp_path / "run"), "--require-signature", keys[0]]) == 0

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
 
 import pytest
 import torch
@@ -15,8 +14,7 @@ from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
 import distckpt
 from distckpt.adapters.dcp import StorageReader, StorageWriter
-from tests import ranks
-from tests.store.test_local import mounted
+from tests import disks, ranks
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:torch.distributed is disabled"),
@@ -30,11 +28,8 @@ pytestmark = [
 @pytest.fixture
 def disk(tmp_path):
     """A file system of 1 MiB."""
-    target = tmp_path / "disk"
-    target.mkdir()
-    mounted(target, "size=1m")
-    yield target
-    subprocess.run(["umount", str(target)], check=True)
+    with disks.disk(tmp_path / "disk", "tmpfs", 1 << 20) as target:
+        yield target
 
 
 def six(numel):
