@@ -14,6 +14,7 @@ import sys
 import time
 
 CAMPAIGNS = {
+    "damage": 2,
     "fuzz": 2,
     "interleavings": 2,
     "guided": 3,
