@@ -16,6 +16,8 @@ from distckpt.run.launches import job_name, launch_numbers, open_launch, read_la
 from distckpt.run.publish import now
 from distckpt.run.sweep import clear_up
 from distckpt.store.base import each
+from distckpt.store.local import LocalStore
+from distckpt.store.tiers import Tiers
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -84,8 +86,10 @@ class Job:
             self._heartbeat.start(number)
             if not self._places.apart:
                 self._open_here()
-            if self._whole is not self._history:
+            if isinstance(self._places.whole, Tiers):
                 clear_up(self._whole)
+                if isinstance(self._places.whole.far, LocalStore):  # which writers send to meanwhile: this job's, too
+                    clear_up(History(self._places.whole.far), alone=False)
             return number.to_bytes(_NUMBER, "little")
 
         self.launch = int.from_bytes(together(self._comm, "opening a launch", begin)[0], "little")

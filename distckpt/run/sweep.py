@@ -73,7 +73,8 @@ def leftovers(
     found: list[Leftover] = []
     for directory in filter(among, history.directories()):
         if directory not in manifests and (directory in held or is_committed(store, directory)):
-            continue  # removed while a reader has it; or committed since it was listed
+            found += _temporary(store, str(directory), ended)
+            continue  # removed, or about to be sent here, while a reader has it; or committed since it was listed
         if directory in manifests and manifests[directory] is None:
             continue  # damaged: it is not known what it names
         found += [left for left in _of(store, directory, manifests.get(directory), ended) if left.key not in shared]
@@ -186,10 +187,13 @@ def sweep(history: History, found: Iterable[Leftover]) -> tuple[list[Leftover], 
     return removed, []
 
 
-def clear_up(history: History) -> None:
-    """Remove what earlier launches left behind, by a launch that has saved nothing yet. Failing at it is warned of."""
+def clear_up(history: History, *, alone: bool = True) -> None:
+    """Remove what earlier launches left behind, by a launch that has saved nothing yet. Failing at it is warned of.
+
+    alone: nobody else writes there. Else what an earlier launch sent stays, and writes that it did not finish go.
+    """
     try:
-        problems = sweep(history, leftovers(history, alone=True))[1]
+        problems = sweep(history, (left for left in leftovers(history, alone=alone) if alone or left.temporary))[1]
     except DistckptError as e:
         problems = [str(e)]
     for problem in problems:

@@ -18,6 +18,7 @@ CAMPAIGNS = {
     "fuzz": 2,
     "interleavings": 2,
     "guided": 3,
+    "kills": 6,
 }
 """Module of this package, which has `campaign(seed, seconds) -> Tally` -> its share of the time."""
 

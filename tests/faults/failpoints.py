@@ -6,11 +6,13 @@ the process, as an out-of-memory killer would. A first pass without an action gi
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import re
 import signal
 import threading
+from pathlib import Path
 
 from distckpt.errors import StoreError
 
@@ -28,7 +30,20 @@ def fail(point):
 def kill(*pids):
     """End processes as the out-of-memory killer would."""
     for pid in pids:
-        os.kill(pid, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
+
+def writers(trainers):
+    """Process ids of the writer processes of these trainers, which may be gone."""
+    names = {str(pid).encode() for pid in trainers}
+    found = []
+    for entry in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            told = (entry / "cmdline").read_bytes().split(b"\0")
+            if any(b"distckpt.run.writer" in part for part in told) and names & set(told):
+                found.append(int(entry.name))
+    return found
 
 
 class Fuse:

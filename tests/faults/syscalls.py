@@ -14,7 +14,7 @@ from typing import Any
 
 from distckpt import system
 from distckpt.run import line
-from tests.faults.failpoints import Fuse, kill
+from tests.faults.failpoints import Fuse, kill, writers
 
 BYTES = ("write", "pwrite", "pwritev", "read", "pread", "preadv")
 """Calls that may stop short."""
@@ -115,17 +115,18 @@ def points(root, fuse, names=CHANGES + LOOKS):
     return seen(root, answer, names)
 
 
-def plant(root, told, at=None, error=None, forever=False):
+def plant(root, told, at=None, error=None, forever=False, also=()):
     """From now on, kill this process at a point of what it does below `root`, or raise an OSError of this number.
 
-    told: file that has the points passed, one a line, once this process has ended or is being killed.
+    told: file that has the points passed, one a line, once this process has ended or is being killed. also: processes
+    that are killed with it, and their writers.
     """
 
     def act(point):
         if error:
             raise OSError(error, os.strerror(error), point)
         tell()
-        kill(os.getpid())
+        kill(*also, *(set(writers(also)) - {os.getpid()}), os.getpid())
 
     def tell():
         Path(told).write_text("\n".join(fuse.trace))

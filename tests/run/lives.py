@@ -29,6 +29,7 @@ from distckpt.saving.objects import encoded
 from distckpt.store.base import read_all
 from distckpt.store.open import open_store
 from tests import ranks
+from tests.faults.failpoints import writers
 
 WIDTH, SAMPLES, BATCH = 32, 48, 12
 TIMEOUT = 30.0
@@ -156,18 +157,6 @@ def check_each_once(log, steps):
 
 
 # -- killing ---------------------------------------------------------------------------------------------------------
-
-
-def writers(trainers):
-    """Process ids of the writer processes of these trainers, which may be gone."""
-    names = {str(pid).encode() for pid in trainers}
-    found = []
-    for entry in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):
-            told = (entry / "cmdline").read_bytes().split(b"\0")
-            if any(b"distckpt.run.writer" in part for part in told) and names & set(told):
-                found.append(int(entry.name))
-    return found
 
 
 def kill(group, whom):

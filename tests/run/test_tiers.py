@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import time
@@ -223,6 +224,23 @@ def test_what_a_job_could_not_send_the_next_one_sends(near, far):
     assert sent.stat().st_ino == before  # it was there: only the commit was missing
     assert same(resumed(far)[0], saved)
     assert [e["bytes"] for e in events(near) if e["event"] == "replicated"][-2] == 0
+
+
+def test_what_a_killed_replication_left_half_sent_goes_and_what_may_still_be_written_stays(near, far):
+    train(far, near, [1], wait=True)
+    shutil.rmtree(far / "step-00000001")
+    (far / "step-00000001").mkdir()
+    old, young = (
+        far / "step-00000001/.tmp-0123abcd-rank-00000.aaaaaaaaaaaa.safetensors",
+        far / ".tmp-0123abcd-meta.json",
+    )
+    for path in old, young:
+        path.write_bytes(b"half")
+    os.utime(old, (time.time() - 120,) * 2)
+    resumed(far, near)
+    assert not old.exists()
+    assert young.exists()
+    assert steps_at(far) == [1]
 
 
 def test_a_step_that_the_root_has_from_another_machine_is_saved_as_its_next_generation(near, far, tmp_path):

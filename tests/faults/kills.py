@@ -1,0 +1,246 @@
+"""SIGKILL at every file call of a job, in its trainers and its writers, one at a time; then the job is started again.
+
+Verdicts: PASS; HARD_FAIL: it does not resume, or hangs; SILENT_DIVERGENCE: it resumes other bits (parameters, moments,
+step, position in the data, random numbers) than a training that nothing interrupted has; LOST_WORK: it resumes an older
+step than the newest that was committed, or acknowledged, or wholly staged in writers that lived on to their end.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from tests import ranks
+from tests.faults.failpoints import writers
+from tests.faults.killed import Job, Kill, Told, live, resume, trained
+from tests.faults.tally import Tally
+from tests.run.lives import until
+
+JOBS = (
+    Job("waited", wait=True),
+    Job("async", saves=2),
+    Job("tiers", tiers=True),
+    Job("waited on 2 ranks", wait=True, ranks=2),
+    Job("async on 2 ranks", ranks=2),
+)
+PRELOAD = ("tests.faults.killed",)
+MOST_STEPS = 12
+"""That a case can come to: those of the run it begins with, of its lives, and of the job that comes after them."""
+TOGETHER = 8
+"""Cases at a time: most of a case is waiting."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """kills: of lives one after another. waits: for writers that have lost their trainers; then all staged must be there.
+
+    torn: the run that the first life finds has a save that all ranks have acked, and nobody has committed.
+    """
+
+    job: Job
+    kills: tuple[Kill, ...]
+    waits: bool = True
+    torn: bool = False
+
+
+def _lived(job, place, folder, number, plan):
+    """Live a life. Returns its points (None of a process that died), and what it told."""
+    log = folder / f"log-{number}"
+    found = ranks.run(
+        job.ranks,
+        live,
+        *(job, str(place), str(log), plan),
+        may_die=range(job.ranks),
+        preload=PRELOAD,
+        timeout=40,
+    )
+    return found, Told.of(log)
+
+
+class Campaign:
+    def __init__(self, seed, folder, jobs):
+        self.seed, self.folder, self.tally = seed, Path(folder), Tally()
+        self._acked = {}
+        self._trained = {n: ranks.run(n, trained, MOST_STEPS, preload=PRELOAD) for n in sorted({j.ranks for j in jobs})}
+
+    def prepare(self, job):
+        """Make a run of two lives, and one whose last save all ranks have acked, and nobody has committed.
+
+        Returns the points of a life that goes on from either.
+        """
+        for name in "whole", "torn":
+            place = self.folder / f"{job.name}-{name}"
+            place.mkdir()
+            for life in range(2):
+                _, told = _lived(job, place, self.folder, f"{job.name}-{name}-{life}", Kill())
+                assert not told.failed, told.failed
+        points = self.points(job, torn=False)
+        _, told = _lived(job, place, self.folder, f"{job.name}-torn", _before_commit(points))
+        until(lambda: not writers(told.pids))
+        self._acked[job.name] = max(told.staged, default=0) or _newest(place) + 1
+        return points, self.points(job, torn=True)
+
+    def points(self, job, torn):
+        """(process, rank, number) -> point, of a life that nobody ends."""
+        place = self._copy(job, torn)
+        found, told = _lived(job, place, place.parent, "undisturbed", Kill())
+        assert not told.failed, told.failed
+        shutil.rmtree(place.parent)
+        return {
+            (process, rank, number): point
+            for rank, both in enumerate(found)
+            for process, trace in zip(("trainer", "writer"), both, strict=True)
+            for number, point in enumerate(trace, 1)
+        }
+
+    def _copy(self, job, torn):
+        folder = Path(tempfile.mkdtemp(dir=self.folder))
+        shutil.copytree(self.folder / f"{job.name}-{'torn' if torn else 'whole'}", folder / "place", symlinks=True)
+        (folder / "place" / "near" / "node.json").unlink(missing_ok=True)  # it names the far one, which has been moved
+        return folder / "place"
+
+    # -- one case ----------------------------------------------------------------------------------------------------
+
+    def check(self, case):
+        """Live through a case. Returns (verdict, what was wrong, point of the first kill or "")."""
+        place = self._copy(case.job, case.torn)
+        folder, acknowledged, point = place.parent, self._acked[case.job.name] if case.torn else 0, ""
+        pids = []
+        for number, plan in enumerate(case.kills):
+            _, told = _lived(case.job, place, folder, number, plan)
+            pids += told.pids
+            acknowledged = max(acknowledged, told.acknowledged)
+            if case.waits:
+                until(lambda told=told: not writers(told.pids))
+                if plan.process == "trainer" and not plan.all_:
+                    acknowledged = max(acknowledged, told.staged_by(case.job.ranks))
+            point = point or _died_at(folder / f"log-{number}", plan)
+        verdict, problem = self._resumed(case, place, acknowledged)
+        until(lambda: not writers(pids))
+        shutil.rmtree(folder)
+        return verdict, problem, point
+
+    def _resumed(self, case, place, acknowledged):
+        newest = max(acknowledged, _newest(place))
+        for path in place.rglob("far/**/.tmp-*"):
+            os.utime(path, (time.time() - 120,) * 2)  # what the next launch removes is older than any clock is wrong
+        try:
+            found = ranks.run(
+                case.job.ranks, resume, case.job, str(place), self._trained[case.job.ranks], preload=PRELOAD
+            )
+        except ranks.RankError as e:
+            return "HARD_FAIL", str(e)
+        for told in found:
+            if told.wrong:
+                return "SILENT_DIVERGENCE", "; ".join(told.wrong)[:500]
+            if told.step < newest:
+                return (
+                    "LOST_WORK",
+                    f"step {told.step} was resumed, {newest} had been saved ({acknowledged} acknowledged)",
+                )
+            if told.counting[-1] != told.step + 1:
+                return "HARD_FAIL", f"the next save, of step {told.step + 1}, does not count: {told.counting}"
+        if len({told.step for told in found}) > 1:
+            return "HARD_FAIL", f"ranks resumed different steps: {found}"
+        left = [str(path.relative_to(place)) for path in place.rglob(".tmp-*")]
+        return ("HARD_FAIL", f"left behind for good: {left}") if left and case.waits else ("PASS", None)
+
+    def take(self, case):
+        """Check a case, and count it."""
+        try:
+            verdict, problem, point = self.check(case)
+        except Exception as e:  # a hang, for one: the campaign goes on
+            verdict, problem, point = "HARD_FAIL", f"{type(e).__name__}: {e}", ""
+        what = f"{case.job.name}: {operation(point) if point else 'nobody came to die'}"
+        self.tally.add(what, verdict, problem and f"{verdict} seed {self.seed} at {point}: {problem} ({case})")
+
+
+def _newest(place):
+    """Newest step that is committed."""
+    return max((int(path.parent.name[5:13]) for path in place.glob("*/step-*/commit.json")), default=0)
+
+
+def _died_at(log, plan):
+    """Point at which a process was killed; "" if it never came to it."""
+    if plan.at is None:
+        return ""
+    told = Path(f"{log}-points-{plan.rank}" + ("-writer" if plan.process == "writer" else ""))
+    points = told.read_text().splitlines() if told.exists() else []
+    return points[-1] if points and (plan.process == "trainer" or len(points) == plan.at) else ""
+
+
+def _before_commit(points):
+    """The kill of all just before the last commit of a life."""
+    commits = [where for where, point in points.items() if point.startswith("link") and "commit.json" in point]
+    process, rank, number = max(commits)
+    return Kill(process, rank, number, all_=True)
+
+
+# -- which cases -------------------------------------------------------------------------------------------------------
+
+_LOOKS = {"preadv": "read", "pread": "read", "read": "read", "stat": "look at", "lstat": "look at", "scandir": "look at",
+          "listdir": "look at", "readlink": "look at", "unlink": "remove", "rmdir": "remove"}  # fmt: skip
+_EFFECTS = ("open", "write", "pwrite", "pwritev", "ftruncate", "link", "replace", "rename", "unlink", "mkdir", "rmdir",
+            "symlink", "send", "all_gather")  # fmt: skip
+"""Calls between which what is on the disk, or was told others, differs."""
+_THINGS = {
+    "launches": "launch record, heartbeat", "lease": "lease", "last": "pointer", "best": "pointer",
+    "meta.json": "meta.json", "events.jsonl": "events.jsonl", "commit.json": "commit.json", "ack-": "ack",
+    "rank-": "data file", ".json": "object",
+}  # fmt: skip
+
+
+def operation(point):
+    """What a point is part of, for the table."""
+    call, _, rest = point.partition(" ")
+    if call in {"send", "all_gather", "broadcast", "swap"}:
+        return {"send": "message to the writer"}.get(call, "message between ranks")
+    key = rest.removesuffix(" torn")
+    tier = next((f"{tier} " for tier in ("far", "near") if key.startswith(tier)), "")
+    thing = next((thing for part, thing in _THINGS.items() if part in key), "directory")
+    return f"{_LOOKS.get(call, 'write')} {tier}{thing}" + (", torn" if rest != key else "")
+
+
+def _cases(campaign, job, points_of, draw):
+    """(urgency, case) of every kill of a job: of one process, of all, and of one followed by another, drawn, in what
+    comes after. First those that differ in what they leave on the disk.
+    """
+    found = []
+    for torn, points in enumerate(points_of):
+        campaign.tally.figures[f"points: {job.name}{', rolling forward' if torn else ''}"] = len(points)
+        for (process, rank, number), point in points.items():
+            late = 0 if point.split(" ")[0] in _EFFECTS or point.endswith(" torn") else 2
+            alone, everybody = (Kill(process, rank, number, all_) for all_ in (False, True))
+            second = Kill("trainer", draw.randrange(job.ranks), draw.randrange(1, 150), draw.random() < 0.5)
+            found += [
+                (late, Case(job, (alone,), torn=bool(torn))),
+                (late + 1, Case(job, (everybody,), torn=bool(torn))),
+                (late + 1, Case(job, (alone, second), waits=draw.random() < 0.5, torn=bool(torn))),
+            ]
+    draw.shuffle(found)
+    return found
+
+
+def campaign(seed, seconds, most=None, jobs=JOBS):
+    """Check cases in random order, of all jobs at once, until the time is up or `most` are done."""
+    deadline, draw = time.monotonic() + seconds, random.Random(seed)
+    memory = (
+        "/dev/shm" if os.path.isdir("/dev/shm") else None
+    )  # a killed process has synced, or not: it is all the same
+    with tempfile.TemporaryDirectory(prefix="kills-", dir=memory) as folder:
+        it = Campaign(seed, folder, jobs)
+        todo = []
+        with ThreadPoolExecutor(TOGETHER) as pool:
+            for job, points in zip(jobs, pool.map(it.prepare, jobs), strict=True):
+                some = _cases(it, job, points, draw)
+                todo += [(late, i / len(some), case) for i, (late, case) in enumerate(some)]
+            todo.sort(key=lambda each: each[:2])
+            it.tally.figures["kills there are"] = len(todo)
+            list(pool.map(lambda each: time.monotonic() < deadline and it.take(each[2]), todo[:most]))
+    return it.tally
