@@ -19,6 +19,7 @@ CAMPAIGNS = {
     "interleavings": 2,
     "guided": 3,
     "kills": 6,
+    "endurance": 3,
 }
 """Module of this package, which has `campaign(seed, seconds) -> Tally` -> its share of the time."""
 

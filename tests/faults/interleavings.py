@@ -61,11 +61,11 @@ class Run:
         folder, _, name = key.rpartition("/")
         directory = StepDir.parse(folder)
         if verb == "created" and name == COMMIT:
-            found = manifest.decode(data)
+            found = manifest.decode(data, None)
             self.values[directory] = found.launch, found.metrics["value"]
             self.ever[found.metrics["value"]] = directory
         elif verb == "created" and folder == LAUNCHES and launch_number(name):
-            said = unseal(data)
+            said = unseal(data, None)
             self.launches.append((said["number"], StepDir.parse(said["resumed_from"] or "")))
         elif verb == "delete" and name == COMMIT and directory in self.values:
             self.removed(job, directory)
