@@ -15,7 +15,7 @@ import time
 import warnings
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
-from distckpt.errors import DistckptError, OutOfStep, RankFailed, RanksMissing, StateWarning, by_name
+from distckpt.errors import DistckptError, OutOfStep, RankFailed, RanksMissing, StateWarning, by_name, failure_text
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -73,7 +73,12 @@ def together(comm: Comm, what: str, fn: Callable[[], bytes | None]) -> list[byte
             raise failure
         return [payload]
     message = bytes([failure is not None, len(payload) if not failure else 0]) + (b"" if failure else payload)
-    replies, distinct = _meet(comm, what, message)
+    try:
+        replies, distinct = _meet(comm, what, message)
+    except (RanksMissing, OutOfStep) as e:
+        if failure is None:
+            raise
+        raise type(e)(f"{e}. Before that, rank {comm.rank} had failed: {failure_text(failure)}") from failure
     if not any(reply[_PLACE] for reply in distinct):
         payloads = {reply: reply[_PLACE + 2 : _PLACE + 2 + reply[_PLACE + 1]] for reply in distinct}
         return [payloads[reply] for reply in replies]

@@ -106,6 +106,16 @@ def _first_contact(timeout):
     return ranks.expect_error(lambda: comm.TorchComm(timeout), RanksMissing)
 
 
+def test_where_the_others_do_not_come_the_cause_is_told_by_the_rank_that_has_it():
+    one, _ = ThreadComm.group(2, timeout=0.1)
+
+    def fail():
+        raise Corrupt("the block")
+
+    with pytest.raises(RanksMissing, match=r"rank 1 did not answer.*Before that, rank 0 had failed: the block"):
+        together(one, "trying", fail)
+
+
 def test_a_rank_that_is_missing_from_the_start_is_named():
     first, _, last = ranks.run(3, _first_contact, 2.0)
     assert "making a process group: rank 1 did not answer" in first
