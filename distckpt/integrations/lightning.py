@@ -19,6 +19,7 @@ from distckpt.run import direct
 from distckpt.run.place import place
 from distckpt.run.retention import remove
 from distckpt.run.source import open_source
+from distckpt.signing import refuse_unsigned
 from distckpt.state import torch_dtype
 from distckpt.statedict import insert, nested
 from distckpt.store.local import LocalStore
@@ -76,6 +77,7 @@ class DistckptIO(CheckpointIO):  # type: ignore[misc]
     ) -> dict[str, Any]:
         """See CheckpointIO.load_checkpoint. Tensors are on the CPU. NotACheckpoint (a FileNotFoundError)."""
         if not is_uri(path) and Path(path).is_file():
+            refuse_unsigned(str(path))
             found: dict[str, Any] = TorchCheckpointIO().load_checkpoint(path, weights_only=weights_only is not False)
             return found
         source = open_source(path)

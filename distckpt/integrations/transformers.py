@@ -16,6 +16,7 @@ from distckpt.errors import Mismatch, NotACheckpoint, StateWarning, Unsupported
 from distckpt.run import rng
 from distckpt.run.schedule import StepReport
 from distckpt.run.trainstate import TrainState
+from distckpt.signing import refuse_unsigned
 
 try:
     from transformers import Trainer
@@ -88,6 +89,8 @@ class Checkpointed:
         """See Trainer.train, and the class."""
         self._begin(resumes=resume_from_checkpoint in {None, True})
         native = resume_from_checkpoint if isinstance(resume_from_checkpoint, str) else None
+        if native:
+            refuse_unsigned(native)
         return super().train(native, *args, **options)  # type: ignore[misc]
 
     def _begin(self, *, resumes: bool) -> None:

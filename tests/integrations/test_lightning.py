@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from distckpt import Checkpointer, TrainState
-from distckpt.errors import Corrupt, NotACheckpoint
+from distckpt.errors import Corrupt, NotACheckpoint, Untrusted
+from distckpt.signing import REQUIRE_SIGNATURE
 from tests import ranks
 
 if importlib.util.find_spec("pytorch_lightning") is None:
@@ -107,6 +108,12 @@ def test_what_is_not_there_or_damaged_is_one_clear_error(pl, tmp_path):
 def test_under_ddp_rank_0_saves_and_every_rank_loads(pl, tmp_path):
     for theirs, ours in ranks.run(2, pl.lives, tmp_path):
         assert ours == theirs
+
+
+def test_a_file_of_torch_save_is_not_read_where_signatures_are_required(pl, theirs, monkeypatch):
+    monkeypatch.setenv(REQUIRE_SIGNATURE, "keys")
+    with pytest.raises(Untrusted, match=r"step=4\.ckpt: is no checkpoint of distckpt"):
+        pl.DistckptIO().load_checkpoint(theirs[0] / "step=4.ckpt")
 
 
 def test_a_run_that_torch_save_began_goes_on_in_its_folder(pl, tmp_path):

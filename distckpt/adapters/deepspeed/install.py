@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from distckpt.adapters.deepspeed.tags import Choice, Tags
 from distckpt.errors import Unsupported
+from distckpt.signing import refuse_unsigned
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -54,6 +55,8 @@ def install(*, timeout: float = 600.0, wait: bool = True) -> Callable[[], None]:
     ) -> tuple[str | None, Any]:
         found = tags.find(self, load_dir, tag)
         if found is None or (found.native and custom_load_fn is not None):
+            if found:
+                refuse_unsigned(load_dir)
             return native_load(  # type: ignore[no-any-return]
                 self,
                 load_dir,
