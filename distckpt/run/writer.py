@@ -58,8 +58,9 @@ _MOST_TEXT = 4000
 _MOST_NOTE, _MOST_NOTES = 500, 8
 """Most characters, and notes, in a message: each character may be as many as 12 bytes there."""
 _NICE = 5
-_REPLICATING = 0.8
-"""Share of the timeout that the writer goes on replicating after all is written: the rest is for what it is told."""
+_SHARE = 0.8
+"""Of the timeout: how long the writer waits for acks, or goes on replicating after all is written. Training processes
+wait for each other, and for it, somewhat longer: so they hear from it what went wrong."""
 
 
 def main(arguments: list[str]) -> None:
@@ -135,7 +136,7 @@ class _Writer:
             self._refuse(begun, RanksMissing("the training process ended before it had staged its state"))
         if self._replicator:
             self._replicator.give_way(saving=False)
-            self._replicator.finish(_REPLICATING * self._timeout)
+            self._replicator.finish(_SHARE * self._timeout)
 
     def _messages(self) -> Any:
         """Messages and their descriptors, until the training process closes its end or is gone.
@@ -209,7 +210,7 @@ class _Writer:
             if self._replicator:
                 self._replicator.wake(attempt.directory)
             return
-        made = commit_when_acked(begun.store, attempt, draft, timeout=self._timeout)
+        made = commit_when_acked(begun.store, attempt, draft, timeout=_SHARE * self._timeout)
         remove_acks(begun.store, attempt)
         seconds = time.monotonic() - begun.at
         publish(begun.history, Checkpoint(begun.store, attempt.directory, made), begun.then, seconds)

@@ -20,6 +20,7 @@ CAMPAIGNS = {
     "guided": 3,
     "kills": 6,
     "endurance": 3,
+    "errors": 2,
 }
 """Module of this package, which has `campaign(seed, seconds) -> Tally` -> its share of the time."""
 

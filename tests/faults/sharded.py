@@ -83,7 +83,10 @@ def _whole(shape):
 
 
 def on_threads(size, fn, *, timeout=20.0):
-    """fn(comm) on `size` ranks as threads: each one's result, or the exception it raised, by rank."""
+    """fn(comm) on `size` ranks as threads: each one's result, or the exception it raised, by rank.
+
+    timeout: seconds that a rank waits for the others at most.
+    """
     results = [None] * size
 
     def work(comm):
@@ -96,6 +99,6 @@ def on_threads(size, fn, *, timeout=20.0):
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(timeout)
+        thread.join(4 * timeout)
         assert not thread.is_alive(), "a rank hangs"
     return results

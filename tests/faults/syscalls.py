@@ -99,30 +99,44 @@ def seen(root, answer, names=CHANGES + LOOKS):
 
 
 def points(root, fuse, names=CHANGES + LOOKS):
-    """While this lasts, each call below `root` is a point of a fuse, called "NAME KEY", before it is made.
+    """While this lasts, each call below `root` is a point of a fuse."""
+    return seen(root, points_of(fuse), names)
+
+
+def points_of(fuse):
+    """Make a call, having passed a point called "NAME KEY".
 
     One that may stop short is two: at "NAME KEY torn" half of it is done, and is all that is done if the action returns.
     """
 
     def answer(call):
         point = f"{call.name} {call.key}"
+        if call.name == "close":  # it gives the descriptor back even where it fails
+            try:
+                fuse.touch(point)
+            finally:
+                call.make()
+            return None
         fuse.touch(point)
         done = []
         if call.name in BYTES and fuse.touch(f"{point} torn", first=lambda: done.append(call.half())):
             return done[0]
         return call.make()
 
-    return seen(root, answer, names)
+    return answer
 
 
 def plant(root, told, at=None, error=None, forever=False, also=()):
     """From now on, kill this process at a point of what it does below `root`, or raise an OSError of this number.
 
+    0 is no error: at a point that is torn, the call stops short.
     told: file that has the points passed, one a line, once this process has ended or is being killed. also: processes
     that are killed with it, and their writers.
     """
 
     def act(point):
+        if error == 0:
+            return
         if error:
             raise OSError(error, os.strerror(error), point)
         tell()
