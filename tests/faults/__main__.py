@@ -21,6 +21,7 @@ CAMPAIGNS = {
     "kills": 6,
     "endurance": 3,
     "errors": 2,
+    "power": 2,
 }
 """Module of this package, which has `campaign(seed, seconds) -> Tally` -> its share of the time."""
 

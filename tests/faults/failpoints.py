@@ -34,6 +34,11 @@ def kill(*pids):
             os.kill(pid, signal.SIGKILL)
 
 
+def memory():
+    """Folder for what need not last, as `dir` of tempfile: in memory where there is such a file system."""
+    return "/dev/shm" if os.path.isdir("/dev/shm") else None
+
+
 def writers(trainers):
     """Process ids of the writer processes of these trainers, which may be gone."""
     names = {str(pid).encode() for pid in trainers}

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tests import ranks
-from tests.faults.failpoints import writers
+from tests.faults.failpoints import memory, writers
 from tests.faults.killed import Job, Kill, Told, live, resume, trained
 from tests.faults.tally import Tally
 from tests.run.lives import until
@@ -230,10 +230,7 @@ def _cases(campaign, job, points_of, draw):
 def campaign(seed, seconds, most=None, jobs=JOBS):
     """Check cases in random order, of all jobs at once, until the time is up or `most` are done."""
     deadline, draw = time.monotonic() + seconds, random.Random(seed)
-    memory = (
-        "/dev/shm" if os.path.isdir("/dev/shm") else None
-    )  # a killed process has synced, or not: it is all the same
-    with tempfile.TemporaryDirectory(prefix="kills-", dir=memory) as folder:
+    with tempfile.TemporaryDirectory(prefix="kills-", dir=memory()) as folder:
         it = Campaign(seed, folder, jobs)
         todo = []
         with ThreadPoolExecutor(TOGETHER) as pool:

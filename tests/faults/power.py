@@ -1,226 +1,125 @@
-"""Power cuts: every file operation of a program is recorded, and what a cut may leave of them is put together anew.
-
-The weakest file system that POSIX allows (as ALICE has it): what was written to a file is on the disk once the file
-was fsynced, a name once its directory was; of all that was done and not yet fsynced any part may be there, in any
-order. A rename is one change, whole or not at all.
+"""A power cut at any moment of a job: in every state that the file system may be left in, the newest checkpoint that was
+acknowledged loads, bit for bit. Saves are waited for, or made by the writer process, or copied to a far directory too.
 """
 
 from __future__ import annotations
 
-import hashlib
-import os
+import pickle
 import random
-from dataclasses import dataclass, field
+import shutil
+import tempfile
+import time
+import warnings
 from pathlib import Path
 
-from tests.faults.syscalls import BYTES, CHANGES, seen
+import torch
+
+from distckpt import Checkpointer, Keep, Local, TrainState
+from distckpt.errors import DistckptError
+from distckpt.run.history import History
+from distckpt.run.pending import PendingSave
+from distckpt.store.local import LocalStore
+from tests.faults import syscalls
+from tests.faults.cuts import Recording, events_of, lay_out, record, states
+from tests.faults.failpoints import memory
+from tests.faults.tally import Tally
+
+KINDS = ("waited", "async", "tiers")
 
 
-@dataclass(frozen=True)
-class Change:
-    """One thing that becomes durable by itself: names that appear or vanish, or bytes of a file.
-
-    synced_by: fsync of what makes it durable: a directory's path, or a file's number.
-    """
-
-    synced_by: object
-    names: tuple[tuple[str, object], ...] = ()
-    """(path, what it is from then on): the number of a file, "directory", ("symlink", target), None: nothing."""
-    data: tuple[int, int, bytes] | None = None
-    """(file, offset, bytes)."""
-    size: tuple[int, int] | None = None
-    """(file, bytes) of a truncation."""
+def _state():
+    model = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.Linear(3, 2))
+    model[0].requires_grad_(False)  # so that later checkpoints name files of earlier ones
+    return model, TrainState(model=model, rng=False)
 
 
-@dataclass(frozen=True)
-class Synced:
-    """An fsync that returned."""
-
-    what: object
-
-
-@dataclass(frozen=True)
-class Acknowledged:
-    """What the program was told is safe."""
-
-    step: int
+def _fill(model, step):
+    with torch.no_grad():
+        model[0].weight.fill_(step // 3)
+        model[1].weight.fill_(step)
 
 
-@dataclass
-class Recording:
-    """What was done below a directory."""
-
-    root: Path
-    events: list = field(default_factory=list)
-    files: dict = field(default_factory=dict)
-    """Path -> number of the file."""
-    opened: dict = field(default_factory=dict)
-    """Descriptor -> number of a file, or path of a directory."""
-
-    def acknowledged(self, step):
-        self.events.append(Acknowledged(step))
-
-    def recording(self):
-        """Have os report what it does."""
-        return seen(self.root, self._answer, CHANGES)
-
-    def _inside(self, path):
-        text = os.fspath(path) if isinstance(path, (str, os.PathLike)) else ""
-        return text if text.startswith(str(self.root)) else None
-
-    def _answer(self, call):
-        if call.name in BYTES:  # what it was told to write, before anybody changes it
-            descriptor, what, *offset = call.args
-            given = b"".join(map(bytes, what)) if call.name == "pwritev" else bytes(what)
-            done = call.make()
-            self._wrote(descriptor, given[:done], *(offset or [None]))
-            return done
-        done = call.make()
-        getattr(self, f"on_{call.name}")(done, *call.args)
-        return done
-
-    def on_open(self, descriptor, path, flags=0, *_, **__):
-        if not (path := self._inside(path)):
-            return
-        if os.path.isdir(path):
-            self.opened[descriptor] = path
-        else:
-            if path not in self.files and flags & os.O_CREAT:
-                self.files[path] = len(self.events) + 1  # a number that no other file has
-                self.events.append(Change(os.path.dirname(path), ((path, self.files[path]),)))
-            self.opened[descriptor] = self.files.get(path)
-
-    def _wrote(self, descriptor, data, offset):
-        if isinstance(file := self.opened.get(descriptor), int):
-            if offset is None:
-                offset = os.fstat(descriptor).st_size - len(data)  # opened to append
-            self.events.append(Change(file, data=(file, offset, data)))
-
-    def on_ftruncate(self, _, descriptor, size):
-        if isinstance(file := self.opened.get(descriptor), int):
-            self.events.append(Change(file, size=(file, size)))
-
-    def on_reserve(self, _, descriptor, size):
-        """Room that is set aside is not content: the file is cut to its size when all is written."""
-
-    def on_close(self, _, descriptor):
-        self.opened.pop(descriptor, None)
-
-    def on_fsync(self, _, descriptor):
-        if (what := self.opened.get(descriptor)) is not None:
-            self.events.append(Synced(what))
-
-    def on_link(self, _, source, target):
-        if target := self._inside(target):
-            self.files[target] = self.files[os.fspath(source)]
-            self.events.append(Change(os.path.dirname(target), ((target, self.files[target]),)))
-
-    def on_replace(self, _, source, target):
-        if target := self._inside(target):
-            source = os.fspath(source)
-            what = self.files.pop(source, None)
-            if what is None:
-                what = ("symlink", os.readlink(target))
-            else:
-                self.files[target] = what
-            self.events.append(Change(os.path.dirname(target), ((source, None), (target, what))))
-
-    on_rename = on_replace
-
-    def on_unlink(self, _, path, *__):
-        if path := self._inside(path):
-            self.files.pop(path, None)
-            self.events.append(Change(os.path.dirname(path), ((path, None),)))
-
-    def on_rmdir(self, _, path, *__):
-        if path := self._inside(path):
-            self.events.append(Change(os.path.dirname(path), ((path, None),)))
-
-    def on_mkdir(self, _, path, *__):
-        if path := self._inside(path):
-            self.events.append(Change(os.path.dirname(path), ((path, "directory"),)))
-
-    def on_symlink(self, _, target, path, *__):
-        if path := self._inside(path):
-            self.events.append(Change(os.path.dirname(path), ((path, ("symlink", os.fspath(target))),)))
+def _holds(model, step):
+    return bool((model[0].weight == step // 3).all() and (model[1].weight == step).all())
 
 
-def states(events, draw: random.Random, each: int):
-    """Yield (what a cut leaves, steps acknowledged before it): of each moment none, all, all but one, one, and `each`
-    random parts of what was not yet durable; each tree once.
-    """
-    seen = set()
-    for cut in range(len(events) + 1):
-        done = events[:cut]
-        changes = [e for e in done if isinstance(e, Change)]
-        durable = _durable(done)
-        loose = [c for c in changes if id(c) not in durable]
-        acknowledged = [e.step for e in done if isinstance(e, Acknowledged)]
-        choices = [set(), set(map(id, loose))]
-        choices += [{id(c)} for c in loose] + [{id(c) for c in loose if c is not left} for left in loose]
-        choices += [{id(c) for c in loose if draw.random() < 0.5} for _ in range(each if loose else 0)]
-        for chosen in choices:
-            tree = tree_of([c for c in changes if id(c) in durable or id(c) in chosen])
-            key = (_digest(tree), max(acknowledged, default=None))
-            if key not in seen:
-                seen.add(key)
-                yield tree, acknowledged
+def _opened(kind, root, **options):
+    local = Local(root / "near", keep=Keep(last=2)) if kind == "tiers" else None
+    return Checkpointer(root / "run", wait=kind == "waited", local=local, **options)
 
 
-def _durable(done):
-    """Changes that an fsync has made last."""
-    found, waiting = set(), {}
-    for event in done:
-        if isinstance(event, Change):
-            waiting.setdefault(event.synced_by, []).append(event)
-        elif isinstance(event, Synced):
-            found.update(map(id, waiting.pop(event.what, [])))
-    return found
+def recorded(kind, root, steps, **options):
+    """Everything that saves of these steps do, in two launches."""
+    root.mkdir()
+    recording = Recording(root)
+    with tempfile.TemporaryDirectory() as folder:
+        with recording.recording(), syscalls.in_writer(record, str(root), folder):
+            for some in (steps[: len(steps) // 2], steps[len(steps) // 2 :]):
+                model, state = _state()
+                with _opened(kind, root, **options) as c:
+                    c.resume(state)
+                    before = None
+                    for step in some:
+                        _fill(model, step)
+                        made = c.save(step, state, {"loss": 1 / step})
+                        _wait(before, recording)  # while this one is written
+                        before = (made, step)
+                    _wait(before, recording)
+        return events_of(recording.done, *(pickle.loads(path.read_bytes()) for path in Path(folder).iterdir()))
 
 
-def tree_of(changes):
-    """(names, contents of files) after these changes."""
-    names, contents = {}, {}
-    for change in changes:
-        for path, what in change.names:
-            if what is None:
-                names.pop(path, None)
-            else:
-                names[path] = what
-        if change.data:
-            file, offset, data = change.data
-            content = contents.setdefault(file, bytearray())
-            content.extend(bytes(max(0, offset + len(data) - len(content))))
-            content[offset : offset + len(data)] = data
-        if change.size:
-            file, size = change.size
-            content = contents.setdefault(file, bytearray())
-            content[size:] = b""
-            content.extend(bytes(size - len(content)))
-    return names, contents
+def _wait(saved, recording):
+    if saved:
+        made, step = saved
+        if isinstance(made, PendingSave):
+            made.wait()
+        recording.acknowledged(step)
 
 
-def _digest(tree):
-    names, contents = tree
-    told = hashlib.sha256()
-    for path, what in sorted(names.items()):
-        told.update(
-            f"{path} {what if not isinstance(what, int) else hashlib.sha256(contents.get(what, b'')).hexdigest()}\n".encode()
-        )
-    return told.hexdigest()
+def check(kind, tree, root, place, acknowledged):
+    """Lay a state out, and load what it has: as it is, and when what all ranks have acked is committed."""
+    lay_out(tree, root, place)
+    try:
+        for rolls in (False, True):
+            if rolls:
+                History(LocalStore(place / ("near" if kind == "tiers" else "run"))).roll_forward()
+            with _opened(kind, place, timeout=10) as c:
+                _load(c, max(acknowledged, default=0))
+        if kind == "tiers":
+            with Checkpointer(place / "run", wait=True) as c:
+                _load(c, 0)
+    finally:
+        shutil.rmtree(place)
 
 
-def lay_out(tree, root: Path, at: Path):
-    """Make the tree that lay at `root` anew at `at`. What lies in a directory that is not there is lost."""
-    names, contents = tree
-    at.mkdir()
-    for path, what in sorted(names.items()):
-        place = at / Path(path).relative_to(root)
-        if not place.parent.is_dir():
-            continue
-        if what == "directory":
-            place.mkdir()
-        elif isinstance(what, tuple):
-            place.symlink_to(what[1])
-        else:
-            place.write_bytes(contents.get(what, b""))
+def _load(checkpointer, least):
+    model, state = _state()
+    if not checkpointer.steps():
+        assert not least
+        return
+    loaded = checkpointer.load(state).step
+    assert loaded >= least, (loaded, least)
+    assert _holds(model, loaded), loaded
+
+
+def campaign(seed, seconds, most=None, kinds=KINDS):
+    """Cut the power of jobs of each kind at random moments, and see what is left, until the time is up."""
+    draw, tally = random.Random(seed), Tally()
+    with tempfile.TemporaryDirectory(dir=memory()) as folder, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for number, kind in enumerate(kinds, 1):
+            deadline = time.monotonic() + seconds / len(kinds)
+            root = Path(folder, kind)
+            steps = list(range(1, draw.randrange(5, 9)))
+            events = recorded(kind, root, steps, keep=Keep(last=2, best=("loss", "max", 1)))
+            tally.figures[f"operations of {kind}"] = len(events)
+            for case, (tree, acknowledged) in enumerate(states(events, draw, 12)):
+                if time.monotonic() > deadline or tally.cases == (most or 1 << 60) * number // len(kinds):
+                    break
+                try:
+                    check(kind, tree, root, Path(folder, "cut"), acknowledged)
+                except (AssertionError, DistckptError) as e:
+                    tally.add(kind, "LOST", f"seed {seed}, {kind}, state {case}: {type(e).__name__}: {e}")
+                else:
+                    tally.add(kind, "PASS")
+    return tally
