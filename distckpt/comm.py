@@ -15,7 +15,17 @@ import time
 import warnings
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
-from distckpt.errors import DistckptError, OutOfStep, RankFailed, RanksMissing, StateWarning, by_name, failure_text
+from distckpt import __version__
+from distckpt.errors import (
+    DistckptError,
+    Mismatch,
+    OutOfStep,
+    RankFailed,
+    RanksMissing,
+    StateWarning,
+    by_name,
+    failure_text,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -130,20 +140,26 @@ def exchange(comm: Comm, what: str, data: bytes) -> list[bytes]:
 def _meet(comm: Comm, what: str, body: bytes) -> tuple[list[bytes], set[bytes]]:
     """Every rank's message (its body from _PLACE on), by rank; and the few different ones, however many ranks.
 
-    OutOfStep on every rank unless all are at the same point.
+    OutOfStep on every rank unless all are at the same point; Mismatch unless they run the same version of distckpt.
 
     All messages that begin an exchange have the same length: so ranks that went different ways find out here, and not
     by taking each other's bytes for something else.
     """
-    place = hashlib.blake2b(what.encode(), digest_size=_PLACE).digest()
+    here = f"{__version__} {what}".encode()
+    place = hashlib.blake2b(here, digest_size=_PLACE).digest()
     replies = comm.all_gather(what, (place + body).ljust(MESSAGE, b"\0"))
     distinct = set(replies)
     if all(reply[:_PLACE] == place for reply in distinct):
         return replies, distinct
-    said = what.encode()[:MESSAGE]
+    versions: dict[str, list[int]] = {}
     at: dict[str, list[int]] = {}
-    for rank, text in enumerate(comm.all_gather("telling where each rank is", said.ljust(MESSAGE, b"\0"))):
-        at.setdefault(text.rstrip(b"\0").decode(errors="replace"), []).append(rank)
+    for rank, said in enumerate(comm.all_gather("telling where each rank is", here[:MESSAGE].ljust(MESSAGE, b"\0"))):
+        version, _, text = said.rstrip(b"\0").decode(errors="replace").partition(" ")
+        versions.setdefault(version, []).append(rank)
+        at.setdefault(text, []).append(rank)
+    if len(versions) > 1:
+        told = "; ".join(f"{ranks_text(ranks, comm.world_size)}: {version}" for version, ranks in versions.items())
+        raise Mismatch(f"ranks run different versions of distckpt ({told}): install the same one for all of them")
     told = "; ".join(f"{ranks_text(ranks, comm.world_size)}: {text}" for text, ranks in at.items())
     raise OutOfStep(
         f"ranks are not at the same point ({told}): every rank must call the same methods of Checkpointer, with the "

@@ -12,7 +12,7 @@ import pytest
 from distckpt import comm
 from distckpt.comm import MAX_PAYLOAD, exchange, together
 from distckpt.comm_threads import ThreadComm
-from distckpt.errors import Corrupt, RankFailed, RanksMissing
+from distckpt.errors import Corrupt, Mismatch, RankFailed, RanksMissing
 from tests import ranks
 from tests.saving.test_agree import on_threads
 
@@ -200,6 +200,28 @@ def test_ranks_that_call_different_things_are_told_where_each_is_and_can_go_on(t
         assert "rank 0: describing the state; rank 1: looking for unfinished saves" in text
         assert "rank 0: writing step-00000002; rank 1: comparing replicas" in other
         assert step == 3
+
+
+def _of_another_version(root):
+    """One rank has another distckpt installed."""
+    import torch.distributed as dist
+
+    from distckpt import Checkpointer, TrainState
+
+    with Checkpointer(root, timeout=20, wait=True) as c:
+        state = TrainState()
+        c.resume(state)
+        c.save(1, state)
+        usual, comm.__version__ = comm.__version__, "0.0.9" if dist.get_rank() == 1 else comm.__version__
+        text = ranks.expect_error(lambda: c.save(2, state), Mismatch)
+        comm.__version__ = usual
+        return text, c.steps()
+
+
+def test_ranks_that_run_different_versions_are_told_so(tmp_path):
+    for text, steps in ranks.run(3, _of_another_version, str(tmp_path)):
+        assert f"(ranks 0, 2: {comm.__version__}; rank 1: 0.0.9): install the same one" in text
+        assert steps == [1]
 
 
 def _few_speak(rank_that_does):

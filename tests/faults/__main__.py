@@ -22,6 +22,7 @@ CAMPAIGNS = {
     "endurance": 3,
     "errors": 2,
     "power": 2,
+    "lost_ranks": 3,
 }
 """Module of this package, which has `campaign(seed, seconds) -> Tally` -> its share of the time."""
 

@@ -45,10 +45,14 @@ class Sharded:
 
     def is_at(self, value):
         """Whether everything here is, to the bit, what a rank at `value` holds."""
+        return self.mine == [self.rank, value] and self.shares(value)
+
+    def shares(self, value):
+        """Whether all but what is this rank's own is that of `value`."""
         there = object.__new__(type(self))
         there.rank, there.regions = self.rank, self.regions
         there.set(value)
-        return (self.value, self.mine) == (there.value, there.mine) and all(
+        return self.value == value and all(
             torch.equal(a, b) for fqn in self.SHAPES for a, b in zip(self.tensors[fqn], there.tensors[fqn], strict=True)
         )
 
@@ -82,10 +86,10 @@ def _whole(shape):
     return Box.whole(shape)
 
 
-def on_threads(size, fn, *, timeout=20.0):
+def on_threads(size, fn, *, timeout=20.0, patience=None):
     """fn(comm) on `size` ranks as threads: each one's result, or the exception it raised, by rank.
 
-    timeout: seconds that a rank waits for the others at most.
+    timeout: of their waits for each other; patience: seconds after which a rank hangs.
     """
     results = [None] * size
 
@@ -99,6 +103,6 @@ def on_threads(size, fn, *, timeout=20.0):
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(4 * timeout)
+        thread.join(patience or 4 * timeout)
         assert not thread.is_alive(), "a rank hangs"
     return results
