@@ -19,6 +19,7 @@ _TIMEOUT = 60
 """Seconds after which the proxy itself gives up on a peer, and a hang ends."""
 
 _CHUNK = 1 << 16
+_DRIPS = 8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,6 +40,8 @@ class Fault:
     """The server acts; the client hears nothing, on a connection that stays open."""
     body: int | None = None
     """Bytes of the answer's body after which the connection ends, as if the server had crashed."""
+    slow: float = 0
+    """Seconds that the answer's body takes, in small pieces."""
     flip: int | None = None
     """Byte of the answer's body that arrives with a bit flipped."""
 
@@ -116,6 +119,11 @@ class Faulty:
         """
         with self._lock:
             self._rules.append(_Rule(re.compile(pattern), fault, after, times))
+
+    def off(self, pattern: str) -> None:
+        """Forget the rules of a pattern."""
+        with self._lock:
+            self._rules = [rule for rule in self._rules if rule.pattern.pattern != pattern]
 
     def shake(self, seed: int, faults: list[Fault], share: float) -> None:
         """Let that share of the requests that no rule meets suffer one of the faults, both drawn from the seed."""
@@ -241,11 +249,21 @@ class Faulty:
                 i = fault.flip - at
                 data = data[:i] + bytes([data[i] ^ 1]) + data[i + 1 :]
             self._down.carry(len(data))
+            if fault.slow:
+                data = self._dripped(client, data, fault.slow)
             if fault.body is not None and at + len(data) > fault.body:
                 client.sendall(data[: fault.body - at])
                 return
             client.sendall(data)
             at, data = at + len(data), b""
+
+    def _dripped(self, client, data, seconds):
+        """Send all but the last piece of these bytes, one after another. Returns that."""
+        step = -(-len(data) // _DRIPS)
+        for low in range(0, len(data) - step, step):
+            client.sendall(data[low : low + step])
+            self._ended.wait(seconds / _DRIPS)
+        return data[(len(data) - 1) // step * step :]
 
     def _hang(self, client):
         """Keep a client waiting, until it leaves or the proxy ends."""
