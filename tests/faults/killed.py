@@ -6,7 +6,6 @@ import contextlib
 import hashlib
 import json
 import os
-import time
 import warnings
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -111,7 +110,7 @@ class _Life:
         return self.plan.at if mine else None
 
     def act(self, point):
-        Path(self.told).write_text(point)
+        Path(f"{self.told}-killed").write_text(point)
         others = set(self.pids) - {os.getpid()} if self.plan.all_ else set()
         kill(*others, *(writers(self.pids) if self.plan.all_ else ()), os.getpid())
 
@@ -185,15 +184,10 @@ def _save(life, checkpointer, training):
 
 @dataclass(frozen=True)
 class Resumed:
-    """What a job found. step: 0 for a fresh start. wrong: names that hold other bits than they should.
-
-    counting: steps that count once it had saved one more. seconds: until it was resumed.
-    """
+    """What a job found. step: 0 for a fresh start. wrong: names that hold other bits than they should."""
 
     step: int
     wrong: list
-    counting: list
-    seconds: float
 
 
 def resume(job, place, reference):
@@ -203,9 +197,7 @@ def resume(job, place, reference):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         with job.checkpointer(place, 30.0) as c:
-            started = time.monotonic()
             report = c.resume(training.state)
-            seconds = time.monotonic() - started
             step = report.step if report else 0
             found = [(step, _digests(training))]
             training.step()
@@ -218,7 +210,7 @@ def resume(job, place, reference):
             found.append((step + 1, _digests(training)))
     expected = reference[dist.get_rank() if dist.is_initialized() else 0]
     wrong = [f"step {at}: {n}" for at, held in found for n in held | expected[at] if held.get(n) != expected[at].get(n)]
-    return Resumed(step, wrong, lives.counting(job.root(place)), seconds)
+    return Resumed(step, wrong)
 
 
 def trained(steps):

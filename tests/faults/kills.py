@@ -11,6 +11,7 @@ import os
 import random
 import shutil
 import tempfile
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from tests import ranks
 from tests.faults.failpoints import memory, writers
 from tests.faults.killed import Job, Kill, Told, live, resume, trained
 from tests.faults.tally import Tally
-from tests.run.lives import until
+from tests.run.lives import counting, until
 
 JOBS = (
     Job("waited", wait=True),
@@ -66,7 +67,7 @@ def _lived(job, place, folder, number, plan):
 class Campaign:
     def __init__(self, seed, folder, jobs):
         self.seed, self.folder, self.tally = seed, Path(folder), Tally()
-        self._acked = {}
+        self._acked, self._lock = {}, threading.Lock()
         self._trained = {n: ranks.run(n, trained, MOST_STEPS, preload=PRELOAD) for n in sorted({j.ranks for j in jobs})}
 
     def prepare(self, job):
@@ -108,10 +109,10 @@ class Campaign:
     # -- one case ----------------------------------------------------------------------------------------------------
 
     def check(self, case):
-        """Live through a case. Returns (verdict, what was wrong, point of the first kill or "")."""
+        """Live through a case. Returns (verdict, what was wrong, points at which somebody was killed)."""
         place = self._copy(case.job, case.torn)
-        folder, acknowledged, point = place.parent, self._acked[case.job.name] if case.torn else 0, ""
-        pids = []
+        folder, acknowledged = place.parent, self._acked[case.job.name] if case.torn else 0
+        pids, died, unclear = [], [], []
         for number, plan in enumerate(case.kills):
             _, told = _lived(case.job, place, folder, number, plan)
             pids += told.pids
@@ -120,16 +121,22 @@ class Campaign:
                 until(lambda told=told: not writers(told.pids))
                 if plan.process == "trainer" and not plan.all_:
                     acknowledged = max(acknowledged, told.staged_by(case.job.ranks))
-            point = point or _died_at(folder / f"log-{number}", plan)
+            died += _died_at(folder / f"log-{number}", plan)
+            alone = plan.process == "trainer" and not plan.all_ and case.job.ranks > 1
+            unclear = [error for error in told.failed if died and alone and f"rank {plan.rank}" not in error]
         verdict, problem = self._resumed(case, place, acknowledged)
+        if verdict == "PASS" and unclear:
+            verdict, problem = "HARD_FAIL", f"a rank that survived does not say who is missing: {unclear}"
         until(lambda: not writers(pids))
         shutil.rmtree(folder)
-        return verdict, problem, point
+        return verdict, problem, died
 
     def _resumed(self, case, place, acknowledged):
         newest = max(acknowledged, _newest(place))
         for path in place.rglob("far/**/.tmp-*"):
-            os.utime(path, (time.time() - 120,) * 2)  # what the next launch removes is older than any clock is wrong
+            os.utime(
+                path, (time.time() - 120,) * 2, follow_symlinks=False
+            )  # what the next launch removes is older than any clock is wrong
         try:
             found = ranks.run(
                 case.job.ranks, resume, case.job, str(place), self._trained[case.job.ranks], preload=PRELOAD
@@ -144,8 +151,8 @@ class Campaign:
                     "LOST_WORK",
                     f"step {told.step} was resumed, {newest} had been saved ({acknowledged} acknowledged)",
                 )
-            if told.counting[-1] != told.step + 1:
-                return "HARD_FAIL", f"the next save, of step {told.step + 1}, does not count: {told.counting}"
+            if (count := counting(case.job.root(place)))[-1] != told.step + 1:
+                return "HARD_FAIL", f"the next save, of step {told.step + 1}, does not count: {count}"
         if len({told.step for told in found}) > 1:
             return "HARD_FAIL", f"ranks resumed different steps: {found}"
         left = [str(path.relative_to(place)) for path in place.rglob(".tmp-*")]
@@ -154,11 +161,22 @@ class Campaign:
     def take(self, case):
         """Check a case, and count it."""
         try:
-            verdict, problem, point = self.check(case)
+            verdict, problem, died = self.check(case)
         except Exception as e:  # a hang, for one: the campaign goes on
-            verdict, problem, point = "HARD_FAIL", f"{type(e).__name__}: {e}", ""
-        what = f"{case.job.name}: {operation(point) if point else 'nobody came to die'}"
-        self.tally.add(what, verdict, problem and f"{verdict} seed {self.seed} at {point}: {problem} ({case})")
+            verdict, problem, died = "HARD_FAIL", f"{type(e).__name__}: {e}", []
+        what = operation(died[0]) if died else "nobody came to die"
+        if len(died) > 1:
+            what = "killed, and killed again in what came after"
+        with self._lock:
+            self.tally.add(
+                f"{case.job.name}: {what}",
+                verdict,
+                problem and f"{verdict} seed {self.seed} at {' and '.join(died)}: {problem} ({case})",
+            )
+            self.tally.figures["times that a process was killed"] += len(died)
+            self.tally.figures["times that all were killed at once"] += sum(
+                plan.all_ for plan in case.kills[: len(died)]
+            )
 
 
 def _newest(place):
@@ -167,12 +185,9 @@ def _newest(place):
 
 
 def _died_at(log, plan):
-    """Point at which a process was killed; "" if it never came to it."""
-    if plan.at is None:
-        return ""
-    told = Path(f"{log}-points-{plan.rank}" + ("-writer" if plan.process == "writer" else ""))
-    points = told.read_text().splitlines() if told.exists() else []
-    return points[-1] if points and (plan.process == "trainer" or len(points) == plan.at) else ""
+    """Point at which a process was killed; none if it never came to it."""
+    told = Path(f"{log}-points-{plan.rank}" + ("-writer-killed" if plan.process == "writer" else "-killed"))
+    return [told.read_text()] if told.exists() else []
 
 
 def _before_commit(points):
@@ -238,6 +253,6 @@ def campaign(seed, seconds, most=None, jobs=JOBS):
                 some = _cases(it, job, points, draw)
                 todo += [(late, i / len(some), case) for i, (late, case) in enumerate(some)]
             todo.sort(key=lambda each: each[:2])
-            it.tally.figures["kills there are"] = len(todo)
+            it.tally.figures["cases there are"] = len(todo)
             list(pool.map(lambda each: time.monotonic() < deadline and it.take(each[2]), todo[:most]))
     return it.tally

@@ -130,8 +130,8 @@ def plant(root, told, at=None, error=None, forever=False, also=()):
     """From now on, kill this process at a point of what it does below `root`, or raise an OSError of this number.
 
     0 is no error: at a point that is torn, the call stops short.
-    told: file that has the points passed, one a line, once this process has ended or is being killed. also: processes
-    that are killed with it, and their writers.
+    told: file that has the points passed, one a line, once this process has ended or is being killed; then TOLD-killed
+    has the point. also: processes that are killed with it, and their writers.
     """
 
     def act(point):
@@ -140,6 +140,7 @@ def plant(root, told, at=None, error=None, forever=False, also=()):
         if error:
             raise OSError(error, os.strerror(error), point)
         tell()
+        Path(f"{told}-killed").write_text(point)
         kill(*also, *(set(writers(also)) - {os.getpid()}), os.getpid())
 
     def tell():

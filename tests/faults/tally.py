@@ -13,7 +13,7 @@ class Tally:
     counts: Counter = field(default_factory=Counter)
     """(what was done, verdict) -> how often."""
     problems: list = field(default_factory=list)
-    figures: dict = field(default_factory=dict)
+    figures: Counter = field(default_factory=Counter)
     """Other numbers worth telling, by name."""
 
     def add(self, what, verdict, problem=None):
