@@ -16,7 +16,7 @@ from tests.faults.cuts import Change, Synced, lay_out, states, tree_of
 
 
 def test_every_state_that_a_power_cut_may_leave_loads_what_was_acknowledged():
-    tally = power.campaign(seed=0, seconds=60, most=90)
+    tally = power.campaign(seed=0, seconds=600, most=90)
     assert tally.cases == 90
     assert not tally.problems, str(tally)
 
