@@ -22,7 +22,7 @@ from distckpt.errors import (
     failure_text,
 )
 from distckpt.format import manifest
-from distckpt.format.layout import COMMIT, StepDir, ack_file, ack_rank
+from distckpt.format.layout import COMMIT, StepDir, ack_file, ack_rank, data_file
 from distckpt.format.manifest import FileInfo, Manifest
 from distckpt.format.sealed import seal, unseal
 from distckpt.signing import own, signer, trusted
@@ -51,7 +51,7 @@ class Attempt:
 
 def write_ack(store: Store, attempt: Attempt, rank: int, file: FileInfo, draft: Manifest | None) -> None:
     """Say that a rank's data file is durable. Rank 0 adds the manifest, in which the ranks' files are still missing."""
-    said: dict[str, Any] = {"rank": rank, "file": [file.name, file.size, file.header, file.digest]}
+    said = _words(attempt, rank) | {"file": [file.name, file.size, file.header, file.digest]}
     if draft:
         said["draft"] = manifest.to_json(draft)
     write_all(store, attempt.key(ack_file(rank, attempt.id)), seal(said, signer()))
@@ -59,8 +59,13 @@ def write_ack(store: Store, attempt: Attempt, rank: int, file: FileInfo, draft: 
 
 def write_refusal(store: Store, attempt: Attempt, rank: int, error: BaseException) -> None:
     """Say that a rank failed: nobody will commit this attempt."""
-    said = {"rank": rank, "error": failure_text(error)}
+    said = _words(attempt, rank) | {"error": failure_text(error)}
     write_all(store, attempt.key(ack_file(rank, attempt.id)), seal(said, signer()))
+
+
+def _words(attempt: Attempt, rank: int) -> dict[str, Any]:
+    """Whose ack it is, in its own words: else that of another attempt could stand in for it, signature and all."""
+    return {"rank": rank, "directory": str(attempt.directory), "attempt": attempt.id}
 
 
 def acked_ranks(store: Store, attempt: Attempt) -> set[int]:
@@ -77,11 +82,11 @@ def read_ack(store: Store, attempt: Attempt, rank: int) -> dict[str, Any]:
     except (Corrupt, FormatError) as e:
         raise type(e)(f"{key}: {e}") from e
     match said:
-        case {"rank": int(named), "file": [str(), int(), int(), str()]} | {"rank": int(named), "error": str()} if (
-            named == rank
-        ):
+        case {"file": [str(name), int(), int(), str()]} | {"error": str(name)} if said.items() >= _words(
+            attempt, rank
+        ).items() and ("error" in said or name == data_file(rank, attempt.id)):
             return said
-    raise FormatError(f"{key} is not an ack of rank {rank}")
+    raise FormatError(f"{key} is not the ack of rank {rank} in this attempt")
 
 
 def acked_part(store: Store, attempt: Attempt, rank: int) -> tuple[FileInfo, Manifest | None]:
@@ -122,6 +127,8 @@ def complete(store: Store, attempt: Attempt, draft: Manifest | None = None) -> M
         if "error" in ack:
             raise RunConflict(f"{attempt.directory}: rank {rank} gave the attempt up: {ack['error']}")
     draft = draft or manifest.from_json(said[0].get("draft"))
+    if (draft.attempt, StepDir(draft.step, draft.generation)) != (attempt.id, attempt.directory):
+        raise FormatError(f"{attempt.directory}: what rank 0 acked is of another attempt or step")
     whole = replace(draft, files=(*(FileInfo(*ack["file"]) for ack in said), *draft.files))
     manifest.check(whole)
     return whole

@@ -9,18 +9,18 @@ stopped.
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import shutil
 import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from distckpt.errors import KeyExists, KeyMissing, RanksMissing, RunConflict, StoreError
+from distckpt.errors import Corrupt, FormatError, KeyExists, KeyMissing, RanksMissing, RunConflict, StoreError
 from distckpt.foreign.dcp_write import Folder
 from distckpt.format.checksum import digest
-from distckpt.format.text import read_json
+from distckpt.format.sealed import seal, unseal
 from distckpt.run.source import open_source
+from distckpt.signing import own, signer
 from distckpt.store.base import read_all, write_all
 from distckpt.store.local import LocalStore
 
@@ -68,7 +68,7 @@ class Staging:
     DONE, LOCK = "done", "lock"
 
     def __init__(self, sink: Sink, destination: Path, attempt: str) -> None:
-        self._sink, self._destination = sink, destination
+        self._sink, self._destination, self._attempt = sink, destination, attempt
         self._top = destination.name if sink.kind == "file" else sink.top
         self.root = destination.parent / f".{destination.name[:_LONGEST]}.{attempt}.partial"
         self.data = Folder(self.root / "data", also=destination.name)
@@ -98,9 +98,10 @@ class Staging:
         """What those of the outputs returned that are finished, by name."""
         found = {}
         for output in outputs:
-            with contextlib.suppress(KeyMissing):
-                said: Any = read_json(read_all(self._done, _key(output), limit=_MOST))
-                if self.data.head(output.name) == output.size:
+            with contextlib.suppress(KeyMissing, Corrupt, FormatError):  # what cannot be believed is made anew
+                said: Any = unseal(read_all(self._done, _key(output), limit=_MOST), own())
+                whose = said["attempt"], said["output"]
+                if whose == (self._attempt, output.name) and self.data.head(output.name) == output.size:
                     found[output.name] = said["result"]
         return found
 
@@ -108,7 +109,8 @@ class Staging:
         """Write an output, and say that it is written. What a killed try left of it goes first."""
         self.data.discard_temporary(output.name)
         result = output.write(self.data)
-        write_all(self._done, _key(output), json.dumps({"result": result}).encode())
+        said = {"attempt": self._attempt, "output": output.name, "result": result}
+        write_all(self._done, _key(output), seal(said, signer()))
 
     def complete(self, files: Iterable[tuple[str, bytes]]) -> Checkpoint:
         """Write what makes the copy whole, and open it as it lies here."""

@@ -22,12 +22,19 @@ from distckpt.errors import Corrupt, FormatError, StoreError, Untrusted
 from distckpt.format import manifest
 from distckpt.format.checksum import BLOCK, SHA256, algorithm_of, digest
 from distckpt.format.datafile import decode_header
-from distckpt.format.layout import StepDir
+from distckpt.format.layout import StepDir, ack_file, data_file
+from distckpt.format.manifest import FileInfo
+from distckpt.format.sealed import seal
 from distckpt.loading.open import open_checkpoint
 from distckpt.run.launches import open_launch
 from distckpt.run.source import open_source
-from distckpt.signing import REQUIRE_SIGNATURE, SIGN_KEY, fingerprint
+from distckpt.saving.commit import Attempt, read_ack, write_ack, write_refusal
+from distckpt.signing import REQUIRE_SIGNATURE, SIGN_KEY, fingerprint, signer
 from distckpt.store.local import LocalStore
+from distckpt.tools.copy import Change, Source
+from distckpt.tools.copy import _Plan as Plan
+from distckpt.tools.copy import _Request as Request
+from distckpt.tools.formats import Distckpt
 from tests import layouts, ranks
 from tests.faults.failpoints import FaultyStore, Fuse
 from tests.faults.sharded import Sharded, on_threads
@@ -331,6 +338,47 @@ def test_an_attempt_whose_acks_are_not_ours_is_not_committed_in_our_name(tmp_pat
         assert all(isinstance(error, StoreError) for error in on_threads(2, work))
     report = _resumed(store.root)
     assert report.step == (1 if forged else 2)
+
+
+@pytest.mark.parametrize(
+    "other", [(1, 1, "ab" * 6), (2, 2, "ab" * 6), (2, 1, "cd" * 6)], ids=["step", "generation", "attempt"]
+)
+@pytest.mark.parametrize("says", ["finished", "failed"])
+def test_an_ack_of_another_attempt_cannot_stand_in_for_one_signed_as_it_is(tmp_path, keys, other, says):
+    store, (step, generation, name) = LocalStore(tmp_path / "run"), other
+    ours, theirs = Attempt(StepDir(2), "ab" * 6, 2), Attempt(StepDir(step, generation), name, 2)
+    for attempt in (ours, theirs):
+        if says == "failed":
+            write_refusal(store, attempt, 1, StoreError("full"))
+        else:
+            write_ack(store, attempt, 1, FileInfo(data_file(1, attempt.id), 10, 9, "0" * 64), None)
+    assert read_ack(store, ours, 1)
+    shutil.copy(store.root / theirs.key(ack_file(1, theirs.id)), store.root / ours.key(ack_file(1, ours.id)))
+    with pytest.raises(FormatError, match="is not the ack of rank 1 in this attempt"):
+        read_ack(store, ours, 1)
+
+
+@pytest.mark.parametrize("how", ["planted", "of another output", "not JSON"])
+def test_a_copy_that_somebody_else_has_begun_is_begun_anew(tmp_path, require, how):
+    """Else whoever may write beside a copy would have its maker sign what he likes."""
+    _save(tmp_path / "run", 1, wait=True)
+    found = Plan(
+        Request(Source(tmp_path / "run" / "step-00000001"), str(tmp_path / "copy"), Distckpt(), Change(), 1 << 20)
+    )
+    (output,) = found.sink.outputs
+    found.staging.make(output)
+    assert found.staging.finished([output])
+    (record,) = (p for p in (found.staging.root / "done").iterdir())
+    said = {"attempt": found.attempt, "output": output.name, "result": ["x", 1, 1, "0" * 64]}
+    if how == "planted":
+        record.write_bytes(seal(said))
+    elif how == "not JSON":
+        record.write_bytes(b"{")
+    else:
+        record.write_bytes(seal(said | {"output": "step-00000001/other"}, signer()))
+    assert not found.staging.finished([output])
+    assert cli(["cp", str(tmp_path / "run" / "step-00000001"), str(tmp_path / "copy")]) == 0
+    assert _resumed(tmp_path / "copy").step == 1
 
 
 def test_a_launch_that_is_not_signed_supersedes_nothing(tmp_path, require, monkeypatch):
