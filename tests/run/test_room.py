@@ -109,7 +109,7 @@ def test_of_nodes_with_disks_of_their_own_one_that_is_full_is_told_on_every_rank
         return str(error), left
 
     monkeypatch.setattr(LocalStore, "room", room)
-    for error, left in on_threads(2, work):
+    for error, left in on_threads(2, work, timeout=60):
         assert "rank 1: step-00000001 needs 1.6 kB, and 829 B are free in" in error
         assert not left
 
