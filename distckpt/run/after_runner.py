@@ -17,13 +17,16 @@ import tempfile
 import time
 
 from distckpt.errors import KeyExists, KeyMissing, failure_text
+from distckpt.format.checksum import digest
 from distckpt.format.layout import COMMIT, StepDir
+from distckpt.format.manifest import MAX_BYTES
 from distckpt.run.after import After
 from distckpt.run.events import note, read, record
 from distckpt.run.lease import lease
 from distckpt.run.publish import pointing
 from distckpt.run.triggers import Triggers, duration
 from distckpt.run.writer import NOT_OURS
+from distckpt.store.base import read_all
 from distckpt.store.local import LocalStore
 
 _LOCK = "after.lock"
@@ -82,12 +85,10 @@ def _ran(after: After, store: LocalStore, found: StepDir) -> bool:
 
 def is_due(after: After, store: LocalStore, directory: StepDir, now: float) -> bool:
     """Whether a command is to run on a checkpoint now, going by the run's events: once, if at all."""
-    try:
-        committed = store.changed(f"{directory}/{COMMIT}")
-    except KeyMissing:
-        return False
+    commit = _commit(store, directory)
     ran = [e for e, _ in read(store.root) if e["event"] == "after" and e.get("name") == after.name]
-    if any(e["directory"] == str(directory) and e["began"] >= committed for e in ran):
+    # not by dates: clocks differ; nor by the name alone: a directory of that name may have been removed since
+    if not commit or any((e["directory"], e.get("commit")) == (str(directory), commit) for e in ran):
         return False
     went_well = [e for e in ran if e["code"] == 0]
     if after.every is None or not went_well:
@@ -98,8 +99,17 @@ def is_due(after: After, store: LocalStore, directory: StepDir, now: float) -> b
     return not 0 <= seconds < triggers.seconds or any(not 0 <= steps < n for n in triggers.steps)
 
 
+def _commit(store: LocalStore, directory: StepDir) -> str:
+    """Digest of a commit; "" where there is none."""
+    try:
+        return digest(read_all(store, f"{directory}/{COMMIT}", limit=MAX_BYTES))
+    except KeyMissing:
+        return ""
+
+
 def _run(after: After, store: LocalStore, directory: StepDir) -> None:
     seconds, began = duration(after.timeout, "timeout"), time.time()
+    commit = _commit(store, directory)
     with lease(store, directory, seconds + 60), tempfile.TemporaryFile() as output:
         code = _code(after.words(store.root, directory), after.folder, seconds, output.fileno())
         output.seek(max(0, output.seek(0, os.SEEK_END) - _MOST_SAID))
@@ -110,6 +120,7 @@ def _run(after: After, store: LocalStore, directory: StepDir) -> None:
         name=after.name,
         step=directory.step,
         directory=str(directory),
+        commit=commit,
         code=code,
         began=began,
         seconds=round(time.time() - began, 1),

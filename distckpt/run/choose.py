@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from distckpt.run.history import History
 
 _STEP = 8  # bytes of a step in a message
+_LOOKS = 10
+"""Most looks for a checkpoint where there seems to be none."""
 
 
 class Loadable(Stateful, Protocol):
@@ -165,9 +167,7 @@ def _held(search: Search) -> StepDir | None:
     return None
 
 
-def look_for(search: Search) -> StepDir | None:
-    """Newest checkpoint that counts and has not been tried; damaged ones are noted, and warned of."""
-    store = search.history.store
+def _look_through(search: Search) -> StepDir | None:
     for found in search.history.committed():
         if found.superseded or found.directory in search.tried:
             continue
@@ -176,7 +176,20 @@ def look_for(search: Search) -> StepDir | None:
         if found.checkpoint:
             return found.directory
         if search.passed_over(found.directory, found.problem):
-            warnings.warn(f"{found.directory} is damaged: {found.problem}", StateWarning, stacklevel=4)
+            warnings.warn(f"{found.directory} is damaged: {found.problem}", StateWarning, stacklevel=5)
+    return None
+
+
+def look_for(search: Search) -> StepDir | None:
+    """Newest checkpoint that counts and has not been tried; damaged ones are noted, and warned of."""
+    store = search.history.store
+    there: list[StepDir] = []
+    for _ in range(_LOOKS):
+        if found := _look_through(search):
+            return found
+        if (now := search.history.directories()) == there:
+            break
+        there = now  # what was listed may have been removed, for something newer was saved: look again
     if search.step is not None and search.tried:
         return None
     if search.damaged:

@@ -21,6 +21,7 @@ from distckpt.run.keep import Keep
 from distckpt.run.launches import launch_numbers
 from distckpt.run.retention import decided, is_number, listed, newest, remove_all
 from distckpt.run.sweep import leftovers, sweep
+from distckpt.saving.commit import is_committed
 from distckpt.store.base import each, read_all, write_all
 from distckpt.store.local import LocalStore
 from distckpt.store.open import open_store, parted
@@ -145,7 +146,11 @@ def retain(history: History, retention: Retention, *, noted: bool = True) -> tup
         if removed:
             if noted:
                 note(history.store, "removed", checkpoints=[str(directory) for directory in removed])
-            write_registry(history.store, [c for c in checkpoints if c.directory not in removed], decision, retention)
+            if {str(directory) for directory in removed} & set(pointing(history.store).values()):
+                make_known(history, retention)  # somebody slower has pointed there since
+            else:
+                left = [c for c in checkpoints if c.directory not in removed]
+                write_registry(history.store, left, decision, retention)
         if retention.step is not None:
             problems += _sweep_older(history, retention.step, min(decision.stays))
     except DistckptError as e:
@@ -177,8 +182,9 @@ def make_known(history: History, retention: Retention | None) -> tuple[list[List
     for name, target in (hints | pointers).items():
         if name not in wanted and (target not in here or (whole and is_epoch_link(name))):
             wanted[name] = None
-    for name, directory in wanted.items():
-        _point(history.store, name, directory, pointers.get(name))
+    pointed = [d for name, d in wanted.items() if _point(history.store, name, d, pointers.get(name)) and d]
+    if not all(is_committed(history.store, directory) for directory in set(pointed)):
+        return make_known(history, retention)  # removed since it was looked up: by a later launch, for we were slow
     write_registry(history.store, checkpoints, decision, retention)
     return checkpoints, decision
 
@@ -218,12 +224,13 @@ def target_of(store: Store, name: str) -> str | None:
     return str(said.get("checkpoint", "")) if isinstance(said, dict) else ""
 
 
-def _point(store: Store, name: str, directory: StepDir | None, before: str | None) -> None:
+def _point(store: Store, name: str, directory: StepDir | None, before: str | None) -> bool:
     """Point a name at a checkpoint, or (None) at nothing; where it points there already, nothing is written.
 
-    before: what the pointer holds.
+    before: what the pointer holds. Whether it was another.
     """
-    if name in POINTERS and before != (str(directory) if directory else None):
+    moved = name in POINTERS and before != (str(directory) if directory else None)
+    if moved:
         if directory:
             write_all(store, pointer_file(name), _json({"checkpoint": str(directory), "step": directory.step}))
         else:
@@ -233,6 +240,7 @@ def _point(store: Store, name: str, directory: StepDir | None, before: str | Non
             store.unlink_hint(name)
         elif store.hint(name) != str(directory):
             store.link_hint(name, str(directory))
+    return moved
 
 
 # -- registry --------------------------------------------------------------------------------------------------------

@@ -4,7 +4,8 @@ Rule 1. Nothing that a commit names, or shares from another directory, is touche
 commit cannot be read, nor a file whose name is not one that distckpt gives.
 Rule 2. An attempt may still commit while its launch lives. It is over if its launch was superseded (its ack says which
 launch; or it has not changed since before the newest launch began), or if the caller knows that every launch but its
-own, which has saved nothing yet, is; or if no job lives (run/heartbeat.py) and nothing has changed for long.
+own, which has saved nothing yet, is; or if no job lives (run/heartbeat.py) and nothing has changed for long. Dates say
+nothing of a job that lives, and of what is locked by who writes it.
 """
 
 from __future__ import annotations
@@ -56,17 +57,18 @@ def leftovers(
     history: History,
     *,
     alone: bool = False,
+    alive: bool = False,
     idle: float | None = None,
     among: Callable[[StepDir], bool] = lambda _: True,
 ) -> list[Leftover]:
     """Every file of a run that no commit names.
 
-    alone: no launch but the caller's lives, and it has nothing in flight: then all of them are over. idle: no job
-    lives; then what is in a directory where nothing has changed for so many seconds is. among: step directories to
-    look in; other places are looked at only if all are.
+    alone: no launch but the caller's lives, and it has nothing in flight: then all of them are over. alive: a job
+    lives; then dates tell nothing, for its clocks may be wrong. idle: no job lives; then what is in a directory where
+    nothing has changed for so many seconds is. among: step directories to look in; other places only if all are.
     """
     store = history.store
-    ended = _Ended(store, alone=alone, idle=idle)
+    ended = _Ended(store, alone=alone, alive=alive, idle=idle)
     manifests = {f.directory: f.checkpoint.manifest if f.checkpoint else None for f in history.committed()}
     shared = {f.name for m in manifests.values() if m for f in m.files if "/" in f.name}
     held = leased(store)
@@ -92,9 +94,9 @@ def leftovers(
 class _Ended:
     """Whether what wrote a file has ended."""
 
-    def __init__(self, store: Store, *, alone: bool, idle: float | None) -> None:
-        self._store, self._alone, self._idle = store, alone, idle
-        self._directories: dict[str, bool] = {}
+    def __init__(self, store: Store, *, alone: bool, alive: bool, idle: float | None) -> None:
+        self._store, self._alone, self._alive, self._idle = store, alone, alive, idle
+        self._idle_prefixes: dict[str, bool] = {}
         self._newest = max(launch_numbers(store), default=0)
         self._began = self._changed(launch_file(self._newest)) if self._newest else None
 
@@ -105,10 +107,6 @@ class _Ended:
         except KeyMissing:
             return None
 
-    def at(self, changed: float | None) -> bool:
-        """Of what was last written then."""
-        return self._alone or (changed is not None and self._began is not None and changed < self._began - SKEW)
-
     def attempt(self, directory: StepDir, attempt: str) -> bool:
         """Of an attempt."""
         if self._alone:
@@ -116,17 +114,28 @@ class _Ended:
         launch = launch_of(self._store, directory, attempt)
         return launch is not None and launch < self._newest
 
-    def file(self, key: str) -> bool:
-        """Of a file."""
-        return self.at(self._changed(key))
+    def written(self, prefix: str, changed: float | None) -> bool:
+        """Of what was last written below a prefix then."""
+        if self._alone or self._alive or self._in_use(prefix):
+            return self._alone
+        superseded = changed is not None and self._began is not None and changed < self._began - SKEW
+        return superseded or self._is_idle(prefix)
 
-    def directory(self, prefix: str) -> bool:
-        """Of everything in a directory, because no job lives, and the last one's writer process is done, too."""
-        if prefix not in self._directories:
-            self._directories[prefix] = self._is_idle(prefix)
-        return self._directories[prefix]
+    def file(self, directory: StepDir, name: str) -> bool:
+        """Of a file."""
+        return self.written(str(directory), self._changed(f"{directory}/{name}"))
+
+    def _in_use(self, prefix: str) -> bool:
+        """Whether somebody who lives is writing there, whatever the dates say."""
+        return isinstance(self._store, LocalStore) and bool(self._store.arriving(prefix))
 
     def _is_idle(self, prefix: str) -> bool:
+        """Whether no job lives, and the last one's writer process is done, too."""
+        if prefix not in self._idle_prefixes:
+            self._idle_prefixes[prefix] = self._looks_idle(prefix)
+        return self._idle_prefixes[prefix]
+
+    def _looks_idle(self, prefix: str) -> bool:
         store = self._store
         if self._idle is None or not isinstance(store, Dated):
             return False
@@ -152,7 +161,7 @@ def _of(store: Store, directory: StepDir, content: Manifest | None, ended: _Ende
         if content and attempt == content.attempt:
             yield Leftover(str(directory), entry.name, entry.size, over=True, why="an ack of a committed save")
         else:
-            may_go = over[attempt] or ended.file(f"{directory}/{entry.name}") or ended.directory(str(directory))
+            may_go = over[attempt] or ended.file(directory, entry.name)
             why = f"attempt {attempt}, which did not commit"
             yield Leftover(str(directory), entry.name, entry.size, may_go, why, uncommitted=uncommitted)
     yield from _temporary(store, str(directory), ended)
@@ -160,8 +169,9 @@ def _of(store: Store, directory: StepDir, content: Manifest | None, ended: _Ende
 
 def _temporary(store: Store, prefix: str, ended: _Ended) -> Iterator[Leftover]:
     for name, changed, nbytes in _unfinished(store, prefix):
-        over = ended.at(changed) or ended.directory(prefix)
-        yield Leftover(prefix, name, nbytes, over, "a write that did not finish", temporary=True)
+        yield Leftover(
+            prefix, name, nbytes, ended.written(prefix, changed), "a write that did not finish", temporary=True
+        )
 
 
 def _unfinished(store: Store, prefix: str) -> Temporary:

@@ -263,7 +263,7 @@ class LocalStore:
         """Names below a prefix that a living process is writing, as far as the file system's locks tell."""
         found = set[str]()
         for name, _, _ in self.unfinished(prefix):
-            with _mapped("look at", self._path(prefix) / name) as path, contextlib.suppress(FileNotFoundError):
+            with _mapped("look at", self._path(prefix, prefix=True) / name) as path, contextlib.suppress(FileNotFoundError):
                 if _is_held(path):  # else it has arrived meanwhile, or who wrote it is dead
                     found.add(_TEMPORARY.sub("", name))
         return found

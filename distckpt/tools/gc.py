@@ -51,7 +51,7 @@ def run(given: argparse.Namespace) -> Answer:
     history = run_at(given.run_path)
     where = located(given.run_path)
     alive = living(history.store, _PATIENCE)
-    found = leftovers(history, idle=None if alive else idle)
+    found = leftovers(history, alive=bool(alive), idle=None if alive else idle)
     copies = list(_copies(where, age)) if isinstance(where, Path) else []  # to a URI, they lie in the run
     removed, problems = sweep(history, found) if given.delete else ([], [])
     if given.delete:

@@ -96,6 +96,8 @@ class Case:
         self.draw, self.run, self.counts = random.Random(seed), Run(), Counter()
         self.keep, self.root, self.data = self.draw.choice(KEEPS), root, {}
         self.jobs, self.names = [], itertools.count(1)
+        self.crowded = self.draw.choice((0.03, 0.1, 0.4))
+        """How likely the next one begins at each turn."""
 
     def store(self, job):
         seen = self.run.seen
@@ -195,7 +197,7 @@ class Case:
             todo[0] = self.trains
             for turn in itertools.count():
                 alive = [job for job in self.jobs if not job.ended]
-                if todo and (not alive or self.draw.random() < 0.03):
+                if todo and (not alive or self.draw.random() < self.crowded):
                     fn = todo.pop(0)
                     alive.append(Job(f"{fn.__name__} {next(self.names)}", fn))
                     self.jobs.append(alive[-1])
@@ -234,6 +236,9 @@ class Case:
         """A last job, alone, resumes the newest, saves, and leaves nothing behind."""
         store, state = self.whole(), Sharded(0, 1, 0)
         newest = self.run.newest()
+        for name, target in pointing(store).items():
+            if StepDir.parse(target) not in self.run.values and not self.counts["kills"]:
+                self.problem(f"{name} names {target}, which is not there")
         try:
             checkpointer = Checkpointer(store, keep=self.keep, wait=True, timeout=4.0)
             report = checkpointer.resume(state)

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from distckpt import Checkpointer, Keep, TrainState
+from distckpt.format.checksum import digest
 from distckpt.format.layout import StepDir
 from distckpt.run.after import After, Export, TrialLoad
 from distckpt.run.after_runner import is_due
@@ -130,8 +131,8 @@ def test_what_is_due(tmp_path):
     assert not is_due(hourly, store, StepDir(2), now), "it has gone meanwhile"
     for name in ("a", "b"):
         note(store, "after", name=name, step=50, directory="step-00000050", code=0, began=now)
-    went_wrong = {"step": 60, "directory": "step-00000060", "code": 1, "began": now + 3000}
-    note(store, "after", name="a", **went_wrong)  # due as if it had not been, but on this one
+    went_wrong = {"step": 60, "directory": "step-00000060", "code": 1, "began": now - 7200, "commit": digest(b"")}
+    note(store, "after", name="a", **went_wrong)  # due as if it had not been, but on this one, whatever the clocks say
     assert not due(hourly, 60, now + 3600)
     assert not due(hourly, 1000, now + 3599)
     assert due(hourly, 51, now + 3600)

@@ -12,7 +12,7 @@ from distckpt.errors import NotACheckpoint, RunConflict
 from distckpt.format.layout import StepDir
 from distckpt.run.history import History
 from distckpt.run.lease import being_removed
-from distckpt.run.publish import Retention, retain
+from distckpt.run.publish import Retention, pointing, retain
 from distckpt.store.memory import MemoryStore
 from tests.faults.sharded import Sharded
 from tests.faults.turns import Job, TurnedMemory, clocked
@@ -129,6 +129,42 @@ def test_a_reader_that_comes_too_late_reads_the_newest_there_is_and_is_not_told_
     goes_on(job)
     ((report, value),) = read
     assert (report.step, value) == (5, 5)
+
+
+def test_a_reader_whose_listing_is_all_gone_by_the_time_it_looks_looks_again(store):
+    read = []
+
+    def resume(store):
+        state = Sharded(0, 1)
+        read.append((Checkpointer(store, wait=True, timeout=1).load(state).step, state.value))
+
+    job = paused(store, "read step-00000006/commit.json", resume)
+    save(trainer(store), 7, 8)
+    prune(store)
+    goes_on(job)
+    assert read == [(8, 8)]
+
+
+def test_a_pointer_that_was_written_late_leads_to_what_is_there(store):
+    store.delete("last.json")
+    job = paused(store, "write last.json", prune)
+    trainer(store, step=3)
+    prune(store)  # as the launch does that has gone back to step 3
+    goes_on(job)
+    assert pointing(store) == {"last": "step-00000003"}
+
+
+def test_a_pointer_that_was_written_before_a_removal_and_after_its_look_is_set_right(store):
+    store.delete("last.json")
+    late = paused(store, "write last.json", prune)
+    trainer(store, step=3)
+    job = paused(store, "delete step-00000006/commit.json", prune)
+    while "step-00000006" not in pointing(store).values():
+        late.turn()
+    goes_on(job)
+    assert pointing(store) == {"last": "step-00000003"}
+    goes_on(late)
+    assert pointing(store) == {"last": "step-00000003"}
 
 
 def test_a_save_whose_files_a_later_launch_cleared_away_is_told_of_that_launch(store):
