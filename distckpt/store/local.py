@@ -261,9 +261,9 @@ class LocalStore:
 
     def arriving(self, prefix: str) -> set[str]:
         """Names below a prefix that a living process is writing, as far as the file system's locks tell."""
-        found = set[str]()
+        found, folder = set[str](), self._path(prefix, prefix=True)
         for name, _, _ in self.unfinished(prefix):
-            with _mapped("look at", self._path(prefix, prefix=True) / name) as path, contextlib.suppress(FileNotFoundError):
+            with _mapped("look at", folder / name) as path, contextlib.suppress(FileNotFoundError):
                 if _is_held(path):  # else it has arrived meanwhile, or who wrote it is dead
                     found.add(_TEMPORARY.sub("", name))
         return found
