@@ -10,6 +10,7 @@ import signal
 import sys
 import tracemalloc
 import warnings
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -138,12 +139,16 @@ def test_saves_that_fail_again_and_again_hold_no_more_memory(tmp_path, wait):
         tracemalloc.start()
         stack.callback(tracemalloc.stop)
         writer = None if wait else Path(f"/proc/{c._saver._background._line._process.pid}")
-        held, before = errors.held(), [tracemalloc.get_traced_memory()[0], *_of_process(writer)]
-        failed(40)
-        after = [tracemalloc.get_traced_memory()[0], *_of_process(writer)]
-        assert errors.held() == held
-        assert all(b - a < 1 << 20 for a, b in zip(before, after, strict=True)), (before, after)
-        assert before[2:] == after[2:]
+        held, sizes = errors.held(), []
+        for _ in range(3):  # what is kept once, such as lines of a source file, is no growth
+            sizes.append([tracemalloc.get_traced_memory()[0], *_of_process(writer)])
+            failed(20)
+        sizes.append([tracemalloc.get_traced_memory()[0], *_of_process(writer)])
+        after = errors.held()
+        assert len(after["descriptors"] - held["descriptors"]) <= 1  # the heartbeat may be at its file
+        assert after["children"] == held["children"]
+        assert any(all(b - a < 100 << 10 for a, b in zip(*pair, strict=True)) for pair in pairwise(sizes)), sizes
+        assert len({tuple(size[2:]) for size in sizes}) == 1
 
 
 def _of_process(process):
