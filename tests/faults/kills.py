@@ -230,14 +230,11 @@ def _cases(campaign, job, points_of, draw):
     for torn, points in enumerate(points_of):
         campaign.tally.figures[f"points: {job.name}{', rolling forward' if torn else ''}"] = len(points)
         for (process, rank, number), point in points.items():
-            late = 0 if point.split(" ")[0] in _EFFECTS or point.endswith(" torn") else 2
+            late = point.split(" ")[0] not in _EFFECTS and not point.endswith(" torn")
             alone, everybody = (Kill(process, rank, number, all_) for all_ in (False, True))
             second = Kill("trainer", draw.randrange(job.ranks), draw.randrange(1, 150), draw.random() < 0.5)
-            found += [
-                (late, Case(job, (alone,), torn=bool(torn))),
-                (late + 1, Case(job, (everybody,), torn=bool(torn))),
-                (late + 1, Case(job, (alone, second), waits=draw.random() < 0.5, torn=bool(torn))),
-            ]
+            twice = Case(job, (alone, second), waits=draw.random() < 0.5, torn=bool(torn))
+            found += [(late, Case(job, (kill,), torn=bool(torn))) for kill in (alone, everybody)] + [(late, twice)]
     draw.shuffle(found)
     return found
 

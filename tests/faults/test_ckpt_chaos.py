@@ -35,7 +35,8 @@ def harness(work, ranks, crash_rank, points):
     ended = subprocess.run(
         [sys.executable, "-m", "ckpt_chaos", "run", *given, "--", *command],
         cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        # it forgets to tell the rank that is to die that it is the one
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CKPT_CHAOS_CRASH_RANK": str(crash_rank)},
         capture_output=True,
         text=True,
         check=False,
