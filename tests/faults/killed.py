@@ -48,14 +48,14 @@ class Job:
 
 @dataclass(frozen=True)
 class Kill:
-    """Who dies, and where. at: number of the point that this process of this rank passes; None: nobody dies.
+    """Who dies, and where. at: number or name of the point that this process of this rank passes; None: nobody dies.
 
     all_: every rank dies with it, and every writer; else this process alone.
     """
 
     process: str = "trainer"
     rank: int = 0
-    at: int | None = None
+    at: int | str | None = None
     all_: bool = False
 
 

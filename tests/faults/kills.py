@@ -82,7 +82,9 @@ class Campaign:
                 _, told = _lived(job, place, self.folder, f"{job.name}-{name}-{life}", Kill())
                 assert not told.failed, told.failed
         points = self.points(job, torn=False)
-        _, told = _lived(job, place, self.folder, f"{job.name}-torn", _before_commit(points))
+        plan, log = _before_commit(points), f"{job.name}-torn"
+        _, told = _lived(job, place, self.folder, log, plan)
+        assert _died_at(self.folder / f"log-{log}", plan) == [plan.at]
         until(lambda: not writers(told.pids))
         self._acked[job.name] = max(told.staged, default=0) or _newest(place) + 1
         return points, self.points(job, torn=True)
@@ -191,10 +193,13 @@ def _died_at(log, plan):
 
 
 def _before_commit(points):
-    """The kill of all just before the last commit of a life."""
-    commits = [where for where, point in points.items() if point.startswith("link") and "commit.json" in point]
-    process, rank, number = max(commits)
-    return Kill(process, rank, number, all_=True)
+    """The kill of all just before the last commit of a life; by its name, for waits make numbers differ."""
+    names = ("link run/step-", "link near/step-")
+    commits = [
+        (*where, name) for where, name in points.items() if name.startswith(names) and name.endswith("commit.json")
+    ]
+    process, rank, _, name = max(commits)
+    return Kill(process, rank, name, all_=True)
 
 
 # -- which cases -------------------------------------------------------------------------------------------------------
