@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import time
+from functools import partial
 from typing import TYPE_CHECKING
 
 from distckpt.comm import together
@@ -85,23 +86,23 @@ class Job:
             note(self._places.near, "launched", launch=number, step=step, world_size=ranks, seconds=since, **who)
             self._heartbeat.start(number)
             if not self._places.apart:
-                self._open_here()
+                self._open_here(number)
             if isinstance(self._places.whole, Tiers):
-                clear_up(self._whole)
+                clear_up(self._whole, number)
                 if isinstance(self._places.whole.far, LocalStore):  # which writers send to meanwhile: this job's, too
-                    clear_up(History(self._places.whole.far), alone=False)
+                    clear_up(History(self._places.whole.far), number, alone=False)
             return number.to_bytes(_NUMBER, "little")
 
         self.launch = int.from_bytes(together(self._comm, "opening a launch", begin)[0], "little")
         if self._places.apart:
-            together(self._comm, "opening a launch on every node", self._open_here)
+            together(self._comm, "opening a launch on every node", partial(self._open_here, self.launch))
         return self.launch
 
-    def _open_here(self) -> None:
+    def _open_here(self, number: int) -> None:
         """What is done in each near store, once the launch is open: an earlier one sends nothing more by now."""
         if self._places.leads:
             self._places.open()
-            clear_up(self._history)
+            clear_up(self._history, number)
 
     def free_generation(self, step: int) -> int:
         """Generation of a step that this launch may save. RunConflict once a later one has begun. Not collective."""

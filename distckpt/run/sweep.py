@@ -197,13 +197,16 @@ def sweep(history: History, found: Iterable[Leftover]) -> tuple[list[Leftover], 
     return removed, []
 
 
-def clear_up(history: History, *, alone: bool = True) -> None:
+def clear_up(history: History, launch: int, *, alone: bool = True) -> None:
     """Remove what earlier launches left behind, by a launch that has saved nothing yet. Failing at it is warned of.
 
     alone: nobody else writes there. Else what an earlier launch sent stays, and writes that it did not finish go.
     """
     try:
-        problems = sweep(history, (left for left in leftovers(history, alone=alone) if alone or left.temporary))[1]
+        found = [left for left in leftovers(history, alone=alone) if alone or left.temporary]
+        if max(launch_numbers(history.store), default=0) > launch:
+            return  # of what was found, some may be of a later one: that clears up itself
+        problems = sweep(history, found)[1]
     except DistckptError as e:
         problems = [str(e)]
     for problem in problems:

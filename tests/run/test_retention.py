@@ -332,7 +332,7 @@ def test_a_fault_at_any_point_of_a_deletion_leaves_a_run_that_goes_on(kind):
                 live.set(5)
             fuse.arm(n, forever=True)
             with contextlib.suppress(StoreError):
-                clear_up(History(faulty)) if kind == "sweep" else c.save(5, live)
+                clear_up(History(faulty), 99) if kind == "sweep" else c.save(5, live)
             fuse.disarm()
         kept = {found.directory.step for found in History(store).valid()}
         assert len(kept) >= 2
