@@ -16,7 +16,6 @@ from distckpt.foreign.located import Undecodable
 from distckpt.foreign.peft import is_peft, read_peft
 from distckpt.foreign.safetensors import INDEX, SUFFIX, read_safetensors
 from distckpt.foreign.torchfile import LEGACY, ZIP
-from distckpt.signing import refuse_unsigned
 
 if TYPE_CHECKING:
     import os
@@ -52,8 +51,6 @@ def open_foreign(
     path = Path(path)
     try:
         reader = _reader(path)
-        if reader:
-            refuse_unsigned(str(path))
         if reader is read_deepspeed:
             found: Directory | None = read_deepspeed(path, order)
         else:

@@ -29,7 +29,8 @@ CHECKSUMS_CHUNK = "__checksums__"
 _KEY_PART = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]{0,254}")
 _KEY = re.compile(f"{_KEY_PART.pattern}(?:/{_KEY_PART.pattern})*")
 _STEP_DIR = re.compile(r"step-([0-9]{8,})(?:\.([1-9][0-9]*))?")
-_LAUNCH = re.compile(r"([0-9]{4,})\.json")
+MOST_LAUNCHES = 999_999_999
+_LAUNCH = re.compile(r"([0-9]{4,9})\.json")
 _ATTEMPT_FILE = re.compile(
     r"(?P<stem>[A-Za-z0-9_][A-Za-z0-9_.-]*)\.(?P<attempt>[0-9a-f]{12})\.(?P<ext>safetensors|json)"
 )

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING
 
 from distckpt.errors import Corrupt, FormatError, KeyExists, Untrusted
-from distckpt.format.layout import LAUNCHES, StepDir, launch_file, launch_number
+from distckpt.format.layout import LAUNCHES, MOST_LAUNCHES, StepDir, launch_file, launch_number
 from distckpt.format.sealed import seal, unseal
 from distckpt.signing import refuse_keyless, signer, trusted
 from distckpt.store.base import each, read_all
@@ -88,7 +88,8 @@ def open_launch(store: Store, resumed_from: StepDir | None, world_size: int, dat
     refuse_keyless()
     number = max(launch_numbers(store), default=0)
     while True:
-        number += 1
+        if (number := number + 1) > MOST_LAUNCHES:
+            raise FormatError(f"{store}: {launch_file(number - 1)} is the last launch there can be: who put it there?")
         record = Launch(
             number,
             str(resumed_from) if resumed_from else None,

@@ -10,15 +10,16 @@ its lease, then looks for those words: of the two, one sees the other, however l
 from __future__ import annotations
 
 import contextlib
-import json
 import secrets
 import socket
 import time
 from typing import TYPE_CHECKING, NamedTuple
 
-from distckpt.errors import FormatError, KeyMissing, StoreError
+from distckpt.errors import Corrupt, FormatError, KeyMissing, StoreError
 from distckpt.format.layout import LEASES, StepDir, lease_file, lease_of
+from distckpt.format.sealed import seal, unseal
 from distckpt.format.text import read_json
+from distckpt.signing import signer, trusted
 from distckpt.store.base import each, read_all, write_all
 
 if TYPE_CHECKING:
@@ -70,8 +71,8 @@ def removing(store: Store, directory: StepDir) -> Iterator[None]:
 
 def _say(store: Store, directory: StepDir, seconds: float, **more: bool) -> str:
     key = lease_file(directory, secrets.token_hex(6))
-    said = {"host": socket.gethostname(), "expires": time.time() + seconds, **more}
-    write_all(store, key, json.dumps(said).encode())
+    said = {"directory": str(directory), "host": socket.gethostname(), "expires": time.time() + seconds, **more}
+    write_all(store, key, seal(said, signer()))
     return key
 
 
@@ -95,17 +96,25 @@ def leases(store: Store) -> list[Lease]:
     """Every lease. One that cannot be read has expired."""
     entries = [(lease_of(e.name), f"{LEASES}/{e.name}", e.size or 0) for e in store.list(LEASES)]
     found = [(directory, key, nbytes) for directory, key, nbytes in entries if directory]
-    said = each(store.pace, lambda lease: _read(store, lease[1]), found)
+    said = each(store.pace, lambda lease: _read(store, *lease[:2]), found)
     return [Lease(*on, time.time() > until, removes) for on, (until, removes) in zip(found, said, strict=True)]
 
 
-def _read(store: Store, key: str) -> tuple[float, bool]:
+def _read(store: Store, directory: StepDir, key: str) -> tuple[float, bool]:
     """(until when, whether it removes)."""
     try:
-        said = read_json(read_all(store, key, limit=_MOST_BYTES))
-    except (KeyMissing, FormatError):
-        return 0.0, False
-    match said:
-        case {"expires": int() | float() as until}:
-            return float(until), said.get("removes") is True
+        data = read_all(store, key, limit=_MOST_BYTES)
+        match said := read_json(data):
+            case {"expires": int() | float() as until}:
+                return float(until), said.get("removes") is True and _may_remove(directory, data)
+    except (KeyMissing, FormatError, OverflowError):
+        pass
     return 0.0, False
+
+
+def _may_remove(directory: StepDir, data: bytes) -> bool:
+    """Whether who says that he removes a checkpoint may say so: it keeps jobs from resuming from it."""
+    try:
+        return bool(unseal(data, trusted())["directory"] == str(directory))
+    except (Corrupt, FormatError, KeyError):
+        return False

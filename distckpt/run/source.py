@@ -25,6 +25,7 @@ from distckpt.run.history import History
 from distckpt.run.place import followed
 from distckpt.saving.commit import is_committed
 from distckpt.saving.objects import encoded, share
+from distckpt.signing import refuse_unsigned
 from distckpt.state import JoinedObject, State
 from distckpt.store.local import LocalStore
 from distckpt.store.open import is_uri, located, open_store, parted
@@ -119,17 +120,18 @@ def open_source(
     step: int | None = None,
     names: Mapping[str, str] | None = None,
     order: Sequence[Sequence[str]] | None = None,
+    ours: bool = False,
 ) -> Checkpoint:
     """Open what lies at `source`, by one process: of a run the newest checkpoint that counts, or that of `step`.
 
-    order: see `open_foreign`.
+    order: see `open_foreign`. ours: it is what this program has just written, so that nobody need have signed it.
     """
     path = _followed(source)
     kind = _kind(path)
     if names and kind != _FOREIGN:
         raise Mismatch(f"names={dict(names)!r}: {path} is distckpt's own, whose parts have their names")
     if kind != _RUN:
-        opened = _opened(path, kind, names, order)
+        opened = _opened(path, kind, names, order, ours=ours)
         if kind == _STEP and step not in {None, opened.manifest.step}:
             raise NotACheckpoint(f"{path}: is not step {step}; give the run's directory with --step")
         return opened
@@ -190,6 +192,8 @@ def _opened(  # noqa: PLR0917
     order: Sequence[Sequence[str]] | None,
     like: Mapping[Any, Any] | None = None,
     rest: str | None = None,
+    *,
+    ours: bool = False,
 ) -> Checkpoint:
     if kind == _STEP:
         run, name = parted(path)
@@ -197,6 +201,8 @@ def _opened(  # noqa: PLR0917
         assert directory is not None
         return open_checkpoint(open_store(run), directory)
     assert isinstance(path, Path)
+    if not ours:
+        refuse_unsigned(str(path))
     found = open_foreign(path, names, order, like, rest=rest)
     if found is None:
         raise NotACheckpoint(f"{path}: nothing is there that this rank can see; every rank must see the same files")

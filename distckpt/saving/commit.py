@@ -25,7 +25,7 @@ from distckpt.format import manifest
 from distckpt.format.layout import COMMIT, StepDir, ack_file, ack_rank, data_file
 from distckpt.format.manifest import FileInfo, Manifest
 from distckpt.format.sealed import seal, unseal
-from distckpt.signing import own, signer, trusted
+from distckpt.signing import own, signer
 from distckpt.store.base import each, read_all, write_all
 
 if TYPE_CHECKING:
@@ -179,7 +179,7 @@ def remove_acks(store: Store, attempt: Attempt) -> None:
 def committed_manifest(store: Store, attempt: Attempt) -> Manifest | None:
     """What an attempt has committed; None if it has not. StoreError, Corrupt or FormatError: that cannot be told."""
     try:
-        found = manifest.decode(read_all(store, attempt.key(COMMIT), limit=manifest.MAX_BYTES), trusted())
+        found = manifest.decode(read_all(store, attempt.key(COMMIT), limit=manifest.MAX_BYTES), own())
     except KeyMissing:
         return None
     return found if found.attempt == attempt.id else None

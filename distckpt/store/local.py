@@ -269,7 +269,14 @@ class LocalStore:
         return found
 
     def _path(self, key: str, *, prefix: bool = False) -> Path:
-        return self.root / check(key, prefix=prefix)
+        """Path of a key. StoreError where a directory on the way is a symlink: it could lead out of the store."""
+        place = self.root
+        for part in check(key, prefix=prefix).split("/")[:-1]:
+            place /= part
+            if place.is_symlink():
+                with _mapped("follow", place):
+                    raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
+        return self.root / key
 
     @contextlib.contextmanager
     def _temporary(

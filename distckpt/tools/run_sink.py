@@ -16,7 +16,7 @@ from distckpt.loading.stream import Stretch, stream
 from distckpt.run.publish import now
 from distckpt.saving.image import MODEL_LEAD
 from distckpt.saving.part import whole
-from distckpt.signing import algorithm, signer
+from distckpt.signing import algorithm, refuse_keyless, signer
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -34,6 +34,7 @@ def run_sink(view: View, directory: StepDir, attempt: str, room: int, has: Itera
     """
     content = view.manifest
     refuse_empty(view)
+    refuse_keyless()
     last = max((info.partition.last_file for info in content.tensors.values()), default=0)
     count = max(content.world_size, last + 1)
     known = {_content_of(file): file for file in has}

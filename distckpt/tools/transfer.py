@@ -121,7 +121,7 @@ class Staging:
             (self.data.root / name).parent.mkdir(exist_ok=True)
             with contextlib.suppress(FileExistsError):
                 (self.data.root / name).hardlink_to(self._destination / name)
-        return open_source(self.data.root / self._top, order=self._sink.order)
+        return open_source(self.data.root / self._top, order=self._sink.order, ours=True)
 
     def forget(self) -> None:
         """Take no output for finished any more: what was written is not what is there."""

@@ -216,6 +216,17 @@ def test_a_damaged_launch_record_is_an_error_that_names_it():
     assert _resumed(store) == (1, 1)
 
 
+@pytest.mark.parametrize("number", [10**9, 2**63 - 1, 10**24])
+def test_a_record_of_a_number_that_no_launch_can_have_changes_nothing(number):
+    store = MemoryStore()
+    _launch(store, 1)
+    store._data[f"launches/{number}.json"] = b"x"
+    assert _resumed(store) == (1, 1)
+    store._data["launches/999999999.json"] = store._data["launches/0001.json"]
+    with pytest.raises(FormatError, match="launches/999999999"):
+        _resumed(store)
+
+
 def test_other_files_among_the_launch_records_change_nothing(store):
     _launch(store, 1)
     store.write("launches/notes.txt", [memoryview(b"hello")], size=5)

@@ -381,6 +381,29 @@ def test_a_copy_that_somebody_else_has_begun_is_begun_anew(tmp_path, require, ho
     assert _resumed(tmp_path / "copy").step == 1
 
 
+def test_frozen_weights_are_named_only_of_a_commit_that_this_key_has_signed(tmp_path, keys):
+    """Signing alone, as a run begins with it: what is read back of an earlier save becomes part of what is signed."""
+    tuning = Tuning()
+    with layouts.quiet(), Checkpointer(tmp_path, wait=True) as c:
+        c.resume(tuning.state)
+        c.save(1, tuning.state)
+        _resealed(tmp_path / "step-00000001" / "commit.json", lambda text: text[: text.index(b',"signature"')])
+        c.save(2, tuning.state)
+    content = manifest.decode((tmp_path / "step-00000002" / "commit.json").read_bytes(), None)
+    assert not [f.name for f in content.files if "/" in f.name]
+
+
+def test_words_of_removing_that_are_not_signed_keep_no_job_from_its_checkpoint(tmp_path, require):
+    _save(tmp_path / "run", 1, 2, wait=True)
+    said = {"expires": 1e18, "host": "x", "removes": True, "directory": "step-00000002"}
+    (tmp_path / "run" / "leases").mkdir(exist_ok=True)
+    path = tmp_path / "run" / "leases" / f"step-00000002.{'ab' * 6}.json"
+    path.write_bytes(seal(said))
+    assert _resumed(tmp_path / "run").step == 2
+    path.write_bytes(seal(said | {"directory": "step-00000001"}, signer()))
+    assert _resumed(tmp_path / "run").step == 2
+
+
 def test_a_launch_that_is_not_signed_supersedes_nothing(tmp_path, require, monkeypatch):
     _save(tmp_path / "run", 1, 2, wait=True)
     with Checkpointer(tmp_path / "run", wait=True, timeout=5) as c:
@@ -432,6 +455,23 @@ def test_the_command_line_says_who_signed_and_requires_it(tmp_path, keys, capsys
         assert not (tmp_path / "out.safetensors").exists()
     assert cli(["verify", str(tmp_path / "run"), "--require-signature", str(tmp_path / "gone")]) == 4
     assert "gone: cannot be read" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("to", ["model.safetensors", "model.pt", "hf", "dcp --to dcp"])
+def test_a_signed_run_is_exported_where_signatures_are_required(tmp_path, require, to):
+    train(tmp_path / "run", [1])
+    name, *more = to.split()
+    assert cli(["export", str(tmp_path / "run"), "-o", str(tmp_path / name), *more]) == 0
+    assert (tmp_path / name).exists()
+
+
+def test_a_copy_that_could_not_be_read_here_is_refused_before_it_is_made(tmp_path, require, capsys, monkeypatch):
+    _save(tmp_path / "run", 1, wait=True)
+    monkeypatch.delenv(SIGN_KEY)
+    assert cli(["cp", str(tmp_path / "run"), str(tmp_path / "copy")]) == 1
+    assert "DISTCKPT_SIGN_KEY is not" in capsys.readouterr().err
+    assert not (tmp_path / "copy").exists()
+    assert not list(tmp_path.glob(".copy*"))
 
 
 # -- keys -------------------------------------------------------------------------------------------------------------

@@ -331,3 +331,21 @@ def test_a_symlink_is_never_followed_out_of_the_store(tmp_path):
     for verb in (lambda: store.head("step/b"), lambda: store.read("step/b", 0, [memoryview(bytearray(1))])):
         with pytest.raises(StoreError, match="symbolic link"):
             verb()
+
+
+@pytest.mark.parametrize("verb", ["read", "head", "write", "create", "delete"])
+def test_a_directory_that_is_a_symlink_is_not_followed(tmp_path, verb):
+    """It could lead out of the run."""
+    outside, store = tmp_path / "outside", LocalStore(tmp_path / "run")
+    outside.mkdir()
+    (outside / "x").write_bytes(b"x")
+    store.root.mkdir()
+    (store.root / "step-00000001").symlink_to(outside)
+    arguments = {"read": (0, [memoryview(bytearray(1))]), "head": (), "create": (b"y",), "delete": ()}
+    with pytest.raises(StoreError, match="symbolic link") as caught:
+        if verb == "write":
+            write_all(store, "step-00000001/x", b"y")
+        else:
+            getattr(store, verb)("step-00000001/x", *arguments[verb])
+    assert caught.value.errno == errno.ELOOP
+    assert (outside / "x").read_bytes() == b"x"
