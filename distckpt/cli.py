@@ -87,15 +87,15 @@ def main(arguments: list[str] | None = None) -> int:
 def _requiring(keys: str | None) -> Iterator[None]:
     """Have signatures required by what the block runs, and by its child processes."""
     before = os.environ.get(REQUIRE_SIGNATURE)
-    if keys:
+    if keys is not None:
         os.environ[REQUIRE_SIGNATURE] = keys
     try:
         trusted()  # what is wrong with the keys is told before anything is looked at
         yield
     finally:
-        if keys:
+        if keys is not None:
             os.environ.pop(REQUIRE_SIGNATURE)
-            os.environ.update({REQUIRE_SIGNATURE: before} if before else {})
+            os.environ.update({REQUIRE_SIGNATURE: before} if before is not None else {})
 
 
 def _json(value: Any) -> str:

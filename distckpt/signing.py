@@ -29,13 +29,12 @@ SIGN_KEY = "DISTCKPT_SIGN_KEY"
 REQUIRE_SIGNATURE = "DISTCKPT_REQUIRE_SIGNATURE"
 
 _SIGNATURE = re.compile(r"ed25519:([0-9a-f]{64}):([0-9a-f]{128})")
-_PUBLIC = re.compile(rb"(?:\S+[ \t]+)?(ssh-\S+|ecdsa-\S+|sk-\S+)[ \t]+([A-Za-z0-9+/=]+)(?:[ \t].*)?")
+_PUBLIC = re.compile(rb"([a-z]\S*[ \t]+[A-Za-z0-9+/=]+)(?:[ \t].*)?")
 
 
 def signer() -> Callable[[bytes], str] | None:
     """Sign as this process is told to; None if it is not. FormatError, StoreError, Unsupported for its key."""
-    path = os.environ.get(SIGN_KEY)
-    if not path:
+    if (path := _named(SIGN_KEY)) is None:
         return None
     key, public = _private(path)
     return lambda text: f"ed25519:{public}:{key.sign(text).hex()}"
@@ -46,42 +45,58 @@ def trusted() -> Callable[[bytes, str], None] | None:
 
     The check raises Untrusted unless a text has the signature of one of the keys.
     """
-    path = os.environ.get(REQUIRE_SIGNATURE)
+    path = _named(REQUIRE_SIGNATURE)
     return _check(_publics(path), f"a key of {path}") if path else None
 
 
 def own() -> Callable[[bytes, str], None] | None:
     """Check what ranks of one job tell each other through storage: it becomes part of what is signed here."""
-    path = os.environ.get(SIGN_KEY)
+    path = _named(SIGN_KEY)
     return trusted() or (_check(frozenset({_private(path)[1]}), f"the key of {path}") if path else None)
 
 
 def algorithm() -> Algorithm:
     """How data files that are written here are summed: a signature above a CRC would prove nothing."""
-    return SHA256 if os.environ.get(SIGN_KEY) else CRC32C
+    return SHA256 if _named(SIGN_KEY) else CRC32C
 
 
 def look() -> None:
     """Raise now what is wrong with the keys. FormatError, StoreError, Unsupported."""
+    for name in filter(_named, (SIGN_KEY, REQUIRE_SIGNATURE)):
+        os.environ[name] = str(Path(os.environ[name]).expanduser().absolute())  # a program may change its directory
     trusted()
     own()
-    path = os.environ.get(SIGN_KEY)
-    required = os.environ.get(REQUIRE_SIGNATURE)
+    path, required = _named(SIGN_KEY), _named(REQUIRE_SIGNATURE)
     if path and required and _private(path)[1] not in _publics(required):
         raise Untrusted(f"{SIGN_KEY}={path}: its public key is not in {REQUIRE_SIGNATURE}={required}: add it there")
 
 
 def refuse_keyless() -> None:
     """Untrusted where what is saved here could not be read here: for it cannot be signed, and must be."""
-    path = os.environ.get(REQUIRE_SIGNATURE)
-    if path and not os.environ.get(SIGN_KEY):
+    path = _named(REQUIRE_SIGNATURE)
+    if path and not _named(SIGN_KEY):
         raise Untrusted(f"{REQUIRE_SIGNATURE}={path} is set, {SIGN_KEY} is not: nothing saved here could be resumed")
 
 
 def refuse_unsigned(name: str) -> None:
     """Untrusted for what no key can have signed, where signatures are required."""
-    if path := os.environ.get(REQUIRE_SIGNATURE):
+    if path := _named(REQUIRE_SIGNATURE):
         raise Untrusted(f"{name}: is no checkpoint of distckpt, and so not signed; {REQUIRE_SIGNATURE}={path} is set")
+
+
+def refuse_to_commit() -> None:
+    """Untrusted where what ranks have signed would be committed without a signature."""
+    if not _named(SIGN_KEY):
+        raise Untrusted(
+            f"other ranks have signed what they saved, and {SIGN_KEY} is not set here: set it on every rank"
+        )
+
+
+def _named(name: str) -> str | None:
+    """File that a variable names; None if it is not set. FormatError for an empty one, which is meant to name one."""
+    if os.environ.get(name) == "":
+        raise FormatError(f"{name} is set, and empty: the file of a key is expected, or no such variable")
+    return os.environ.get(name)
 
 
 def fingerprint(signature: str) -> str:
@@ -137,9 +152,9 @@ def _publics(path: str) -> frozenset[str]:
         if not line.strip() or line.lstrip().startswith(b"#"):
             continue
         where = f"{REQUIRE_SIGNATURE}={path}, line {number}"
-        parts = _PUBLIC.fullmatch(line.strip())
+        bare = _PUBLIC.fullmatch(line.strip())
         try:
-            key = serialization.load_ssh_public_key(b" ".join(parts.groups()) if parts else line)
+            key = serialization.load_ssh_public_key(bare[1] if bare else line)
         except Exception as e:  # of many classes
             raise FormatError(f"{where}: no public key (`ssh-ed25519 AAAA...`, as in a .pub file): {e}") from e
         if not isinstance(key, ed25519.Ed25519PublicKey):

@@ -172,6 +172,7 @@ def test_the_blocks_run(page, tmp_path, monkeypatch, capsys):
     monkeypatch.syspath_prepend(str(tmp_path))
     for name in (SIGN_KEY, REQUIRE_SIGNATURE):  # so that they are as before when the page has set them
         monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
     monkeypatch.setenv("PWD", str(tmp_path))
     names = _names()
     with warnings.catch_warnings():

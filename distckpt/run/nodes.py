@@ -117,5 +117,6 @@ def _small_files(history: History) -> dict[str, str]:
         for entry in store.list(str(directory)):
             key = f"{directory}/{entry.name}"
             if entry.size is not None and entry.name.endswith(".json"):
-                found[key] = read_all(store, key, limit=_MOST_BYTES).decode()
+                with contextlib.suppress(UnicodeDecodeError):  # nothing that we have written
+                    found[key] = read_all(store, key, limit=_MOST_BYTES).decode()
     return found

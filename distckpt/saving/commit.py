@@ -25,7 +25,7 @@ from distckpt.format import manifest
 from distckpt.format.layout import COMMIT, StepDir, ack_file, ack_rank, data_file
 from distckpt.format.manifest import FileInfo, Manifest
 from distckpt.format.sealed import seal, unseal
-from distckpt.signing import own, signer
+from distckpt.signing import own, refuse_to_commit, signer
 from distckpt.store.base import each, read_all, write_all
 
 if TYPE_CHECKING:
@@ -126,6 +126,8 @@ def complete(store: Store, attempt: Attempt, draft: Manifest | None = None) -> M
     for rank, ack in enumerate(said):
         if "error" in ack:
             raise RunConflict(f"{attempt.directory}: rank {rank} gave the attempt up: {ack['error']}")
+    if any("signature" in ack for ack in said):
+        refuse_to_commit()
     draft = draft or manifest.from_json(said[0].get("draft"))
     if (draft.attempt, StepDir(draft.step, draft.generation)) != (attempt.id, attempt.directory):
         raise FormatError(f"{attempt.directory}: what rank 0 acked is of another attempt or step")

@@ -11,7 +11,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar, runtime_checkable
 
-from distckpt.errors import StoreError
+from distckpt.errors import FormatError, StoreError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -112,7 +112,7 @@ class Whole(Protocol):
     """A store that gives a whole key in one request: as one write has left it, whoever else writes it meanwhile."""
 
     def content(self, key: str, limit: int) -> bytes:
-        """All bytes of a key, of at most `limit`. KeyMissing; StoreError if it is longer."""
+        """All bytes of a key, of at most `limit`. KeyMissing; FormatError if it is longer."""
         ...
 
 
@@ -133,12 +133,12 @@ def check(key: str, *, prefix: bool = False) -> str:
 
 
 def read_all(store: Store, key: str, *, limit: int) -> bytes:
-    """Whole content of a key of at most `limit` bytes. KeyMissing; StoreError if it is longer."""
+    """Whole content of a key of at most `limit` bytes. KeyMissing; FormatError if it is longer."""
     if isinstance(store, Whole):
         return store.content(key, limit)
     size = store.head(key)
     if size > limit:
-        raise StoreError(f"{key} has {size} bytes; at most {limit} are read")
+        raise FormatError(f"{key} has {size} bytes; at most {limit} are read")
     data = bytearray(size)
     if size:
         store.read(key, 0, [memoryview(data)])

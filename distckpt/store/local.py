@@ -17,7 +17,7 @@ import stat
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from distckpt.errors import KeyExists, KeyMissing, KeyTruncated, StoreError, Unsupported
+from distckpt.errors import FormatError, KeyExists, KeyMissing, KeyTruncated, StoreError, Unsupported
 from distckpt.store.base import FOR_GOOD, Entry, Pace, check, read_all
 from distckpt.store.pieces import LARGE, after, write_pieces
 
@@ -29,6 +29,8 @@ _MOST_RACES = 100
 _LONGEST = 200
 _TEMPORARY = re.compile(r"\A\.tmp-[0-9a-f]{8}-")
 _MISSING = (FileNotFoundError, IsADirectoryError, NotADirectoryError)
+_NO_KEY = {errno.ELOOP, errno.ENODEV}
+"""What a symlink, or a FIFO, is to who reads a key: no key, as `list` has it."""
 _ADVICE = {
     errno.ENOSPC: "the file system is full: free room, or keep fewer checkpoints",
     errno.EDQUOT: "the quota is used up: free room, or keep fewer checkpoints",
@@ -94,10 +96,7 @@ class LocalStore:
         """See Store.head."""
         with _mapped("look at", self._path(key), missing=_MISSING) as path:
             status = path.lstat()
-            if stat.S_ISLNK(status.st_mode):
-                raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
-            if stat.S_ISDIR(status.st_mode):
-                raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+            _check_regular(status.st_mode)
             return status.st_size
 
     def read(self, key: str, start: int, buffers: Sequence[memoryview]) -> None:
@@ -111,7 +110,7 @@ class LocalStore:
         """See Whole. Of one file: another may take its name meanwhile."""
         with _mapped("read", self._path(key), missing=_MISSING) as path, _opened(path) as file:
             if (size := os.fstat(file).st_size) > limit:
-                raise StoreError(f"{path} has {size} bytes; at most {limit} are read")
+                raise FormatError(f"{path} has {size} bytes; at most {limit} are read")
             _fill(path, file, 0, [memoryview(data := bytearray(size))])
             return bytes(data)
 
@@ -139,8 +138,9 @@ class LocalStore:
         path = self._path(key)
         with _mapped("append to", path):
             _make_directory(path.parent)
-            file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+            file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | _NO_WAY_OUT, 0o666)
             try:
+                _check_regular(os.fstat(file).st_mode)
                 if (written := os.write(file, line)) != len(line):
                     raise OSError(errno.ENOSPC, f"{written} of {len(line)} bytes were written")
             finally:
@@ -213,7 +213,8 @@ class LocalStore:
                 if _TEMPORARY.match(temp.name):
                     with contextlib.suppress(FileNotFoundError):
                         status = temp.lstat()
-                        found.append((temp.name, status.st_mtime, status.st_size))
+                        if stat.S_ISREG(status.st_mode):
+                            found.append((temp.name, status.st_mtime, status.st_size))
         return sorted(found)
 
     def discard(self, prefix: str, name: str) -> None:
@@ -343,8 +344,9 @@ def _is_held(path: Path) -> bool:
 @contextlib.contextmanager
 def _opened(path: Path) -> Iterator[int]:
     """Descriptor of a file to read. A symlink is refused: it could lead out of the run's directory."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    descriptor = os.open(path, os.O_RDONLY | _NO_WAY_OUT)
     try:
+        _check_regular(os.fstat(descriptor).st_mode)
         yield descriptor
     finally:
         os.close(descriptor)
@@ -359,6 +361,19 @@ def _fill(path: Path, file: int, start: int, buffers: Sequence[memoryview]) -> N
                 raise KeyTruncated(f"{path}: ends at byte {start}, byte {start + sum(map(len, wanted))} was asked for")
             start += got
             wanted = after(wanted, got)
+
+
+_NO_WAY_OUT = os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK  # to open a FIFO could last for ever
+
+
+def _check_regular(mode: int) -> None:
+    """Raise what a symlink, or a file that holds no bytes, is for who wants to read it."""
+    if stat.S_ISLNK(mode):
+        raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
+    if stat.S_ISDIR(mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+    if not stat.S_ISREG(mode):
+        raise OSError(errno.ENODEV, "it is a device, a socket or a FIFO, not a file")
 
 
 def _make_directory(path: Path) -> None:
@@ -411,6 +426,7 @@ def _mapped(verb: str, path: Path, *, missing: tuple[type[OSError], ...] = ()) -
         raise KeyMissing(f"cannot {verb} {path}: no such key") from e
     except OSError as e:
         advice = _ADVICE.get(e.errno or 0, "")
-        error = StoreError(f"cannot {verb} {path}: {e.strerror or e}" + (f" ({advice})" if advice else ""))
+        kind = KeyMissing if missing and e.errno in _NO_KEY else StoreError
+        error = kind(f"cannot {verb} {path}: {e.strerror or e}" + (f" ({advice})" if advice else ""))
         error.errno = e.errno
         raise error from e

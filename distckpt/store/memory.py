@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from typing import TYPE_CHECKING
 
-from distckpt.errors import KeyExists, KeyMissing, KeyTruncated, StoreError
+from distckpt.errors import FormatError, KeyExists, KeyMissing, KeyTruncated, StoreError
 from distckpt.store.base import Entry, Pace, check
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ class MemoryStore:
     def content(self, key: str, limit: int) -> bytes:
         """See Whole."""
         if len(data := self._get(key)) > limit:
-            raise StoreError(f"{key} has {len(data)} bytes; at most {limit} are read")
+            raise FormatError(f"{key} has {len(data)} bytes; at most {limit} are read")
         return data
 
     def write(self, key: str, pieces: Iterable[memoryview], *, size: int, stable: int = 0) -> None:  # noqa: ARG002

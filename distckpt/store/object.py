@@ -20,7 +20,7 @@ import warnings
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
-from distckpt.errors import KeyExists, KeyMissing, KeyTruncated, StateWarning, StoreError
+from distckpt.errors import FormatError, KeyExists, KeyMissing, KeyTruncated, StateWarning, StoreError
 from distckpt.store.base import FOR_GOOD, Entry, Pace, check, each
 from distckpt.store.client import REQUEST, Client, plain
 
@@ -133,7 +133,7 @@ class ObjectStore:
         def get(store: Any) -> bytes:
             got = store.get(key)
             if (size := got.meta["size"]) > limit:
-                raise StoreError(f"{self.root}/{key} has {size} bytes; at most {limit} are read")
+                raise FormatError(f"{self.root}/{key} has {size} bytes; at most {limit} are read")
             return bytes(got.bytes())
 
         return self._client.ask("read", key, get)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -71,7 +72,9 @@ def _save(root, *steps, key=None, **options):
     with pytest.MonkeyPatch.context() as patch:
         if key is not None:
             patch.delenv(REQUIRE_SIGNATURE, raising=False)
-            patch.setenv(SIGN_KEY, key)
+            patch.delenv(SIGN_KEY, raising=False)
+            if key:
+                patch.setenv(SIGN_KEY, key)
         state = Sharded(0, 1)
         with layouts.quiet(), Checkpointer(root, timeout=5, **options) as c:
             c.resume(state)
@@ -130,20 +133,31 @@ def test_two_ranks_sign_alike_and_a_signed_run_is_read_without_any_key(tmp_path,
     assert _resumed(tmp_path / "run").step == 1
 
 
-def _save_where_one_has_no_key(root, key):
-    if dist.get_rank() == 0:
+def _save_where_one_has_no_key(root, key, has):
+    if dist.get_rank() == has:
         os.environ[SIGN_KEY] = key
     state = TrainState(model=torch.nn.Linear(2, 2), rng=False)
     with Checkpointer(root, timeout=10, wait=True) as c:
         return ranks.expect_error(lambda: c.save(1, state), Untrusted)
 
 
-def test_a_rank_without_the_key_is_told_of_on_every_rank(tmp_path, keys):
+@pytest.mark.parametrize(("has", "wanted"), [(0, "ack-00001.*not signed"), (1, "other ranks have signed")])
+def test_a_rank_without_the_key_is_told_of_on_every_rank(tmp_path, keys, has, wanted):
     del os.environ[SIGN_KEY]
-    told = ranks.run(2, _save_where_one_has_no_key, str(tmp_path / "run"), str(tmp_path / "ours"))
-    assert "ack-00001" in told[0]
-    assert "not signed" in told[0]
+    told = ranks.run(2, _save_where_one_has_no_key, str(tmp_path / "run"), str(tmp_path / "ours"), has)
+    assert re.search(wanted, told[0])
     assert told[0] == told[1]
+    assert not list((tmp_path / "run").glob("step-*/commit.json"))
+
+
+def test_the_key_is_found_after_a_change_of_directory(tmp_path, keys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv(SIGN_KEY, "ours")
+    with Checkpointer(tmp_path / "run") as c:
+        (tmp_path / "elsewhere").mkdir()
+        monkeypatch.chdir(tmp_path / "elsewhere")
+        c.save(1, Sharded(0, 1, 1))
+    assert manifest.decode(next((tmp_path / "run").glob("step-*1/commit.json")).read_bytes(), None).signature
 
 
 def test_copies_are_signed_by_who_copies(tmp_path, require, capsys):
@@ -508,6 +522,8 @@ def test_a_private_key_that_cannot_be_used_is_told_at_the_start(tmp_path, monkey
         ("ssh-ed25519 AAAA\n", "line 1: no public key"),
         ("{good}\nssh-rsa AAAA x\n", "line 2: no public key"),
         ("hello\n", "line 1: no public key"),
+        ("@revoked {good}\n", "line 1: no public key"),
+        ('expiry-time="20200101" {good}\n', "line 1: no public key"),
     ],
 )
 def test_public_keys_that_cannot_be_used_are_told_with_their_line(tmp_path, keys, monkeypatch, text, told):
@@ -517,12 +533,23 @@ def test_public_keys_that_cannot_be_used_are_told_with_their_line(tmp_path, keys
         Checkpointer(tmp_path / "run")
 
 
-def test_a_list_of_keys_may_have_comments_and_names(tmp_path, require, keys, monkeypatch):
+def test_a_list_of_keys_may_have_comments(tmp_path, require, keys, monkeypatch):
     _save(tmp_path / "run", 1, wait=True)
     ours, theirs = (Path(p).read_text().strip() for p in (keys[0], keys[1][1]))
-    (tmp_path / "list").write_text(f"# the team\n\n{theirs}\nwho@where {ours}\n")
+    (tmp_path / "list").write_text(f"# the team\n\n{theirs}\n  {ours}\n")
     monkeypatch.setenv(REQUIRE_SIGNATURE, str(tmp_path / "list"))
     assert _resumed(tmp_path / "run").step == 1
+
+
+@pytest.mark.parametrize("name", [SIGN_KEY, REQUIRE_SIGNATURE])
+def test_a_variable_that_is_set_and_empty_switches_nothing_off(tmp_path, keys, monkeypatch, name, capsys):
+    _save(tmp_path / "run", 1, key="", wait=True)
+    monkeypatch.setenv(name, "")
+    with pytest.raises(FormatError, match=f"{name} is set, and empty"):
+        Checkpointer(tmp_path / "run")
+    monkeypatch.delenv(name)
+    assert cli(["verify", str(tmp_path / "run"), "--require-signature", ""]) == 1
+    assert "and empty" in capsys.readouterr().err
 
 
 def test_a_key_that_this_process_would_not_trust_is_told_at_the_start(tmp_path, keys, monkeypatch):

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from distckpt.errors import KeyExists, KeyMissing, KeyTruncated, StoreError
+from distckpt.errors import FormatError, KeyExists, KeyMissing, KeyTruncated, StoreError
 from distckpt.store import object as objects
 from distckpt.store.base import Entry, read_all, write_all
 from distckpt.store.local import LocalStore
@@ -156,7 +156,7 @@ def test_reading_nothing_succeeds_up_to_the_end(store):
 def test_read_all_refuses_a_key_longer_than_its_limit(store):
     write_all(store, "a", b"12345")
     assert read_all(store, "a", limit=5) == b"12345"
-    with pytest.raises(StoreError, match="5 bytes"):
+    with pytest.raises(FormatError, match="5 bytes"):
         read_all(store, "a", limit=4)
     with pytest.raises(KeyMissing):
         read_all(store, "b", limit=4)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from distckpt import system
-from distckpt.errors import KeyExists, StoreError
+from distckpt.errors import KeyExists, KeyMissing, StoreError
 from distckpt.store import pieces as pieces_of_files
 from distckpt.store.base import Entry, read_all, write_all
 from distckpt.store.local import LocalStore
@@ -329,8 +329,21 @@ def test_a_symlink_is_never_followed_out_of_the_store(tmp_path):
     write_all(store, "step/a", b"x")
     (tmp_path / "run/step/b").symlink_to(tmp_path / "secret")
     for verb in (lambda: store.head("step/b"), lambda: store.read("step/b", 0, [memoryview(bytearray(1))])):
-        with pytest.raises(StoreError, match="symbolic link"):
+        with pytest.raises(KeyMissing, match="symbolic link"):
             verb()
+
+
+def test_what_is_no_file_is_no_key_and_keeps_nobody_waiting(tmp_path):
+    store = LocalStore(tmp_path)
+    os.mkfifo(tmp_path / "fifo")
+    for verb in (lambda: store.head("fifo"), lambda: store.read("fifo", 0, []), lambda: store.content("fifo", 9)):
+        with pytest.raises(KeyMissing, match="a FIFO, not a file"):
+            verb()
+    with pytest.raises(StoreError):
+        store.append("fifo", b"x")
+    os.mkfifo(tmp_path / ".tmp-01234567-x")
+    assert store.unfinished("") == []
+    assert store.arriving("") == set()
 
 
 @pytest.mark.parametrize("verb", ["read", "head", "write", "create", "delete"])
