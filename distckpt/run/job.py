@@ -39,6 +39,8 @@ class Job:
         self._store = places.whole
         self._made = time.monotonic()
         self._heartbeat = Heartbeat(self._store)
+        self._seen: list[int] | None = None
+        """Launches there were before it was looked for what to resume from."""
         self.launch: int | None = None
 
     def settle(self) -> str:
@@ -46,6 +48,7 @@ class Job:
 
         def look() -> bytes:
             if self._comm.rank == 0:
+                self._seen = launch_numbers(self._store)
                 refuse_living(self._store, self._comm.timeout / 2)
             if not self._places.leads:
                 return b""
@@ -80,7 +83,7 @@ class Job:
             self._whole.refuse_checkpoint()
             self._places.open()
             resumed, ranks = resumed_from(), self._comm.world_size
-            number = open_launch(self._store, resumed, ranks, now())
+            number = open_launch(self._store, resumed, ranks, now(), self._seen)
             who = {"job": job_name(), "host": socket.gethostname(), "pid": os.getpid()}
             step, since = resumed.step if resumed else None, round(time.monotonic() - self._made, 3)
             note(self._places.near, "launched", launch=number, step=step, world_size=ranks, seconds=since, **who)

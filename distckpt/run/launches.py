@@ -13,7 +13,7 @@ import socket
 from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING
 
-from distckpt.errors import Corrupt, FormatError, KeyExists, Untrusted
+from distckpt.errors import Corrupt, FormatError, KeyExists, RunConflict, Untrusted
 from distckpt.format.layout import LAUNCHES, MOST_LAUNCHES, StepDir, launch_file, launch_number
 from distckpt.format.sealed import seal, unseal
 from distckpt.signing import refuse_keyless, signer, trusted
@@ -83,10 +83,16 @@ def counts(directory: StepDir, launch: int, launches: Sequence[Launch]) -> bool:
     return all(later.admits(directory) for later in launches if later.number > launch)
 
 
-def open_launch(store: Store, resumed_from: StepDir | None, world_size: int, date: str) -> int:
-    """Create the next launch's record and return its number."""
+def open_launch(
+    store: Store, resumed_from: StepDir | None, world_size: int, date: str, seen: Sequence[int] | None = None
+) -> int:
+    """Create the next launch's record and return its number.
+
+    seen: numbers there were when it was looked for what to resume from. RunConflict if another launch has begun since:
+    what it has saved, or left behind, this one does not know.
+    """
     refuse_keyless()
-    number = max(launch_numbers(store), default=0)
+    number = max(launch_numbers(store) if seen is None else seen, default=0)
     while True:
         if (number := number + 1) > MOST_LAUNCHES:
             raise FormatError(f"{store}: {launch_file(number - 1)} is the last launch there can be: who put it there?")
@@ -101,8 +107,13 @@ def open_launch(store: Store, resumed_from: StepDir | None, world_size: int, dat
         )
         try:
             store.create(launch_file(number), seal(asdict(record), signer()))
-        except KeyExists:
-            continue  # another job opened this number in between; the fence decides between the two
+        except KeyExists as e:
+            if seen is None:
+                continue  # another job opened this number in between; the fence decides between the two
+            raise RunConflict(
+                f"{store}: launch {number} has begun while this job was loading. If that job is not meant to train on "
+                "this run, stop it; then start this one again"
+            ) from e
         return number
 
 

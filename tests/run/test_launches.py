@@ -164,15 +164,16 @@ def test_of_two_jobs_racing_for_a_directory_one_goes_to_the_next_generation_and_
     assert _resumed(store) == (2, 8)
 
 
-def test_two_jobs_that_open_a_launch_at_once_get_different_numbers(store):
+@pytest.mark.parametrize("point", ["read step-00000001/commit.json", "create launches/0002.json"])
+def test_of_two_jobs_that_resume_at_once_the_later_is_told(store, point):
+    """It has not seen what the other may have saved, or left behind."""
     _launch(store, 1)
-    fuse = Fuse(lambda _: _launch(store))
-    fuse.arm("create launches/0002.json")
-    slow, state = _launch(FaultyStore(store, fuse))
-    assert [e.name for e in store.list("launches") if "beat" not in e.name] == ["0001.json", "0002.json", "0003.json"]
-    state.set(2)
-    slow.save(2, state)
-    assert slow.steps() == [1, 2]
+    fuse = Fuse(lambda _: _launch(store, 2))
+    fuse.arm(point)
+    with pytest.raises(RunConflict, match="launch 2 has begun while this job was loading"):
+        _launch(FaultyStore(store, fuse))
+    assert [e.name for e in store.list("launches") if "beat" not in e.name] == ["0001.json", "0002.json"]
+    assert _resumed(store) == (2, 2)
 
 
 def test_a_save_without_a_resume_is_refused_where_there_is_something_to_resume(store):
