@@ -213,7 +213,7 @@ class LocalStore:
                 if _TEMPORARY.match(temp.name):
                     with contextlib.suppress(FileNotFoundError):
                         status = temp.lstat()
-                        if stat.S_ISREG(status.st_mode):
+                        if stat.S_ISREG(status.st_mode) or stat.S_ISLNK(status.st_mode):
                             found.append((temp.name, status.st_mtime, status.st_size))
         return sorted(found)
 
@@ -264,7 +264,7 @@ class LocalStore:
         """Names below a prefix that a living process is writing, as far as the file system's locks tell."""
         found, folder = set[str](), self._path(prefix, prefix=True)
         for name, _, _ in self.unfinished(prefix):
-            with _mapped("look at", folder / name) as path, contextlib.suppress(FileNotFoundError):
+            with contextlib.suppress(KeyMissing), _mapped("look at", folder / name, missing=_MISSING) as path:
                 if _is_held(path):  # else it has arrived meanwhile, or who wrote it is dead
                     found.add(_TEMPORARY.sub("", name))
         return found
