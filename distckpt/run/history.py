@@ -27,7 +27,7 @@ from distckpt.store.base import Copied, each
 from distckpt.store.local import LocalStore
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Callable, Collection, Iterator, Mapping
 
     from distckpt.errors import DistckptError
     from distckpt.format.manifest import Manifest, TensorInfo
@@ -148,7 +148,8 @@ class History:
 
         Whoever removes that, and has stood still, would remove the new one in its place.
         """
-        taken = {*self.directories(), *being_removed(self.store)}
+        looks: tuple[Callable[[], Collection[StepDir]], ...] = (self.directories, lambda: being_removed(self.store))
+        taken = set().union(*each(self.store.pace, lambda look: look(), looks))  # at once, for training waits
         free = max((d.generation for d in taken if d.step == step), default=0) + 1
         self._opened.pop(StepDir(step, free), None)  # one of that name has been removed, and is to be another
         return free

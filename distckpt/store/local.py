@@ -274,8 +274,8 @@ class LocalStore:
         place = self.root
         for part in check(key, prefix=prefix).split("/")[:-1]:
             place /= part
-            if place.is_symlink():
-                with _mapped("follow", place):
+            with _mapped("follow", place):
+                if place.is_symlink():
                     raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
         return self.root / key
 
