@@ -81,7 +81,9 @@ class Submitted:
             job = self.cluster.job(self.number)
             return job["JobState"] in states and restarts in (None, int(job["Restarts"]))
 
-        self.until(is_so, f"{states}, restarts {restarts}")
+        self.until(
+            is_so, f"{states}, restarts {restarts}", seconds=2 * START
+        )  # SLURM takes up to 65 s to give up a node
 
     def until(self, holds, what, seconds=START):
         """Wait for something; whatever fails says what the job said."""
